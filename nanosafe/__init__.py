@@ -1,0 +1,1 @@
+"""nanosafe: safety alignment of large reasoning models by SFT and REINFORCE++, from scratch."""

@@ -1,0 +1,229 @@
+"""ModelConfig: the fields of an official config.json that decide what the decoder computes.
+
+Every family here is the same pre-norm decoder; the differences are a handful of fields (biases, QK norm, RoPE scaling, Granite's
+multipliers). A field that would change the result and is not supported is an error that names it: a config that loads is a
+config that is computed exactly. Also here: short names for hub repositories, and the default recipes of the two training scripts.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# alias -> hub repository, pinned to the commit that was checked where one is known
+ALIASES = {
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B@c1899de289a04d12100db370d81485cdf75e47ca",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B@70d244cc86ccca08cf5af4e1e306ecf908b1ad5e",
+    "qwen3-4b": "Qwen/Qwen3-4B@1cfa9a7208912126459214e8b04321603b3df60c",
+    "qwen3-8b": "Qwen/Qwen3-8B@b968826d9c46dd6066d109eabc6255188de91218",
+    "qwen3-14b": "Qwen/Qwen3-14B@40c069824f4251a91eefaf281ebe4c544efd3e18",
+    "qwen3-32b": "Qwen/Qwen3-32B@9216db5781bf21249d130ec9da846c4624c16137",
+    "r1-qwen-1.5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B@ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562",
+    "r1-qwen-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B@916b56a44061fd5cd7d6a8fb632557ed4f724f60",
+    "r1-llama-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct@0e9e39f249a16976918f6564b8830bc894c89659",
+    "llama-guard-3-8b": "meta-llama/Llama-Guard-3-8B@7327bd9f6efbbe6101dc6cc4736302b3cbb6e425",
+    "skywork-v2-llama-8b": "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
+    "skywork-v2-qwen3-0.6b": "Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+    "skywork-v2-qwen3-1.7b": "Skywork/Skywork-Reward-V2-Qwen3-1.7B",
+    "skywork-v2-qwen3-4b": "Skywork/Skywork-Reward-V2-Qwen3-4B",
+    "skywork-v2-qwen3-8b": "Skywork/Skywork-Reward-V2-Qwen3-8B",
+    "granite-guardian-3.3-8b": "ibm-granite/granite-guardian-3.3-8b",
+}
+
+# Defaults of train_rl.py. OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL coefficient, batch and
+# lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts with their updates.
+RL_RECIPE = dict(
+    reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1", steps=500, prompts_per_step=128, samples_per_prompt=1,
+    minibatches=4, epochs=1, lr=5e-7, kl_coef=0.01, kl_kind="k1", gamma=1.0, clip_low=0.2, clip_high=0.2, temperature=1.0,
+    top_p=1.0, max_prompt_tokens=1024, max_response_tokens=4096, tokens_per_microbatch=16384,
+)  # fmt: skip
+# Defaults of train_sft.py: STAR-1's own recipe, 39 steps on its 1,000 rows.
+SFT_RECIPE = dict(data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384)
+
+ARCHITECTURES = {  # config.json "architectures" -> (model_type, has a score head)
+    f"{family}For{head}": (family.lower(), head != "CausalLM")
+    for family in ("Qwen2", "Qwen3", "Llama", "Granite")
+    for head in ("CausalLM", "SequenceClassification")
+}
+del ARCHITECTURES["GraniteForSequenceClassification"]  # no such class exists
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: `type` is default, linear, llama3 or yarn; the rest is what that type reads."""
+
+    type: str
+    theta: float
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None  # None: derived from factor and the two mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    num_labels: int  # 0: language model; 1: a score head in its place
+    attention_multiplier: float  # softmax(q k^T * attention_multiplier); 1/sqrt(head_dim) but for Granite
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float  # logits are divided by it
+    pad_token_id: int | None
+    eos_ids: tuple[int, ...]  # of config.json and generation_config.json together
+    raw: dict = field(repr=False, hash=False, compare=False)  # config.json as read, written back by save_model
+    generation: dict | None = field(repr=False, hash=False, compare=False, default=None)  # generation_config.json as read
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ModelConfig":
+        """Read `folder`/config.json and, where there is one, generation_config.json.
+
+        Raises FileNotFoundError, or ValueError naming the file and the field that cannot be computed exactly.
+        """
+        generation = Path(folder) / "generation_config.json"
+        return cls.from_dict(
+            read_json(Path(folder) / "config.json"),
+            read_json(generation) if generation.exists() else None,
+            source=str(Path(folder) / "config.json"),
+        )
+
+    @classmethod
+    def from_dict(cls, raw: dict, generation: dict | None = None, source: str = "config.json") -> "ModelConfig":
+        def need(name):
+            if not isinstance(raw.get(name), int | float) or isinstance(raw[name], bool) or raw[name] <= 0:
+                raise ValueError(f"{source}: field {name!r} must be a positive number, found {raw.get(name)!r}")
+            return raw[name]
+
+        architecture = (raw.get("architectures") or [None])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"{source}: field 'architectures' is {raw.get('architectures')}; supported: {', '.join(ARCHITECTURES)}"
+            )
+        family, has_score = ARCHITECTURES[architecture]
+        if raw.get("model_type", family) != family:
+            raise ValueError(f"{source}: field 'model_type' is {raw['model_type']!r} but the architecture is {architecture}")
+        _refuse_unsupported(raw, source)
+        heads, bias = need("num_attention_heads"), bool(raw.get("attention_bias", False))
+        # transformers' own defaults for an absent head_dim: 128 in Qwen3, the quotient in the older families
+        head_dim = raw.get("head_dim") or (128 if family == "qwen3" else need("hidden_size") // heads)
+        granite = family == "granite"
+        return cls(
+            model_type=family,
+            **{name: int(need(name)) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                                  "num_attention_heads", "max_position_embeddings")},  # fmt: skip
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rms_norm_eps=need("rms_norm_eps"),
+            rope=_read_rope(raw, source),
+            qkv_bias=bias or family == "qwen2",
+            o_bias=bias and family != "qwen2",
+            mlp_bias=bool(raw.get("mlp_bias", False)) and family in ("llama", "granite"),
+            qk_norm=family == "qwen3",
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            num_labels=_count_labels(raw, source) if has_score else 0,
+            attention_multiplier=raw.get("attention_multiplier", 1.0) if granite else head_dim**-0.5,
+            embedding_multiplier=raw.get("embedding_multiplier", 1.0) if granite else 1.0,
+            residual_multiplier=raw.get("residual_multiplier", 1.0) if granite else 1.0,
+            logits_scaling=raw.get("logits_scaling", 1.0) if granite else 1.0,
+            pad_token_id=raw.get("pad_token_id"),
+            eos_ids=tuple(sorted(_ids(raw.get("eos_token_id")) | _ids((generation or {}).get("eos_token_id")))),
+            raw=raw,
+            generation=generation,
+        )
+
+
+def read_json(path: Path) -> dict:
+    """The object in `path`; FileNotFoundError or ValueError name the file and, for broken JSON, the line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: a model folder needs it (official Hugging Face layout)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or mend it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def _count_labels(raw: dict, source: str) -> int:
+    labels = len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)  # 2 is transformers' default
+    if labels != 1:
+        raise ValueError(f"{source}: a reward model has one label, field 'id2label'/'num_labels' gives {labels}")
+    return labels
+
+
+def _refuse_unsupported(raw: dict, source: str) -> None:
+    """Fields that change the forward pass of these families and that the decoder does not compute."""
+
+    def refuse(name, why):
+        raise ValueError(f"{source}: field {name!r} = {raw[name]!r} is not supported ({why})")
+
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "only silu is")
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            refuse(name, "quantised weights; use the original bf16 checkpoint")
+    if raw.get("auto_map"):
+        refuse("auto_map", "it names code to run from the checkpoint; nanosafe never runs remote code")
+    # Families that have no sliding window ignore these fields, as transformers does.
+    sliding = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+    if sliding and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0) and not raw.get("layer_types"):
+        refuse("use_sliding_window", "every layer must attend to the whole context")
+    if any(kind not in ("full_attention", "attention") for kind in raw.get("layer_types") or ()):
+        refuse("layer_types", "every layer must be full_attention")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts", "use_mrope"):
+        if raw.get(name):
+            refuse(name, "not part of this family")
+
+
+def _read_rope(raw: dict, source: str) -> Rope:
+    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (the official files)."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # transformers lets rope_scaling win
+    given = raw.get(name) or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"{source}: field {name!r} differs between layers, which is not supported")
+    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"{source}: field 'partial_rotary_factor' = {partial} is not supported (only whole heads rotate)")
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))  # transformers' default_theta
+    required = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
+    if kind not in required:
+        raise ValueError(f"{source}: {name} type {kind!r} is not supported; known: {', '.join(required)}")
+    missing = [key for key in required[kind] if not isinstance(given.get(key), int | float)]
+    if missing:
+        raise ValueError(f"{source}: field {name!r} of type {kind!r} needs {', '.join(missing)}")
+    if kind == "default":
+        return Rope(kind, theta)
+    original = raw.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
+    optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
+                "mscale_all_dim")  # fmt: skip
+    return Rope(
+        kind, theta, given["factor"], original or raw.get("max_position_embeddings", 0),
+        **{key: given[key] for key in optional if given.get(key) is not None},
+    )  # fmt: skip
