@@ -1,8 +1,9 @@
 """ModelConfig: the fields of an official config.json that decide what the decoder computes.
 
-Every family here is the same pre-norm decoder; the differences are a handful of fields (biases, QK norm, RoPE scaling, Granite's
-multipliers). A field that would change the result and is not supported is an error that names it: a config that loads is a
-config that is computed exactly. Also here: short names for hub repositories, and the default recipes of the two training scripts.
+Every family here is the same pre-norm decoder; the differences are a handful of fields (biases, QK norm, RoPE
+scaling, Granite's multipliers). A field that would change the result and is not supported is an error that names it:
+a config that loads is a config that is computed exactly. Also here: short names for hub repositories, and the default
+recipes of the two training scripts.
 """
 
 import json
@@ -30,15 +31,28 @@ ALIASES = {
     "granite-guardian-3.3-8b": "ibm-granite/granite-guardian-3.3-8b",
 }
 
-# Defaults of train_rl.py. OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL coefficient, batch and
-# lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts with their updates.
+# Defaults of train_rl.py. OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL coefficient,
+# batch and lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts with their
+# updates.
 RL_RECIPE = dict(
-    reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1", steps=500, prompts_per_step=128, samples_per_prompt=1,
-    minibatches=4, epochs=1, lr=5e-7, kl_coef=0.01, kl_kind="k1", gamma=1.0, clip_low=0.2, clip_high=0.2, temperature=1.0,
-    top_p=1.0, max_prompt_tokens=1024, max_response_tokens=4096, tokens_per_microbatch=16384,
-)  # fmt: skip
+    reward_model="skywork-v2-llama-8b",
+    prompts="UCSC-VLAA/STAR-1",
+    steps=500,
+    prompts_per_step=128,
+    samples_per_prompt=1,
+    minibatches=4,
+    epochs=1,
+    lr=5e-7,
+    kl_coef=0.01,
+    kl_kind="k1",
+    max_prompt_tokens=1024,
+    max_response_tokens=4096,
+    tokens_per_microbatch=16384,
+)
 # Defaults of train_sft.py: STAR-1's own recipe, 39 steps on its 1,000 rows.
-SFT_RECIPE = dict(data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384)
+SFT_RECIPE = dict(
+    data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384
+)
 
 ARCHITECTURES = {  # config.json "architectures" -> (model_type, has a score head)
     f"{family}For{head}": (family.lower(), head != "CausalLM")
@@ -92,7 +106,9 @@ class ModelConfig:
     pad_token_id: int | None
     eos_ids: tuple[int, ...]  # of config.json and generation_config.json together
     raw: dict = field(repr=False, hash=False, compare=False)  # config.json as read, written back by save_model
-    generation: dict | None = field(repr=False, hash=False, compare=False, default=None)  # generation_config.json as read
+    generation: dict | None = field(
+        repr=False, hash=False, compare=False, default=None
+    )  # generation_config.json as read
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
@@ -121,7 +137,9 @@ class ModelConfig:
             )
         family, has_score = ARCHITECTURES[architecture]
         if raw.get("model_type", family) != family:
-            raise ValueError(f"{source}: field 'model_type' is {raw['model_type']!r} but the architecture is {architecture}")
+            raise ValueError(
+                f"{source}: field 'model_type' is {raw['model_type']!r} but the architecture is {architecture}"
+            )
         _refuse_unsupported(raw, source)
         heads, bias = need("num_attention_heads"), bool(raw.get("attention_bias", False))
         # transformers' own defaults for an absent head_dim: 128 in Qwen3, the quotient in the older families
@@ -129,8 +147,17 @@ class ModelConfig:
         granite = family == "granite"
         return cls(
             model_type=family,
-            **{name: int(need(name)) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                                  "num_attention_heads", "max_position_embeddings")},  # fmt: skip
+            **{
+                name: int(need(name))
+                for name in (
+                    "vocab_size",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "max_position_embeddings",
+                )
+            },  # fmt: skip
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=head_dim,
             rms_norm_eps=need("rms_norm_eps"),
@@ -209,7 +236,9 @@ def _read_rope(raw: dict, source: str) -> Rope:
         raise ValueError(f"{source}: field {name!r} differs between layers, which is not supported")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise ValueError(f"{source}: field 'partial_rotary_factor' = {partial} is not supported (only whole heads rotate)")
+        raise ValueError(
+            f"{source}: field 'partial_rotary_factor' = {partial} is not supported (only whole heads rotate)"
+        )
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))  # transformers' default_theta
     required = {"default": (), "linear": ("factor",), "yarn": ("factor",),
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
@@ -221,8 +250,10 @@ def _read_rope(raw: dict, source: str) -> Rope:
     if kind == "default":
         return Rope(kind, theta)
     original = raw.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
-    optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
-                "mscale_all_dim")  # fmt: skip
+    optional = (
+        "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
+        "mscale", "mscale_all_dim",
+    )  # fmt: skip
     return Rope(
         kind, theta, given["factor"], original or raw.get("max_position_embeddings", 0),
         **{key: given[key] for key in optional if given.get(key) is not None},

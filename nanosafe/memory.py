@@ -1,8 +1,9 @@
 """What a layer attends to, behind one method: `attend(layer, q, k, v, scale)`.
 
-The decoder hands each layer's query, key and value [N, heads, head_dim] to its `memory` and gets the attended values [N, H, head_dim]
-back. `PackedDocuments` is the memory of training and scoring: documents lie one behind the other and never see each
-other. `KVCache` holds one contiguous region of positions per slot; `prefill` and `decode` make the memories that fill and read it.
+The decoder hands each layer's query, key and value [N, heads, head_dim] to its `memory` and gets the attended values
+[N, H, head_dim] back. `PackedDocuments` is the memory of training and scoring: documents lie one behind the other and
+never see each other. `KVCache` holds one contiguous region of positions per slot; `prefill` and `decode` make the
+memories that fill and read it.
 """
 
 import torch
@@ -15,11 +16,13 @@ from nanosafe.config import ModelConfig
 class PackedDocuments:
     """Causal attention within each of several documents packed into one run of N = sum(lengths) tokens.
 
-    A loop of SDPA over documents: no mask is ever built, so nothing grows with N^2. Neighbours of equal length go as one batch.
+    A loop of SDPA over documents: no mask is ever built, so nothing grows with N^2. Neighbours of equal length go as
+    one batch.
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths or [0]])  # [N], from 0 in each document
+        # [N], from 0 in each document
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths or [0]])
         self.runs: list[tuple[int, int]] = []  # (documents, length of each)
         for length in lengths:
             if self.runs and self.runs[-1][1] == length:
@@ -35,14 +38,14 @@ class PackedDocuments:
             a, b, c = (x[rows].unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs) if outputs else q.new_empty(q.shape)
+        return torch.cat(outputs) if outputs else q  # no documents: N = 0
 
 
 class KVCache:
     """Keys and values of `slots` sequences, up to `capacity` positions each.
 
-    Memory: 2 * layers * slots * H_kv * capacity * head_dim elements. Filled with zeros because masked positions are multiplied by
-    a zero weight, and 0 * NaN from uninitialised memory would be NaN.
+    Memory: 2 * layers * slots * H_kv * capacity * head_dim elements. Filled with zeros because masked positions are
+    multiplied by a zero weight, and 0 * NaN from uninitialised memory would be NaN.
     """
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -75,7 +78,7 @@ class Prefill(PackedDocuments):
 
 
 class Decode:
-    """One new token for each of the first B slots, token b at `positions[b]`; it sees that slot's positions up to its own."""
+    """One new token for each of the first B slots, token b at `positions[b]`; it sees its slot up to itself."""
 
     def __init__(self, cache: KVCache, positions: Tensor):
         self.cache, self.positions = cache, positions
@@ -88,7 +91,8 @@ class Decode:
         keys, values, B = self.cache.keys[layer], self.cache.values[layer], len(q)
         keys[self.rows, :, self.positions] = k
         values[self.rows, :, self.positions] = v
-        # The query heads that share a key head become query rows: SDPA's own grouping is several times slower for one token.
+        # The query heads that share a key head become query rows: SDPA's own grouping is several times slower for one
+        # token.
         grouped = q.unflatten(1, (k.shape[1], -1))  # [B, H_kv, H / H_kv, head_dim]
         keys, values = keys[:B, :, : self.longest], values[:B, :, : self.longest]  # [B, H_kv, longest, head_dim]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scale)

@@ -1,9 +1,10 @@
 """The decoder: one pre-norm transformer for Qwen2, Qwen3, Llama 3.1 and dense Granite, with an LM head or a score head.
 
-Tokens are packed, never padded: the core maps a flat run of tokens [N] and their positions [N] to hidden states [N, D], and training,
-reward scoring, prefill and decode all use it. What a layer attends to is passed in (`memory`, see memory.py), so this file knows nothing of
-batching, caches or parallelism. Module names are the checkpoint's names, so loading is a strict copy. There are no buffers: what
-RoPE needs is computed in float32 from the config, where no `.to(bfloat16)` can reach it.
+Tokens are packed, never padded: the core maps a flat run of tokens [N] and their positions [N] to hidden states [N,
+D], and training, reward scoring, prefill and decode all use it. What a layer attends to is passed in (`memory`, see
+memory.py), so this file knows nothing of batching, caches or parallelism. Module names are the checkpoint's names, so
+loading is a strict copy. There are no buffers: what RoPE needs is computed in float32 from the config, where no
+`.to(bfloat16)` can reach it.
 """
 
 import math
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim] by its angle; cos, sin [N, 1, head_dim/2] in float32."""
+    """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim]; cos, sin [N, 1, head_dim/2] in float32."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -144,8 +145,8 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
     """Angle per position for each pair of dimensions, [head_dim/2] float32, and the factor on cos and sin.
 
     Computed in float32 in the order the checkpoints were trained with: at position 1e5 one bit here is 1e-2 radians.
-    llama3: Llama 3.1's rule (low frequencies divided by `factor`, a linear blend between two wavelengths). yarn: arXiv 2309.00071,
-    section 3.2-3.4. linear: arXiv 2306.15595.
+    llama3: Llama 3.1's rule (low frequencies divided by `factor`, a linear blend between two wavelengths). yarn:
+    arXiv 2309.00071, section 3.2-3.4. linear: arXiv 2306.15595.
     """
     powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     frequencies, factor = 1.0 / powers, 1.0
