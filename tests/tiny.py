@@ -50,16 +50,16 @@ def random_reference(raw: dict, seed: int = 0):
     import transformers
 
     name = raw["architectures"][0]
-    # a copy: transformers edits the nested rope_scaling; eager: our decoder calls the same fused attention as its default
+    # a copy, since transformers edits rope_scaling; eager, since its default is the fused attention that we call too
     config = getattr(transformers, name.split("For")[0] + "Config").from_dict(copy.deepcopy(raw))
     model = getattr(transformers, name)._from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
+        for key, tensor in model.named_parameters():
             tensor.normal_(generator=generator)
-            if "norm" in name:
+            if "norm" in key:
                 tensor.mul_(0.3).add_(1)
-            elif tensor.ndim == 2 and "embed" not in name:
+            elif tensor.ndim == 2 and "embed" not in key:
                 tensor.mul_(1.5 * tensor.shape[1] ** -0.5)  # keeps activations near 1
     return model
 
