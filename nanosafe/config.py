@@ -106,9 +106,7 @@ class ModelConfig:
     pad_token_id: int | None
     eos_ids: tuple[int, ...]  # of config.json and generation_config.json together
     raw: dict = field(repr=False, hash=False, compare=False)  # config.json as read, written back by save_model
-    generation: dict | None = field(
-        repr=False, hash=False, compare=False, default=None
-    )  # generation_config.json as read
+    generation: dict | None = field(repr=False, hash=False, compare=False, default=None)  # generation_config.json
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
@@ -125,10 +123,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict, generation: dict | None = None, source: str = "config.json") -> "ModelConfig":
-        def need(name):
-            if not isinstance(raw.get(name), int | float) or isinstance(raw[name], bool) or raw[name] <= 0:
-                raise ValueError(f"{source}: field {name!r} must be a positive number, found {raw.get(name)!r}")
-            return raw[name]
+        def need(name, default=None):
+            value = default if raw.get(name) is None else raw[name]
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{source}: field {name!r} must be a positive number, found {value!r}")
+            return value
 
         architecture = (raw.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
@@ -141,24 +140,21 @@ class ModelConfig:
                 f"{source}: field 'model_type' is {raw['model_type']!r} but the architecture is {architecture}"
             )
         _refuse_unsupported(raw, source)
-        heads, bias = need("num_attention_heads"), bool(raw.get("attention_bias", False))
+        bias, granite = bool(raw.get("attention_bias", False)), family == "granite"
+        heads = int(need("num_attention_heads"))
+        kv_heads = int(need("num_key_value_heads", heads))
+        if heads % kv_heads:
+            raise ValueError(f"{source}: field 'num_key_value_heads' = {kv_heads} does not divide the {heads} heads")
         # transformers' own defaults for an absent head_dim: 128 in Qwen3, the quotient in the older families
-        head_dim = raw.get("head_dim") or (128 if family == "qwen3" else need("hidden_size") // heads)
-        granite = family == "granite"
+        head_dim = int(need("head_dim", 128 if family == "qwen3" else need("hidden_size") // heads))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        scales = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
         return cls(
             model_type=family,
-            **{
-                name: int(need(name))
-                for name in (
-                    "vocab_size",
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_hidden_layers",
-                    "num_attention_heads",
-                    "max_position_embeddings",
-                )
-            },  # fmt: skip
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            **{name: int(need(name)) for name in sizes},
+            **{name: need(name, 1.0) if granite else 1.0 for name in scales},
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=need("rms_norm_eps"),
             rope=_read_rope(raw, source),
@@ -168,10 +164,7 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             num_labels=_count_labels(raw, source) if has_score else 0,
-            attention_multiplier=raw.get("attention_multiplier", 1.0) if granite else head_dim**-0.5,
-            embedding_multiplier=raw.get("embedding_multiplier", 1.0) if granite else 1.0,
-            residual_multiplier=raw.get("residual_multiplier", 1.0) if granite else 1.0,
-            logits_scaling=raw.get("logits_scaling", 1.0) if granite else 1.0,
+            attention_multiplier=need("attention_multiplier", 1.0) if granite else head_dim**-0.5,
             pad_token_id=raw.get("pad_token_id"),
             eos_ids=tuple(sorted(_ids(raw.get("eos_token_id")) | _ids((generation or {}).get("eos_token_id")))),
             raw=raw,
@@ -216,13 +209,16 @@ def _refuse_unsupported(raw: dict, source: str) -> None:
             refuse(name, "quantised weights; use the original bf16 checkpoint")
     if raw.get("auto_map"):
         refuse("auto_map", "it names code to run from the checkpoint; nanosafe never runs remote code")
-    # Families that have no sliding window ignore these fields, as transformers does.
-    sliding = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+    # As Qwen reads these fields: the window is 4096 where the file has none, on the layers from max_window_layers on.
+    sliding = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
     if sliding and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0) and not raw.get("layer_types"):
         refuse("use_sliding_window", "every layer must attend to the whole context")
     if any(kind not in ("full_attention", "attention") for kind in raw.get("layer_types") or ()):
         refuse("layer_types", "every layer must be full_attention")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts", "use_mrope"):
+    if not raw.get("is_causal", True):
+        refuse("is_causal", "attention is causal")
+    for name in ("per_layer_config", "num_local_experts", "num_experts", "use_mrope", "attn_logit_softcapping",
+                 "final_logit_softcapping"):  # fmt: skip
         if raw.get(name):
             refuse(name, "not part of this family")
 
@@ -230,31 +226,30 @@ def _refuse_unsupported(raw: dict, source: str) -> None:
 def _read_rope(raw: dict, source: str) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (the official files)."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # transformers lets rope_scaling win
-    given = raw.get(name) or {}
+    given = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get(name) or {})  # transformers' default_theta
     kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or any(isinstance(value, dict) for value in given.values()):
+    if any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{source}: field {name!r} differs between layers, which is not supported")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(
             f"{source}: field 'partial_rotary_factor' = {partial} is not supported (only whole heads rotate)"
         )
-    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))  # transformers' default_theta
     required = {"default": (), "linear": ("factor",), "yarn": ("factor",),
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
     if kind not in required:
         raise ValueError(f"{source}: {name} type {kind!r} is not supported; known: {', '.join(required)}")
-    missing = [key for key in required[kind] if not isinstance(given.get(key), int | float)]
+    missing = [key for key in ("rope_theta", *required[kind]) if not isinstance(given.get(key), int | float)]
     if missing:
-        raise ValueError(f"{source}: field {name!r} of type {kind!r} needs {', '.join(missing)}")
+        raise ValueError(f"{source}: field {name!r} of type {kind!r} needs numbers for {', '.join(missing)}")
     if kind == "default":
-        return Rope(kind, theta)
+        return Rope(kind, given["rope_theta"])
     original = raw.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
     optional = (
         "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
         "mscale", "mscale_all_dim",
     )  # fmt: skip
     return Rope(
-        kind, theta, given["factor"], original or raw.get("max_position_embeddings", 0),
+        kind, given["rope_theta"], given["factor"], original or raw.get("max_position_embeddings", 0),
         **{key: given[key] for key in optional if given.get(key) is not None},
     )  # fmt: skip

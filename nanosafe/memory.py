@@ -21,8 +21,9 @@ class PackedDocuments:
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
+        lengths = lengths or [0]  # no documents are one empty one, so that every weight still gets its (zero) gradient
         # [N], from 0 in each document
-        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths or [0]])
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
         self.runs: list[tuple[int, int]] = []  # (documents, length of each)
         for length in lengths:
             if self.runs and self.runs[-1][1] == length:
@@ -38,7 +39,7 @@ class PackedDocuments:
             a, b, c = (x[rows].unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs) if outputs else q  # no documents: N = 0
+        return torch.cat(outputs)
 
 
 class KVCache:

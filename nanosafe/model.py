@@ -148,7 +148,7 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
     llama3: Llama 3.1's rule (low frequencies divided by `factor`, a linear blend between two wavelengths). yarn:
     arXiv 2309.00071, section 3.2-3.4. linear: arXiv 2306.15595.
     """
-    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     frequencies, factor = 1.0 / powers, 1.0
     if rope.type == "linear":
         frequencies = frequencies / rope.factor
@@ -164,7 +164,7 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         high = high + 0.001 if low == high else high
-        slow = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+        slow = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
         frequencies = (1.0 / (rope.factor * powers)) * slow + frequencies * (1 - slow)
         factor = _yarn_attention_factor(rope)
     return frequencies.to(device), factor

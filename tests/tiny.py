@@ -12,7 +12,7 @@ from nanosafe.config import ModelConfig
 from nanosafe.model import Decoder
 
 LLAMA3_ROPE = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 SHARED = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -24,7 +24,9 @@ FAMILIES = {
     # heads * head_dim = 64 differs from the hidden size, as in Qwen3-0.6B, 4B and 32B
     "qwen3": dict(model_type="qwen3", rope_theta=1e6, head_dim=16, attention_bias=False),
     "llama": dict(
-        model_type="llama", rope_theta=500000.0, rope_scaling=LLAMA3_ROPE, attention_bias=False, mlp_bias=False,
+        # the pairs of a head of 16 fall on both sides of llama3's two wavelengths and between them
+        model_type="llama", rope_theta=500000.0, rope_scaling=LLAMA3_ROPE, head_dim=16, attention_bias=False,
+        mlp_bias=False,
     ),
     "granite": dict(
         model_type="granite", rope_theta=10000.0, attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
@@ -45,14 +47,16 @@ def tiny_config(family: str, **changes) -> ModelConfig:
     return ModelConfig.from_dict(tiny_raw(family, **changes))
 
 
-def random_reference(raw: dict, seed: int = 0):
-    """The float32 transformers model of `raw`, in eval mode, every weight, norm and bias random."""
+def random_reference(raw: dict, seed: int = 0, attention: str = "eager"):
+    """The float32 transformers model of `raw`, in eval mode, every weight, norm and bias random.
+
+    Its own default attention is "sdpa", the fused kernel that our decoder calls too; "eager" shares nothing with us.
+    """
     import transformers
 
     name = raw["architectures"][0]
-    # a copy, since transformers edits rope_scaling; eager, since its default is the fused attention that we call too
-    config = getattr(transformers, name.split("For")[0] + "Config").from_dict(copy.deepcopy(raw))
-    model = getattr(transformers, name)._from_config(config, attn_implementation="eager").eval()
+    config = getattr(transformers, name.split("For")[0] + "Config").from_dict(copy.deepcopy(raw))  # it edits its input
+    model = getattr(transformers, name)._from_config(config, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
