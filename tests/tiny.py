@@ -30,7 +30,7 @@ FAMILIES = {
     ),
     "granite": dict(
         model_type="granite", rope_theta=10000.0, attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
-        embedding_multiplier=12.0, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=6.0,
+        embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=6.0,
     ),
 }  # fmt: skip
 
