@@ -5,6 +5,7 @@ The same numbers come out whatever the batch, the order, the rank or the number 
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,9 +18,15 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def permutation(size: int, *parts: int | str) -> list[int]:
+@lru_cache(maxsize=8)
+def permutation(size: int, *parts: int | str) -> tuple[int, ...]:
     """A permutation of range(size) that depends on `parts` alone."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(*parts))).tolist()
+    return tuple(torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(*parts))).tolist())
+
+
+def shuffled_passes(size: int, positions: range, *parts: int | str) -> list[int]:
+    """Items at `positions` of an endless row of passes over range(size), each pass in another order."""
+    return [permutation(size, *parts, p // size)[p % size] for p in positions]
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:

@@ -1,0 +1,281 @@
+"""Datasets to conversations, conversations to token ids, token ids to packed micro-batches.
+
+A row becomes a prompt (what the policy is asked) and, for SFT, a response. Both are tokenised once, apart: the prompt
+as the chat template renders it with its generation prompt, the response as the model would have generated it, so that
+training targets and rollouts have the same form whatever a template does to finished assistant turns.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosafe.kernels.head import token_logprob_entropy
+from nanosafe.memory import PackedDocuments
+from nanosafe.model import Decoder
+from nanosafe.tokenizer import Tokenizer
+from nanosafe.weights import hub_errors_explained
+
+THINK, END_THINK = "<think>", "</think>"
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+@dataclass
+class Row:
+    """One conversation of a data set, with where it came from."""
+
+    messages: list[dict]  # may end with an assistant turn, the SFT target
+    source: str  # "FILE, line 3", for messages to the user
+    answer: str | None = None  # reference answer, for rule rewards
+
+    @property
+    def prompt(self) -> list[dict]:
+        """The messages up to the last user turn: what the policy is asked."""
+        end = len(self.messages)
+        while end and self.messages[end - 1]["role"] == "assistant":
+            end -= 1
+        return self.messages[:end]
+
+
+@dataclass
+class Document:
+    """Token ids of a prompt and a response: what packing works on."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass
+class Episode(Document):
+    """One rollout: a document that the policy wrote the response of."""
+
+    row: int  # number in the step's rollout, over all ranks
+    group: int  # its prompt's number in the step
+    source: Row  # the prompt as a conversation, and its reference answer
+    sampler_logprobs: list[float]
+    truncated: bool  # ended by the token limit, not by the policy
+    text: str  # the response without the token that ended it
+    reward: float = float("nan")
+
+
+def load_rows(name: str) -> list[Row]:
+    """Rows of a local .json, .jsonl, .csv or .parquet file, or of a data set on the hub ("owner/name", "@revision",
+    ":file").
+
+    A row has `messages`, or `prompt` (a text, or messages) or STAR-1's `question`, and perhaps `response` and `answer`.
+    Raises FileNotFoundError, or ValueError naming the file, the row and the field.
+    """
+    path = Path(name).expanduser()
+    path = path if path.is_file() else find_dataset(name)
+    rows = [_row(record, source) for record, source in _read_records(path)]
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
+def find_dataset(name: str) -> Path:
+    """The data file of a hub data set, downloaded into the hub's cache: the only one, or the only one named *train*.
+
+    name: "owner/name", then perhaps "@revision" and ":file" to choose among several.
+    """
+    match = re.fullmatch(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?(:(?P<file>.+))?", name)
+    if match is None:
+        raise FileNotFoundError(f"{name} is neither a file nor a data set on the hub (owner/name)")
+    from huggingface_hub import snapshot_download  # slow to import, and a local file needs none of it
+
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    with hub_errors_explained(f"datasets/{repo}", revision, file or "its data"):
+        patterns = [file] if file else [f"*{suffix}" for suffix in DATA_SUFFIXES]
+        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns))
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in DATA_SUFFIXES and p.name != "dataset_infos.json"]
+    files = [p for p in files if str(p.relative_to(folder)) == file] if file else files
+    chosen = files if len(files) == 1 else [p for p in files if "train" in p.name.lower()]
+    if len(chosen) != 1:
+        found = ", ".join(str(p.relative_to(folder)) for p in files) or "none"
+        raise FileNotFoundError(f"data set {repo}: which file? found {found}; choose one with {repo}:FILE")
+    return chosen[0]
+
+
+def _read_records(path: Path) -> list[tuple[dict, str]]:
+    def parse(text: str, where: str):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(f"{path} is a parquet file: pip install 'nanosafe[parquet]'") from None
+        records = pyarrow.parquet.read_table(path).to_pylist()
+        return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
+        return [(parse(line, f"{path}, line {i}"), f"{path}, line {i}") for i, line in lines if line.strip()]
+    if path.suffix == ".csv":
+        return [(record, f"{path}, row {i}") for i, record in enumerate(csv.DictReader(text.splitlines(True)), 1)]
+    records = parse(text, str(path))
+    if not isinstance(records, list):
+        raise ValueError(f"{path} must hold a JSON list of rows; for one object per line name it .jsonl")
+    return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+
+
+def _row(record: dict, source: str) -> Row:
+    if not isinstance(record, dict):
+        raise ValueError(f"{source}: a row must be a JSON object, found {type(record).__name__}")
+    name = next((key for key in ("messages", "prompt", "question") if record.get(key) is not None), None)
+    if name is None:
+        raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; it has {list(record)}")
+    value = record[name]
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    well_formed = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not well_formed:
+        raise ValueError(
+            f"{source}: field {name!r} must be a text or a list of objects with a 'role' and a 'content' text"
+        )
+    if record.get("response") is not None:
+        if not isinstance(record["response"], str):
+            raise ValueError(f"{source}: field 'response' must be a text")
+        messages = [*messages, {"role": "assistant", "content": record["response"]}]
+    answer = record.get("answer")
+    return Row(messages, source, None if answer is None else str(answer))
+
+
+def encode_prompts(
+    rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[list[tuple[Row, list[int]]], str]:
+    """Each usable row with its prompt's ids, and what was dropped in words ("" if nothing was).
+
+    Raises ValueError if no row is left.
+    """
+    kept, empty, long = [], 0, 0
+    for row in rows:
+        if not row.prompt or not row.prompt[-1]["content"].strip():
+            empty += 1
+            continue
+        ids = tokenizer.encode_chat(row.prompt, add_generation_prompt=True)
+        if len(ids) > max_tokens:
+            long += 1
+        else:
+            kept.append((row, ids))
+    report = (
+        f"dropped {empty} empty prompts and {long} longer than {max_tokens} tokens, {len(kept)} of {len(rows)} left"
+    )
+    if not kept:
+        raise ValueError(f"no usable prompt: {report}")
+    return kept, report if empty or long else ""
+
+
+def opens_thought(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether the generation prompt ends with <think>, so that a response starts inside the thought (R1-Distill)."""
+    return tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK)
+
+
+def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Document], int]:
+    """One document for each assistant turn of a row: the conversation before it as prompt, the turn as response.
+
+    Templates strip thoughts from assistant turns (R1-Distill from all, Qwen3 from earlier ones), so the turn is never
+    rendered: its text follows the generation prompt as it stands, then the token that ends a turn. Where the prompt
+    opens the thought, the text's own <think> is dropped; a text without one gets an empty thought. A document over
+    `max_tokens` loses its end; one whose prompt leaves no room is left out. Returns the documents and how many lost
+    tokens or were left out. Raises ValueError for a row without an assistant turn.
+    """
+    documents, cut = [], 0
+    for i, message in enumerate(row.messages):
+        if message["role"] != "assistant":
+            continue
+        prompt_ids = tokenizer.encode_chat(row.messages[:i], add_generation_prompt=True)
+        text = message["content"]
+        if opens_thought(tokenizer, prompt_ids):
+            has_thought = END_THINK in text
+            text = text.removeprefix(THINK).removeprefix("\n") if has_thought else f"\n{END_THINK}\n\n{text}"
+        response_ids = tokenizer.encode(text) + [turn_end(tokenizer)]
+        room = max(0, max_tokens - len(prompt_ids))
+        documents += [Document(prompt_ids, response_ids[:room])] * (room > 0)
+        cut += room < len(response_ids)
+    if not documents and not cut:
+        raise ValueError(f"{row.source}: no assistant turn to train on (field 'response', or 'messages' with one)")
+    return documents, cut
+
+
+@lru_cache(maxsize=4)
+def turn_end(tokenizer: Tokenizer) -> int:
+    """The EOS id with which the chat template ends an assistant turn: the first one after the turn's text."""
+    probe = "nanosafe-turn"
+    text = tokenizer.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}])
+    after = tokenizer.encode(text[text.rindex(probe) + len(probe) :]) if probe in text else []
+    for token in after:
+        if token in tokenizer.eos_ids:
+            return token
+    raise ValueError(
+        f"the chat template of {tokenizer.folder} ends an assistant turn with none of the EOS ids {tokenizer.eos_ids}: "
+        "add the id that does to generation_config.json's eos_token_id"
+    )
+
+
+@dataclass
+class Packed:
+    """Documents one behind the other, N tokens; R of them are response tokens."""
+
+    tokens: Tensor  # [N]
+    memory: PackedDocuments
+    predicts: Tensor  # [R] positions in the pack whose hidden state predicts a response token
+    targets: Tensor  # [R] those tokens
+    lengths: list[int]  # response tokens of each document
+
+    def pad(self, values: Tensor) -> Tensor:
+        """[R] -> [documents, longest response], right-padded with 0."""
+        rows = values.split(self.lengths) if self.lengths else [values]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def pack(documents: Sequence[Document], device: torch.device) -> Packed:
+    predicts, start = [], 0
+    for d in documents:
+        first = start + len(d.prompt_ids) - 1  # the prompt's last token predicts the response's first
+        predicts += range(first, first + len(d.response_ids))
+        start += len(d)
+    return Packed(
+        tokens=torch.tensor(
+            [t for d in documents for t in d.prompt_ids + d.response_ids], dtype=torch.long, device=device
+        ),
+        memory=PackedDocuments([len(d) for d in documents], device),
+        predicts=torch.tensor(predicts, dtype=torch.long, device=device),
+        targets=torch.tensor([t for d in documents for t in d.response_ids], dtype=torch.long, device=device),
+        lengths=[len(d.response_ids) for d in documents],
+    )
+
+
+def microbatches(documents: Sequence[Document], max_tokens: int) -> list[list[int]]:
+    """Indices of documents, in order, in runs of at most `max_tokens` tokens; a longer document goes alone."""
+    batches: list[list[int]] = []
+    filled = 0
+    for i, document in enumerate(documents):
+        if not batches or filled + len(document) > max_tokens:
+            batches.append([])
+            filled = 0
+        batches[-1].append(i)
+        filled += len(document)
+    return batches
+
+
+def response_logprobs(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs [R] and entropies [R] (nats, float32) of a pack's response tokens at `temperature`.
+
+    The response positions are selected before the head: logits of prompts are never computed.
+    """
+    hidden = model.hidden(packed.tokens, packed.memory.positions, packed.memory)[packed.predicts]  # [R, D]
+    return token_logprob_entropy(hidden, model.head_weight, packed.targets, temperature * model.config.logits_scaling)

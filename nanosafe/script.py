@@ -1,0 +1,177 @@
+"""What the training scripts have around their loops: flags, settings and their origin, clock, trackers, errors."""
+
+import argparse
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from nanosafe.distributed import Ranks
+
+UNSET = object()
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that mean the same in every training script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder")
+    add("--out", help="run folder (default: runs/SCRIPT-MODEL)")
+    add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="compute type; masters are float32 (default: bfloat16 on cuda, float32 on cpu)",
+    )
+    add(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a folder",
+    )
+    add("--save-every", type=positive_int, default=50, help="steps between checkpoints (default: %(default)s)")
+    add("--keep", type=positive_int, default=2, help="how many checkpoints are kept (default: %(default)s)")
+    add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
+    add("--wandb", action="store_true", help="also log to Weights & Biases")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text!r}")
+    return float(text)
+
+
+def start(
+    parser: argparse.ArgumentParser,
+    recipe: dict,
+    argv: list[str] | None,
+    name: str,
+    check: Callable[[argparse.Namespace], None],
+) -> tuple[argparse.Namespace, Ranks]:
+    """Flags to settings: what the command line leaves open comes from the model's recipe, then from the flag's default.
+
+    `check` raises ValueError for settings that cannot work together. Joins the process group and prints every setting
+    under where it came from; name: "rl" or "sft", for the default run folder.
+    """
+    flags = [action for action in parser._actions if action.dest != "help"]
+    for flag in flags:
+        if flag.dest in recipe:
+            flag.help = f"{flag.help or ''} (default: {recipe[flag.dest]})".lstrip()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**{flag.dest: UNSET for flag in flags})))
+    args, origins = argparse.Namespace(), {"command line": [], "recipe": [], "default": []}
+    for flag in flags:
+        origin = "recipe" if flag.dest in recipe else "default"
+        origin = origin if given[flag.dest] is UNSET else "command line"
+        value = {"recipe": recipe.get(flag.dest), "default": flag.default}.get(origin, given[flag.dest])
+        setattr(args, flag.dest, value)
+        origins[origin].append(flag.dest)
+    check(args)
+    ranks = Ranks(args.device)
+    args.device = ranks.device.type
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.out = args.out or f"runs/{name}-{args.model.rstrip('/').split('/')[-1].split('@')[0]}"
+    ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {args.device}, PyTorch {torch.__version__}")
+    for origin, names in origins.items():
+        settings = [f"{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, False)]
+        ranks.print(f"from the {origin}: {', '.join(settings)}")
+    return args, ranks
+
+
+class Clock:
+    """Seconds of each phase of a step, and the memory of its peak."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.laps = ranks, {}
+        self.start = self.last = time.perf_counter()
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def lap(self, name: str) -> None:
+        """The phase since the last lap was `name`."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    def times(self, **tokens: int) -> dict[str, float]:
+        """time/PHASE in seconds, time/PHASE_per_s of phases with a count, memory/peak_gb of this rank."""
+        if self.ranks.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            **{f"time/{name}": seconds for name, seconds in self.laps.items()},
+            **{f"time/{name}_per_s": count / self.laps[name] for name, count in tokens.items()},
+            "time/step": self.last - self.start,
+            "memory/peak_gb": peak / 1e9,
+        }
+
+
+class Tracker:
+    """Metrics to TensorBoard and Weights & Biases where asked for; otherwise its calls do nothing."""
+
+    def __init__(self, args: argparse.Namespace, ranks: Ranks):
+        self.writer = self.run = None
+        if args.tensorboard and ranks.main:
+            with _extra("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(os.path.join(args.out, "tensorboard"))
+        if args.wandb and ranks.main:
+            with _extra("wandb"):
+                import wandb
+            self.run = wandb.init(project="nanosafe", dir=args.out, config=vars(args))
+
+    def log(self, row: dict) -> None:
+        numbers = {name: value for name, value in row.items() if value is not None}
+        step = numbers.pop("step")
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+        if self.run is not None:
+            self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.run is not None:
+            self.run.finish()
+
+
+def progress(items: Sequence, what: str, ranks: Ranks) -> Iterable:
+    """`items` with a progress bar, shown by rank 0 once it has taken two seconds."""
+    return tqdm(items, what, delay=2, leave=False, disable=not ranks.main)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise ValueError(f"--{name} needs a package that is not installed: pip install 'nanosafe[{name}]'") from None
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """A user's mistake (a missing file, a wrong field, a full disk) ends the script with its message alone."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOSAFE_TRACEBACK"):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        # Without clean-up: leaving the process group would wait for ranks that may never come.
+        os._exit(1)

@@ -1,0 +1,383 @@
+"""REINFORCE++ with a reward model, the whole loop.
+
+    python train_rl.py --model qwen3-0.6b --reward-model skywork-v2-qwen3-0.6b
+    torchrun --nproc_per_node=8 train_rl.py --model qwen3-8b
+
+One step: the policy answers a batch of prompts, the reward model scores the conversations, the KL to a frozen reference
+model is taken off token by token, returns are normalised over the whole rollout (advantages without a critic), and a
+few mini-batches of clipped policy-gradient steps follow. The formulas are in nanosafe/reinforce.py. Defaults are
+OpenRLHF's where the paper (arXiv 2512.01848) is silent: its learning rate, KL coefficient, batch and lengths are not
+known. Each rank works on its own rows and every number is a sum over all of them, so that any number of processes
+computes the same step.
+"""
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanosafe import reinforce, script
+from nanosafe.checkpoint import RunFolder
+from nanosafe.config import RL_RECIPE
+from nanosafe.data import Episode, Row, encode_prompts, load_rows, microbatches, opens_thought, pack, response_logprobs
+from nanosafe.distributed import Ranks
+from nanosafe.evals.diagnostics import reflection_ids
+from nanosafe.model import Decoder
+from nanosafe.optim import Optimizer, cosine_schedule
+from nanosafe.randomness import derive_seed, permutation, shuffled_passes
+from nanosafe.rewards import Reward, conversation, load_reward
+from nanosafe.sampler import SamplingParams, generate
+from nanosafe.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.weights import find_checkpoint, load_model
+
+WARMUP_SHARE, FINAL_LR_SHARE = 0.03, 0.1
+SAMPLES_PER_STEP = 8  # episodes written to samples.jsonl
+LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # of reinforce.policy_loss's sums, those reported
+
+
+def flags() -> ArgumentParser:
+    parser = script.new_parser(__doc__)
+    add = parser.add_argument
+    add("--reward-model", help="alias, hub id or folder of a *ForSequenceClassification, or rule:math, rule:refusal")
+    add("--reward-scope", choices=("response", "answer"), default="response",
+        help="what is scored: thought and answer (default), or what follows </think> (nothing does: an empty answer)")
+    add("--prompts", help="hub id, .json, .jsonl, .csv or .parquet; rows have question, prompt or messages")
+    add("--steps", type=script.positive_int, help="rollouts, each with its updates")
+    add("--prompts-per-step", type=script.positive_int)
+    add("--samples-per-prompt", type=script.positive_int)
+    add("--minibatches", type=script.positive_int, help="optimizer steps that a rollout is cut into")
+    add("--epochs", type=script.positive_int, help="passes over each rollout")
+    add("--lr", type=script.positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
+    add("--kl-coef", type=float, help="weight of the KL to the reference model; 0 loads none")
+    add("--kl-kind", choices=reinforce.KL_KINDS, help="estimator of the KL in the reward; only k1 is unbiased there")
+    add("--estimator", choices=reinforce.ESTIMATORS, default="reinforce++",
+        help="-baseline: reward minus its prompt's mean, KL as a k2 loss; needs --samples-per-prompt above 1")
+    add("--gamma", type=script.positive_float, default=1.0, help="discount per token (default: 1)")
+    add("--clip-low", type=script.positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
+    add("--clip-high", type=script.positive_float, default=0.2, help="and those above 1 + this (0.2)")
+    add("--dual-clip", type=script.positive_float, help="bound above 1 on the ratio where the advantage is negative")
+    add("--reduction", choices=("token", "sequence"), default="token",
+        help="loss: mean over tokens (default), or over responses of their token means")
+    add("--reward-clip", type=float, nargs=2, metavar=("LOW", "HIGH"), help="bounds of the reward (default: none)")
+    add("--no-normalize", action="store_true", help="use returns as they are for advantages")
+    add("--truncated", default="keep",
+        help="responses cut at the limit: keep scores them as they are (default), mask leaves them out, a NUMBER is "
+        "their reward")
+    add("--temperature", type=script.positive_float, default=1.0, help="of sampling and of every log-prob (default: 1)")
+    add("--top-p", type=script.positive_float, default=1.0, help="below 1 training is no longer on-policy (default: 1)")
+    add("--max-prompt-tokens", type=script.positive_int, help="longer prompts are left out, and counted")
+    add("--max-response-tokens", type=script.positive_int)
+    add("--tokens-per-microbatch", type=script.positive_int, help="of one forward and backward, per rank")
+    return parser
+
+
+def check(args: Namespace) -> None:
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    if args.kl_coef < 0:
+        raise ValueError(f"--kl-coef {args.kl_coef}: a negative one rewards moving away from the reference model")
+    if args.estimator == "reinforce++-baseline" and args.samples_per_prompt < 2:
+        raise ValueError(
+            "--estimator reinforce++-baseline compares a prompt's samples: set --samples-per-prompt above 1"
+        )
+    if args.minibatches > args.prompts_per_step * args.samples_per_prompt:
+        raise ValueError("--minibatches is larger than the rollout (--prompts-per-step times --samples-per-prompt)")
+    if args.truncated not in ("keep", "mask"):
+        try:
+            args.truncated = float(args.truncated)
+        except ValueError:
+            raise ValueError(f"--truncated {args.truncated}: must be keep, mask or a number") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, ranks = script.start(flags(), RL_RECIPE, argv, "rl", check)
+    run = RunFolder(args, ranks)
+    if run.complete:
+        return ranks.print(f"{run.out}/final is there: the run is complete")
+
+    # The policy goes on from the newest checkpoint; the reference stays what the policy was at the start.
+    dtype = getattr(torch, args.dtype)
+    with ranks.main_first():
+        base = find_checkpoint(args.model)
+        rows = load_rows(args.prompts)
+        reward = load_reward(args.reward_model, device=ranks.device, dtype=dtype)
+    policy = load_model(run.resumed or base, device=ranks.device, dtype=dtype)
+    reference = load_model(base, device=ranks.device, dtype=dtype).requires_grad_(False) if args.kl_coef else None
+    tokenizer = load_tokenizer(base)
+    optimizer = Optimizer(policy, ranks)
+    run.attach(policy, tokenizer, optimizer)
+    prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
+    ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
+    announce_sampling(policy, args, ranks)
+    reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long, device=ranks.device)
+
+    tracker = script.Tracker(args, ranks)
+    for step in run.steps(args.steps):
+        clock = script.Clock(ranks)
+        episodes = rollout(policy, tokenizer, prompts, args, ranks, step)
+        clock.lap("rollout")
+        score(episodes, reward, tokenizer, args)
+        clock.lap("reward")
+        batch = evaluate(policy, reference, episodes, reflection, args, ranks)
+        metrics = summarize(batch, ranks)
+        clock.lap("logprobs")
+        if all(math.isfinite(row.reward) for row in batch.rows):
+            metrics |= set_advantages(batch, args, ranks)
+            metrics |= update(policy, optimizer, batch, args, ranks, step)
+        else:  # a reward that is not a number says nothing about the policy: no rank updates
+            metrics["policy/skipped"] = args.minibatches * args.epochs
+        clock.lap("update")
+
+        tokens = metrics["response/tokens"]
+        run.log("samples.jsonl", samples(episodes, step, ranks))
+        updated = metrics["policy/skipped"] < args.minibatches * args.epochs
+        row = run.end_step(metrics | clock.times(rollout=tokens, update=tokens), updated)
+        tracker.log(row)
+        ranks.print(console_line(row, args.steps))
+    run.finish()
+    tracker.close()
+    ranks.close()
+
+
+def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
+    """Training samples from the distribution it scores, so the checkpoint's own sampling settings are not used."""
+    theirs = {k: (policy.config.generation or {}).get(k) for k in ("temperature", "top_p", "top_k")}
+    theirs = ", ".join(f"{k} {v}" for k, v in theirs.items() if v is not None)
+    ranks.print(f"sampling at temperature {args.temperature}, top-p {args.top_p}, top-k off"
+                + (f"; generation_config.json's {theirs} are not used" if theirs else ""))
+    if args.top_p < 1:
+        ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution that is sampled")
+
+
+def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace, ranks: Ranks,
+            step: int) -> list[Episode]:
+    """Sample this rank's rows of the step's rollout. Row r is sample r % n of the step's prompt r // n."""
+    P, n = args.prompts_per_step, args.samples_per_prompt
+    drawn = shuffled_passes(len(prompts), range(step * P, (step + 1) * P), args.seed, "prompts")
+    rows = ranks.own(range(P * n))
+    params = [SamplingParams(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_response_tokens,
+                             seed=derive_seed(args.seed, "rollout", step, row)) for row in rows]
+    outputs = generate(policy, [prompts[drawn[row // n]][1] for row in rows], params, progress=ranks.main)
+    episodes = []
+    for row, [completion] in zip(rows, outputs, strict=True):
+        source, prompt_ids = prompts[drawn[row // n]]
+        truncated = completion.finish_reason == "length"
+        content = completion.token_ids if truncated else completion.token_ids[:-1]
+        episodes.append(Episode(
+            prompt_ids, completion.token_ids, row=row, group=row // n, source=source, truncated=truncated,
+            sampler_logprobs=completion.logprobs, text=tokenizer.decode(content, skip_special_tokens=True),
+        ))
+    return episodes
+
+
+def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: Namespace) -> None:
+    """Set each episode's reward: the reward model reads the text of the conversation, never the policy's ids."""
+    conversations = [
+        conversation(e.source.prompt, e.text, opened_thought=opens_thought(tokenizer, e.prompt_ids),
+                     scope=args.reward_scope)
+        for e in episodes
+    ]
+    values = reward(conversations, [e.source.answer for e in episodes]).tolist()
+    for episode, value in zip(episodes, values, strict=True):
+        fixed = episode.truncated and isinstance(args.truncated, float)
+        episode.reward = args.truncated if fixed else value
+
+
+class RowSummary(NamedTuple):
+    """What every rank knows of each row of the rollout, whichever rank it lies on."""
+
+    row: int
+    reward: float
+    tokens: int
+    loss_tokens: int  # 0 for a truncated row under --truncated mask
+    truncated: bool
+
+
+@dataclass
+class Batch:
+    """This rank's share of a rollout; tensors are [B, T], right-padded."""
+
+    episodes: list[Episode]
+    rows: list[RowSummary]  # of all ranks, in order
+    mask: Tensor  # response tokens that count in the loss
+    written: Tensor  # all response tokens
+    sampler_logprobs: Tensor
+    logprobs: Tensor  # the policy's before the update, at the sampling temperature
+    entropies: Tensor  # its entropies, at the sampling temperature
+    ref_logprobs: Tensor | None
+    reflecting: Tensor  # which response tokens are reflection tokens
+    reflection_entropies: Tensor  # entropies at temperature 1, the convention of that metric
+    advantages: Tensor | None = None
+
+
+@torch.no_grad()
+def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode], reflection: Tensor, args: Namespace,
+             ranks: Ranks) -> Batch:
+    """The trainer's and the reference's log-probs of every response token of this rank's episodes."""
+    columns: dict[str, list[Tensor]] = defaultdict(list)  # name -> one tensor [length] per episode
+    for indices in microbatches(episodes, args.tokens_per_microbatch):
+        packed = pack([episodes[i] for i in indices], ranks.device)
+        logprobs, entropies = response_logprobs(policy, packed, args.temperature)
+        values = {"logprobs": logprobs, "entropies": entropies, "reflecting": torch.isin(packed.targets, reflection),
+                  "reflection_entropies": entropies}
+        if args.temperature != 1:
+            values["reflection_entropies"] = response_logprobs(policy, packed, 1.0)[1]
+        if reference is not None:
+            values["ref_logprobs"] = response_logprobs(reference, packed, args.temperature)[0]
+        for name, flat in values.items():
+            columns[name] += flat.split(packed.lengths)
+    for e in episodes:
+        written = torch.ones(len(e.response_ids), dtype=torch.bool, device=ranks.device)
+        columns["written"].append(written)
+        columns["mask"].append(written & (not (e.truncated and args.truncated == "mask")))
+        columns["sampler_logprobs"].append(torch.tensor(e.sampler_logprobs, device=ranks.device))
+
+    def padded(name: str) -> Tensor:
+        if episodes:
+            return torch.nn.utils.rnn.pad_sequence(columns[name], batch_first=True)
+        kind = torch.bool if name in ("written", "mask", "reflecting") else torch.float32
+        return torch.zeros(0, 0, dtype=kind, device=ranks.device)  # a rank may have no row
+
+    rows = [RowSummary(e.row, e.reward, len(m), int(m.sum()), e.truncated)
+            for e, m in zip(episodes, columns["mask"], strict=True)]
+    tensors = {f.name: padded(f.name) for f in fields(Batch) if f.name not in ("episodes", "rows", "advantages")}
+    if reference is None:
+        tensors["ref_logprobs"] = None
+    return Batch(episodes, sorted(ranks.gather(rows)), **tensors)
+
+
+def set_advantages(batch: Batch, args: Namespace, ranks: Ranks) -> dict[str, float]:
+    """Rewards to advantages, normalised over the whole rollout of all ranks. Returns their moments before that."""
+    rewards = torch.tensor([e.reward for e in batch.episodes], dtype=torch.float64, device=ranks.device)
+    group = torch.tensor([e.group for e in batch.episodes], dtype=torch.long, device=ranks.device)
+    returns = reinforce.advantages(
+        rewards, batch.logprobs, batch.ref_logprobs, batch.mask, kl_coef=args.kl_coef, gamma=args.gamma, group=group,
+        estimator=args.estimator, reward_clip=args.reward_clip, kl_kind=args.kl_kind, normalize=False,
+        all_reduce=ranks.sum_,
+    )
+    mean, variance = reinforce.global_moments(returns, batch.mask, ranks.sum_)
+    batch.advantages = returns if args.no_normalize else reinforce.standardize(returns, batch.mask, mean, variance)
+    return {"advantage/mean": mean.item(), "advantage/std": variance.sqrt().item()}
+
+
+def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace, ranks: Ranks,
+           step: int) -> dict[str, float]:
+    """The clipped policy-gradient steps of one rollout: `epochs` passes over its rows in `minibatches` parts each."""
+    lr = args.lr * cosine_schedule(step, args.steps, WARMUP_SHARE, FINAL_LR_SHARE)
+    position = {e.row: i for i, e in enumerate(batch.episodes)}
+    totals, losses, norms, M = dict.fromkeys(LOSS_SUMS, 0.0), [], [], args.minibatches
+    for epoch in range(args.epochs):
+        order = permutation(len(batch.rows), args.seed, "minibatches", step, epoch)
+        for part in range(M):
+            rows = order[part * len(order) // M : (part + 1) * len(order) // M]
+            counts = [batch.rows[row].loss_tokens for row in rows]  # over all ranks
+            denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
+            sums = backward(policy, batch, [position[row] for row in ranks.own(rows)], denominator, args, ranks)
+            loss = sums["loss_sum"] / max(denominator, 1)
+            norm = optimizer.step(lr) if math.isfinite(loss) else optimizer.discard()
+            if math.isfinite(norm):
+                totals = {name: totals[name] + sums[name] for name in LOSS_SUMS}
+                losses.append(loss)
+                norms.append(norm)
+    updates, tokens = max(len(norms), 1), max(totals["tokens"], 1)
+    return {
+        "policy/loss": sum(losses) / updates,
+        "policy/grad_norm": sum(norms) / updates,
+        "policy/clip_fraction": totals["clip_count"] / tokens,
+        "policy/ppo_kl": totals["ppo_kl_sum"] / tokens,
+        "policy/lr": lr,
+        "policy/skipped": args.epochs * M - len(norms),
+    }
+
+
+def backward(policy: Decoder, batch: Batch, mine: list[int], denominator: int, args: Namespace,
+             ranks: Ranks) -> dict[str, float]:
+    """Gradients of one mini-batch from this rank's part of it, `mine` (indices into the batch); sums over all ranks."""
+    sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=ranks.device)
+    for part in microbatches([batch.episodes[i] for i in mine], args.tokens_per_microbatch):
+        rows = [mine[i] for i in part]
+        packed = pack([batch.episodes[i] for i in rows], ranks.device)
+        logprobs = packed.pad(response_logprobs(policy, packed, args.temperature)[0])  # [b, T']
+        T = logprobs.shape[1]
+        mask = batch.mask[rows, :T]
+        loss, stats = reinforce.policy_loss(
+            logprobs, batch.logprobs[rows, :T], batch.advantages[rows, :T], mask, clip_low=args.clip_low,
+            clip_high=args.clip_high, dual_clip=args.dual_clip, reduction=args.reduction, denominator=denominator,
+        )
+        if args.estimator == "reinforce++-baseline" and args.kl_coef:
+            loss = loss + args.kl_coef * reinforce.kl_loss(
+                logprobs, batch.ref_logprobs[rows, :T], mask, reduction=args.reduction, denominator=denominator)
+        loss.backward()
+        sums += torch.stack([stats[name] for name in LOSS_SUMS])
+    return dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))
+
+
+def summarize(batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """What the rollout looks like over all ranks; the README's glossary explains each name."""
+    rewards = torch.tensor([row.reward for row in batch.rows], dtype=torch.float64)
+    tokens, rows = sum(row.tokens for row in batch.rows), len(batch.rows)
+    truncated = sum(row.truncated for row in batch.rows) / rows
+    mismatch = reinforce.gap_stats(batch.sampler_logprobs, batch.logprobs, batch.written)
+    sums = {
+        "policy/entropy": batch.entropies[batch.written].double().sum(),
+        "mismatch/mean": mismatch["abs_sum"],
+        "mismatch/k3": mismatch["k3_sum"],
+        "reflection/entropy": batch.reflection_entropies[batch.reflecting].double().sum(),
+        "reflection/per_1000": 1000 * batch.reflecting.double().sum(),
+    }
+    if batch.ref_logprobs is not None:
+        kl = reinforce.gap_stats(batch.logprobs, batch.ref_logprobs, batch.written)
+        sums |= {"kl/k1": kl["k1_sum"], "kl/k3": kl["k3_sum"]}
+    means = (ranks.sum_(torch.stack(list(sums.values()))) / tokens).tolist()
+    metrics = dict(zip(sums, means, strict=True))
+    share = metrics["reflection/per_1000"] / 1000  # reflection tokens among all tokens
+    metrics["reflection/entropy"] = metrics["reflection/entropy"] / share if share else math.nan
+    return metrics | {
+        "mismatch/max": ranks.max_(mismatch["abs_max"]).item(),
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(correction=0).item(),
+        "reward/min": rewards.min().item(),
+        "reward/max": rewards.max().item(),
+        "response/tokens": tokens,
+        "response/length_mean": tokens / rows,
+        "response/length_max": max(row.tokens for row in batch.rows),
+        "response/truncated": truncated,
+        "response/eos": 1 - truncated,
+    }
+
+
+def samples(episodes: list[Episode], step: int, ranks: Ranks) -> list[dict]:
+    """The step's first episodes as rows of samples.jsonl."""
+    rows = [
+        {"step": step + 1, "row": e.row, "prompt": e.source.prompt, "response": e.text,
+         "reward": e.reward if math.isfinite(e.reward) else None,
+         "tokens": len(e.response_ids), "truncated": e.truncated}
+        for e in episodes if e.row < SAMPLES_PER_STEP
+    ]
+    return sorted(ranks.gather(rows), key=lambda row: row["row"])
+
+
+def console_line(row: dict, steps: int) -> str:
+    def show(name: str, form: str) -> str:
+        return "-" if row.get(name) is None else format(row[name], form)
+
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"reward {show('reward/mean', '.3f')} ± {show('reward/std', '.3f')}",
+        f"kl {show('kl/k1', '.4f')}",
+        f"entropy {show('policy/entropy', '.3f')}",
+        f"clip {show('policy/clip_fraction', '.3f')}",
+        f"grad {show('policy/grad_norm', '.3f')}",
+        f"length {show('response/length_mean', '.0f')} ({show('response/truncated', '.0%')} cut)",
+        f"lr {show('policy/lr', '.1e')}",
+        f"{row['time/step']:.1f} s, {row['time/rollout_per_s']:.0f} tok/s",
+    ]
+    return " | ".join(parts + [f"{row['policy/skipped']} updates skipped"] * bool(row["policy/skipped"]))
+
+
+if __name__ == "__main__":
+    with script.readable_errors():
+        main()
