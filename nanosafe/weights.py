@@ -1,0 +1,287 @@
+"""Weights: find a model (folder, alias or hub id), stream its safetensors into the decoder, save them back.
+
+Only safetensors and JSON are read, never pickle. A load is a strict copy: every tensor of the model must be in the
+checkpoint with its shape, and nothing else may be. On the CPU, in the dtype of the file, a parameter is the
+memory-mapped file itself: a model starts without copying its weights. Simplified: one process reads one model whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from nanosafe.config import ALIASES, ModelConfig, read_json
+from nanosafe.model import Decoder
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]  # fmt: skip
+DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
+
+
+def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a model: a folder is itself; an alias or hub id, either with `@revision`, is downloaded.
+
+    Only the config, the tokenizer and, if `weights`, the safetensors that the index names are fetched, into
+    huggingface_hub's cache (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE work). A broken connection resumes where it
+    stopped; a killed download keeps finished files, and since shards come one at a time, at most one begins again.
+    Raises FileNotFoundError, PermissionError (gated) or ConnectionError, each with the cure.
+    """
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
+    base, _, revision = name.partition("@")
+    repo, _, pinned = ALIASES.get(base, base).partition("@")
+    revision = revision or pinned or None
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        if "/" in base or base.startswith((".", "~")):
+            raise FileNotFoundError(f"folder {folder} does not exist")
+        near = ", ".join(get_close_matches(base.lower(), ALIASES, cutoff=0.5) or ALIASES)
+        raise FileNotFoundError(f"unknown model {name!r}: no folder, no alias (near: {near}), not like owner/name")
+    from huggingface_hub import hf_hub_download, snapshot_download, utils  # half a second that a folder does not need
+
+    if not MAIN_RANK:
+        utils.disable_progress_bars()
+    with hub_errors_explained(repo, revision, "config and tokenizer"):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + [INDEX] * weights))
+    files = sorted(set(_read_index(folder).values())) if (folder / INDEX).exists() else [SINGLE]
+    for file in ["config.json"] + files * weights:
+        with hub_errors_explained(repo, revision, file):
+            hf_hub_download(repo, file, revision=folder.name)  # the commit: no request for what is in the cache
+    return folder
+
+
+@contextmanager
+def hub_errors_explained(repo: str, revision: str | None, file: str) -> Iterator[None]:
+    """Turns huggingface_hub's exceptions while it fetches `file` of `repo` into one sentence with the cure."""
+    from huggingface_hub import constants, errors
+
+    endpoint, token = constants.ENDPOINT, "run `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise PermissionError(f"{repo} is gated: accept its licence at {endpoint}/{repo}, then {token}") from None
+    except errors.RepositoryNotFoundError:
+        cure = f"check the spelling; if it is private, {token}"
+        raise FileNotFoundError(f"{repo} is neither a local folder nor a repository at {endpoint}: {cure}") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{repo} has no revision {revision!r}: see {endpoint}/{repo}/commits/main") from None
+    except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError: the hub could not be asked
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} cannot be reached"
+        raise ConnectionError(
+            f"{reason}, and the cache {constants.HF_HUB_CACHE} lacks {file} of {repo}. Download it where there is a "
+            "network and point HF_HOME to that cache, or give a local folder"
+        ) from None
+    except errors.EntryNotFoundError:
+        pickles = "; pickle files (.bin, .pt, .pth) are not read, because they can run code" if file == SINGLE else ""
+        raise FileNotFoundError(f"{repo} holds no {file} at revision {revision or 'main'}{pickles}") from None
+    except Exception as error:  # the HTTP client's own classes change with the library's version
+        again = "start again, finished files are kept"
+        raise ConnectionError(f"downloading {file} of {repo} failed ({error}): {again}") from error
+
+
+def load_model(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Decoder:
+    """The language model `name_or_path` (see find_checkpoint) on `device` in `dtype`, in eval mode.
+
+    Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
+    """
+    folder = find_checkpoint(name_or_path)
+    if ModelConfig.from_folder(folder).num_labels:
+        raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
+    return load_checkpoint(folder, device, dtype)
+
+
+def load_checkpoint(folder: str | Path, device: str | torch.device, dtype: torch.dtype) -> Decoder:
+    """The model in `folder`, whichever head it has, on `device` in `dtype`, in eval mode.
+
+    On the CPU, tensors already in `dtype` are views of a private (copy-on-write) mapping: changing them never changes
+    the file. All others are converted one by one: peak memory is the model and its largest stored tensor.
+    Raises ValueError listing every missing, unexpected, misshapen or quantised tensor, or naming the broken file.
+    """
+    folder, device = Path(folder), torch.device(device)
+    with torch.device("meta"), _NoInit():
+        model = Decoder(ModelConfig.from_folder(folder))
+    stored = _read_headers(folder)
+    names = _check_tensors(model, stored, folder)
+    tensors, opened = {}, None
+    for name in tqdm(names, f"loading {folder.name}", unit="tensor", delay=2, disable=not MAIN_RANK):
+        if stored[name].path != opened:
+            opened = stored[name].path
+            file = _open(opened)
+        tensors[name] = file.get_tensor(name)
+        if device.type != "cpu" or tensors[name].dtype != dtype:
+            tensors[name] = tensors[name].to(device).to(dtype)
+            opened = None  # the next tensor gets a mapping of its own, and the pages just read go with this one
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips the embedding's random values: nothing keeps them, and on the meta device they import 2 s of torch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+class Stored(NamedTuple):
+    """Where and what a tensor is, from its file's header alone."""
+
+    path: Path
+    dtype: str
+    shape: list[int]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX}: field 'weight_map' must be an object that maps tensor names to file names")
+    for name, file in weight_map.items():
+        # The name becomes a path and is fetched: a slash or ".." would reach beyond the model's own folder.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(f"{folder / INDEX}: {name!r} is in {file!r}, which is not a plain *.safetensors file name")
+    return weight_map
+
+
+def _read_headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint in the order of its files; no tensor is read."""
+    if (folder / SINGLE).exists() or not (folder / INDEX).exists():  # transformers, too, prefers the single file
+        weight_map, files = {}, [SINGLE]
+    else:
+        weight_map = _read_index(folder)
+        files = sorted(set(weight_map.values()))
+    stored = {}
+    for path in [folder / file for file in files]:
+        file = _open(path)
+        for name in file.offset_keys():
+            if weight_map.get(name, path.name) == path.name:
+                header = file.get_slice(name)
+                stored[name] = Stored(path, header.get_dtype(), header.get_shape())
+    if lacking := [f"{name} in {file}" for name, file in weight_map.items() if name not in stored]:
+        raise ValueError(f"{folder / INDEX} is wrong, download the model again: there is no {', no '.join(lacking)}")
+    return stored
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: download the model again") from None
+    except (SafetensorError, OSError) as error:
+        cure = "delete it (if it is a link, with the file it points to) and download it again"
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): {cure}") from None
+
+
+def _check_tensors(model: Decoder, stored: dict[str, Stored], folder: Path) -> list[str]:
+    """The tensors to load. One error for all that does not fit; a tied model's spare head must equal the embedding."""
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = model.config.tie_word_embeddings
+    # Spare: RoPE frequencies, which old checkpoints store; the head of a tied model, as in Qwen3-0.6B and 1.7B.
+    spare = {name for name in stored if name.endswith(".rotary_emb.inv_freq") or name == HEAD and tied}
+    both = [(name, stored[name], shape) for name, shape in expected.items() if name in stored]
+    groups = {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in stored],
+        "unexpected": [f"{name} {s.shape}" for name, s in stored.items() if name not in expected.keys() | spare],
+        "of another shape": [f"{name} {s.shape}, not {shape}" for name, s, shape in both if s.shape != shape],
+        f"neither {' nor '.join(DTYPES)}": [f"{name} {s.dtype}" for name, s, _ in both if s.dtype not in DTYPES],
+    }
+    lines = ["\n    ".join([f"  {title}:", *names]) for title, names in groups.items() if names]
+    vocab_size = stored[EMBEDDING].shape[0] if EMBEDDING in stored else model.config.vocab_size
+    if vocab_size != model.config.vocab_size:
+        lines.append(f"  vocab_size is {model.config.vocab_size} in config.json, {vocab_size} in the checkpoint")
+    if lines:
+        raise ValueError("\n".join([f"the tensors in {folder} do not fit its config.json", *lines]))
+    if HEAD in spare:
+        head, embedding = (_open(stored[name].path).get_tensor(name) for name in (HEAD, EMBEDDING))
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}")
+    return [name for name in stored if name in expected]
+
+
+def save_model(model: Decoder, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write `model` (and `tokenizer`) to `folder` in the official layout, which transformers loads too.
+
+    One `model.safetensors`, or, beyond `max_shard_bytes`, shards and their index. All files are written and synced
+    before the first is renamed into place, and what is left of an earlier save is deleted last: an error leaves an
+    earlier model as it was, and a model may be saved over the files it is mapped from. The renames together are not one
+    atomic step: whoever needs that saves to a new folder and renames it, as checkpoint.py does.
+    """
+    folder, shards, size = Path(folder), [{}], 0
+    for name, tensor in model.state_dict().items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else [SINGLE]
+    config = dict(model.config.raw)
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers renamed it, and reads both
+        config[key] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    jsons = {"config.json": config, "generation_config.json": model.config.generation}
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in sorted(shard)}
+        jsons[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    with _staged(folder) as new:
+        for file, shard in zip(files, shards, strict=True):
+            save_file(shard, new / file, metadata={"format": "pt"})
+        for file, content in jsons.items():
+            if content is not None:
+                (new / file).write_text(json.dumps(content, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(new)
+    ours = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for old in folder.iterdir():
+        if ours.fullmatch(old.name) and old.name not in files + list(jsons):
+            old.unlink()
+
+
+def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write `content`, or let it write to the path it is given; `path` is always wholly old or wholly new."""
+    path = Path(path)
+    with _staged(path.parent) as new:
+        content(new / path.name) if callable(content) else (new / path.name).write_bytes(content)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`; its files are synced, then renamed into `folder`, or after an error deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        yield new
+        files = sorted(new.iterdir())  # so that shards ("model-") come before their index ("model.")
+        for file in files:
+            sync(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        sync(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
