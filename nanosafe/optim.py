@@ -22,8 +22,8 @@ def cosine_schedule(step: int, steps: int, warmup_share: float, final_share: flo
     warmup = math.ceil(warmup_share * steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = (step - warmup) / (steps - warmup)  # below 1, so that no step is spent at a rate of 0
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Optimizer:
