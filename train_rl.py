@@ -207,9 +207,9 @@ class Batch:
     sampler_logprobs: Tensor
     logprobs: Tensor  # the policy's before the update, at the sampling temperature
     entropies: Tensor  # its entropies, at the sampling temperature
-    ref_logprobs: Tensor | None
     reflecting: Tensor  # which response tokens are reflection tokens
     reflection_entropies: Tensor  # entropies at temperature 1, the convention of that metric
+    ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
 
 
@@ -243,9 +243,8 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
 
     rows = [RowSummary(e.row, e.reward, len(m), int(m.sum()), e.truncated)
             for e, m in zip(episodes, columns["mask"], strict=True)]
-    tensors = {f.name: padded(f.name) for f in fields(Batch) if f.name not in ("episodes", "rows", "advantages")}
-    if reference is None:
-        tensors["ref_logprobs"] = None
+    absent = {"episodes", "rows", "advantages"} | ({"ref_logprobs"} if reference is None else set())
+    tensors = {field.name: padded(field.name) for field in fields(Batch) if field.name not in absent}
     return Batch(episodes, sorted(ranks.gather(rows)), **tensors)
 
 
@@ -277,7 +276,7 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
             denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
             sums = backward(policy, batch, [position[row] for row in ranks.own(rows)], denominator, args, ranks)
             loss = sums["loss_sum"] / max(denominator, 1)
-            norm = optimizer.step(lr) if math.isfinite(loss) else optimizer.discard()
+            norm = optimizer.step(lr) if denominator and math.isfinite(loss) else optimizer.discard()
             if math.isfinite(norm):
                 totals = {name: totals[name] + sums[name] for name in LOSS_SUMS}
                 losses.append(loss)

@@ -102,8 +102,8 @@ class RunFolder:
         self.log("metrics.jsonl", [row])
         if self.state["skipped"] >= MAX_SKIPPED_STEPS:
             raise SystemExit(
-                f"stopped: {MAX_SKIPPED_STEPS} steps in a row updated nothing, for want of a finite reward, loss or "
-                f"gradient; the last checkpoint stays in {self.out}/checkpoints"
+                f"stopped: {MAX_SKIPPED_STEPS} steps in a row updated nothing, for want of a token in the loss, or of "
+                f"a finite reward, loss or gradient; the last checkpoint stays in {self.out}/checkpoints"
             )
         self.stopping = self.ranks.any(self.requested)
         if step % self.args.save_every == 0 or step == self.total or self.stopping:

@@ -33,7 +33,8 @@ class Ranks:
         self.main = self.rank == 0
         self.patient = None
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def own(self, rows: Iterable[int]) -> list[int]:

@@ -1,0 +1,341 @@
+"""The training scripts as a user runs them: subprocesses, torchrun, kills, a hub; and ranks against one process."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub import StandInHub
+from parallel_cases import CASES, run_cases
+from safetensors.torch import load_file, save_file
+from world import write_world
+
+import train_rl
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+RL = ["--steps", "4", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatches", "2", "--lr", "1e-3",
+      "--max-response-tokens", "8", "--save-every", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def rl_args(world: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", str(world / "policy"), "--reward-model", str(world / "reward"), "--prompts",
+            str(world / "rows.jsonl"), "--out", str(out), *RL, *more]  # fmt: skip
+
+
+def sft_args(world: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", str(world / "policy"), "--data", str(world / "rows.jsonl"), "--out", str(out), "--epochs", "2",
+            "--batch-size", "5", "--lr", "1e-3", "--save-every", "1", *more]  # fmt: skip
+
+
+def run_script(*command: str, environment: dict | None = None, timeout: int = 240) -> subprocess.CompletedProcess:
+    environment = (environment or dict(os.environ)) | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=timeout)  # fmt: skip
+
+
+def rows_of(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def run_forked(script, argv: list[str], kill_at: int | None) -> int:
+    """Run script.main(argv) in a child that dies, as by SIGKILL, at its `kill_at`-th write to disk; its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # the parent's worker threads do not exist here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        calls = 0
+
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == kill_at:
+                    os._exit(9)
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("replace", "rename", "fsync"):
+            setattr(os, name, counted(getattr(os, name)))
+        shutil.rmtree = counted(shutil.rmtree)
+        try:
+            script.main(argv)
+            os._exit(0)
+        except BaseException as error:  # a child must never return into pytest
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("script, arguments", [(train_rl, rl_args), (train_sft, sft_args)], ids=["rl", "sft"])
+def test_run_killed_at_any_write_resumes_to_equal_weights_and_metrics(world, tmp_path, script, arguments):
+    assert run_forked(script, arguments(world, tmp_path / "whole"), None) == 0
+    kept: dict[int, dict] = {}
+    for kill_at in [1, 3, 8, 13, 17, 19, 20, 21, 22, 24, 31, 38, None]:
+        code = run_forked(script, arguments(world, tmp_path / "broken"), kill_at)
+        assert code == (9 if kill_at else 0), "each run but the last is killed"
+        done = sorted(int(p.name[5:]) for p in (tmp_path / "broken" / "checkpoints").glob("step-*"))
+        rows = rows_of(tmp_path / "broken") if done else []
+        assert all(row == kept.get(row["step"], row) for row in rows), "a covered row changed, clock included"
+        kept = {row["step"]: row for row in rows if row["step"] <= done[-1]}
+    whole, broken = rows_of(tmp_path / "whole"), rows_of(tmp_path / "broken")
+    assert len(whole) >= 4 and without_clock(whole) == without_clock(broken)
+    if script is train_rl:
+        assert rows_of(tmp_path / "whole", "samples.jsonl") == rows_of(tmp_path / "broken", "samples.jsonl")
+    a, b = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "broken"))
+    base = load_file(world / "policy" / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], base[name]) for name in a), "training changed nothing"
+    assert not list((tmp_path / "broken").rglob(".partial*"))
+
+
+def test_bf16_run_resumes_with_its_float32_masters(world, tmp_path):
+    for out, stops in (("whole", [None]), ("broken", [30, None])):
+        for kill_at in stops:
+            run_forked(train_rl, rl_args(world, tmp_path / out, "--dtype", "bfloat16"), kill_at)
+    state = "checkpoints/step-000004/trainer/optimizer.safetensors"
+    a, b = (load_file(tmp_path / run / state) for run in ("whole", "broken"))
+    assert any(name.startswith("master/") for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert without_clock(rows_of(tmp_path / "whole")) == without_clock(rows_of(tmp_path / "broken"))
+
+
+def test_sigkill_and_sigterm_of_the_real_script(world, tmp_path):
+    command = [sys.executable, "train_rl.py", *rl_args(world, tmp_path / "run", "--steps", "60")]
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(random.random() / 4)
+        process.send_signal(number)
+        output = process.stdout.read()
+        assert process.wait() == code
+    assert "stopped after step" in output
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{len(rows):06d}").is_dir(), "SIGTERM saves the finished step"
+    assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.fixture(scope="module")
+def results_by_ranks(world, tmp_path_factory) -> list[dict]:
+    """What one process computes, then what each of two does."""
+    out = tmp_path_factory.mktemp("ranks")
+    for ranks in (1, 2):
+        torch.multiprocessing.spawn(run_cases, (ranks, world, out), nprocs=ranks)
+    return [torch.load(out / f"{ranks}-{rank}.pt") for ranks, rank in ((1, 0), (2, 0), (2, 1))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_compute_what_one_does(results_by_ranks, name):
+    """Loss, gradients, metrics and advantages on the same stored episodes; unequal rows, ranks without a token."""
+    one, *two = (results[name] for results in results_by_ranks)
+    assert two[0]["metrics"] == pytest.approx(two[1]["metrics"], nan_ok=True, rel=1e-12), "ranks report the same"
+    assert two[0]["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6, nan_ok=True)
+    for parameter, gradient in one["gradients"].items():
+        error = (two[0]["gradients"][parameter] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error <= 1e-5, (parameter, error)
+    assert sum(gradient.norm() for gradient in one["gradients"].values()) > 0
+
+
+def test_sampler_ranks_draw_the_same_completions(world, tmp_path):
+    outputs = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        done = run_script(*launcher, "train_rl.py", *rl_args(world, out, "--steps", "1"))
+        assert done.returncode == 0, done.stderr
+        outputs.append(rows_of(out, "samples.jsonl"))
+    texts = [[(row["row"], row["response"], row["tokens"]) for row in rows] for rows in outputs]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+
+
+def shrink(config: dict, **sizes) -> dict:
+    return {**config, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "torch_dtype": "float32", **sizes}  # fmt: skip
+
+
+def write_shards(folder: Path, config: dict, shards: int, name: str) -> None:
+    """Random weights of `config` as transformers names them, in `shards` files with an index."""
+    from tiny import random_reference
+
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {k: v.contiguous() for k, v in random_reference(config).state_dict().items()}
+    files = [name.format(i + 1, shards) for i in range(shards)]
+    weight_map = {key: files[i * shards // len(tensors)] for i, key in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({k: tensors[k] for k in tensors if weight_map[k] == file}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_the_8b_command_from_a_hub_with_official_files(assets, tmp_path):
+    """`torchrun --nproc_per_node=2 train_rl.py --model qwen3-8b`: official names, files and formats; sizes shrunk."""
+    policy, reward, data = (tmp_path / name for name in ("policy", "reward", "data"))
+    for folder in (policy, reward, data):
+        folder.mkdir()
+    official = json.loads((assets / "configs/Qwen3-8B/config.json").read_text())
+    shutil.copy(assets / "configs/Qwen3-8B/generation_config.json", policy)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(assets / "tokenizers/qwen3" / file, policy)
+    write_shards(policy, shrink(official), 5, "model-{:05d}-of-{:05d}.safetensors")
+    (policy / "pytorch_model.bin").write_bytes(b"a decoy that must not be fetched")
+    llama = json.loads((assets / "configs/Llama-3.1-8B-Instruct/config.json").read_text())
+    llama |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "pad_token_id": 128009}
+    shutil.copy(assets / "tokenizers/llama3.1/tokenizer.json", reward)
+    template = (assets / "templates/meta-llama-Llama-3.1-8B-Instruct.jinja").read_text()
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": template}
+    (reward / "tokenizer_config.json").write_text(json.dumps(special))
+    write_shards(reward, shrink(llama), 4, "model-{:05d}-of-{:05d}.safetensors")
+    shutil.copy(assets / "data/star1/STAR-1.json", data)
+
+    models = {"Qwen/Qwen3-8B": policy, "Skywork/Skywork-Reward-V2-Llama-3.1-8B": reward}
+    shard = "model-00003-of-00005.safetensors"
+    with StandInHub(models, {"UCSC-VLAA/STAR-1": data}, cut={shard: 100_000}) as hub:
+        done = run_script(
+            "-m", "torch.distributed.run", "--nproc_per_node=2", "train_rl.py", "--model", "qwen3-8b", "--steps", "2",
+            "--device", "cpu", "--prompts-per-step", "8", "--max-prompt-tokens", "128",
+            "--max-response-tokens", "8", "--out", str(tmp_path / "run"),
+            environment=hub.environment(tmp_path / "home"),
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert hub.sent.get("pytorch_model.bin") is None
+    assert hub.sent[shard] == (policy / shard).stat().st_size, "the cut download went on where it stopped"
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2] and all(row["reward/mean"] is not None for row in rows)
+    assert "dropped" in done.stdout and "generation_config.json's temperature 0.6" in done.stdout
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final", dtype=torch.float32)
+    from nanosafe.weights import load_model
+
+    ours = load_model(tmp_path / "run/final", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "run/final")("Is it safe?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def expect_error(argv: list[str], script, *fragments: str) -> None:
+    with pytest.raises((ValueError, OSError)) as caught:
+        script.main(argv)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_wrong_settings_are_refused_before_anything_is_loaded(world, tmp_path):
+    def arguments(*more):
+        return rl_args(world, tmp_path / "run", *more)
+
+    expect_error(arguments("--kl-coef", "-0.1"), train_rl, "--kl-coef")
+    alone = arguments("--estimator", "reinforce++-baseline", "--samples-per-prompt", "1")
+    expect_error(alone, train_rl, "--samples-per-prompt")
+    expect_error(arguments("--minibatches", "9"), train_rl, "--minibatches")
+    expect_error(arguments("--truncated", "often"), train_rl, "--truncated", "often")
+    expect_error(arguments("--reward-model", "rule:nothing"), train_rl, "rule:math", "rule:refusal")
+    expect_error(arguments("--model", "qwen3-8"), train_rl, "qwen3-8b")
+    expect_error(arguments("--prompts", str(tmp_path / "none.jsonl")), train_rl, "none.jsonl")
+    expect_error(arguments("--max-prompt-tokens", "2"), train_rl, "12 longer than 2 tokens")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": \n')
+    expect_error(arguments("--prompts", str(tmp_path / "broken.jsonl")), train_rl, "broken.jsonl, line 2")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_script_prints_a_mistake_without_a_traceback(world, tmp_path):
+    done = run_script("train_rl.py", *rl_args(world, tmp_path / "run", "--model", "qwen3-9b"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "near: qwen3-8b" in done.stderr
+
+
+def test_a_run_goes_on_only_with_its_own_settings(world, tmp_path):
+    out = tmp_path / "run"
+    assert run_forked(train_sft, sft_args(world, out), None) == 0
+    shutil.rmtree(out / "final")
+    expect_error(sft_args(world, out, "--lr", "0.5"), train_sft, "--lr was 0.001, is 0.5")
+    expect_error(sft_args(world, out, "--resume", "never"), train_sft, "already holds a run")
+    assert len(list((out / "checkpoints").iterdir())) == 2, "--keep 2 is the default"
+
+
+def test_rewards_that_are_not_finite_skip_the_step_and_then_stop_the_run(world, tmp_path, monkeypatch, capsys):
+    values = iter([float("nan"), 1.0] + [float("inf")] * 5)
+
+    def reward(conversations, answers):
+        bad = next(values)
+        return torch.tensor([bad, *[0.5 * i for i in range(1, len(conversations))]])
+
+    monkeypatch.setattr(train_rl, "load_reward", lambda *_, **__: reward)
+    with pytest.raises(SystemExit, match="5 steps in a row"):
+        train_rl.main(rl_args(world, tmp_path / "run", "--steps", "9", "--minibatches", "1"))
+    rows = rows_of(tmp_path / "run")
+    assert [row["policy/skipped"] for row in rows] == [1, 0, 1, 1, 1, 1, 1]
+    assert rows[0]["reward/mean"] is None, "JSON has no NaN"
+    first, second = (load_file(tmp_path / f"run/checkpoints/step-00000{i}/model.safetensors") for i in (5, 6))
+    assert all(torch.equal(first[name], second[name]) for name in first), "a skipped step changes no weight"
+
+
+def test_options_of_the_loop_run_and_differ(world, tmp_path):
+    """Every estimator, reduction and truncation rule gives its own weights."""
+    variants = {
+        "plain": [],
+        "baseline": ["--estimator", "reinforce++-baseline"],
+        "sequence": ["--reduction", "sequence"],
+        "masked": ["--truncated", "mask"],
+        "fixed": ["--truncated", "-3"],
+        "no-kl": ["--kl-coef", "0"],
+        "hot": ["--temperature", "1.5"],
+        "raw": ["--no-normalize"],
+        "refusal": ["--reward-model", "rule:refusal"],
+        "twice": ["--epochs", "2", "--dual-clip", "3"],
+    }
+    norms = {}
+    for name, more in variants.items():
+        assert run_forked(train_rl, rl_args(world, tmp_path / name, "--steps", "2", *more), None) == 0, name
+        final = load_file(tmp_path / name / "final/model.safetensors")
+        norms[name] = sum(tensor.double().abs().sum().item() for tensor in final.values())
+        row = rows_of(tmp_path / name)[-1]
+        assert ("kl/k1" in row) == (name != "no-kl")
+        assert row["mismatch/max"] < 1e-4, "the sampler's log-probs are the trainer's, at every temperature"
+    assert len({round(value, 9) for value in norms.values()}) == len(norms), norms
+
+
+def test_reward_for_a_letter_makes_the_policy_write_it(tmp_path, monkeypatch):
+    """Learning, end to end, in the direction that a sign error would turn."""
+    world = write_world(tmp_path / "world")
+
+    def reward(conversations, answers):
+        return torch.tensor([float(c[-1]["content"].count("e")) for c in conversations])
+
+    monkeypatch.setattr(train_rl, "load_reward", lambda *_, **__: reward)
+    train_rl.main(rl_args(world, tmp_path / "run", "--steps", "12", "--prompts-per-step", "16", "--lr", "1e-2"))
+    means = [row["reward/mean"] for row in rows_of(tmp_path / "run")]
+    assert sum(means[-3:]) > 2 * sum(means[:3]) + 1, means
+
+
+def test_gated_offline_and_missing_data_are_explained(tmp_path):
+    environment = {k: v for k, v in os.environ.items()} | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = run_script("train_sft.py", "--model", "qwen3-0.6b", "--out", str(tmp_path / "run"), environment=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "HF_HUB_OFFLINE" in done.stderr
+
+
+def test_reward_model_as_policy_and_policy_as_reward_model_are_refused(world, tmp_path):
+    expect_error(rl_args(world, tmp_path / "a", "--model", str(world / "reward")), train_rl, "reward model")
+    expect_error(rl_args(world, tmp_path / "b", "--reward-model", str(world / "policy")), train_rl)
