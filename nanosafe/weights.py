@@ -92,8 +92,8 @@ def hub_errors_explained(repo: str, revision: str | None, file: str) -> Iterator
         pickles = "; pickle files (.bin, .pt, .pth) are not read, because they can run code" if file == SINGLE else ""
         raise FileNotFoundError(f"{repo} holds no {file} at revision {revision or 'main'}{pickles}") from None
     except Exception as error:  # the HTTP client's own classes change with the library's version
-        again = "start again, finished files are kept"
-        raise ConnectionError(f"downloading {file} of {repo} failed ({error}): {again}") from error
+        cure = "mend that and start again, finished files are kept"
+        raise ConnectionError(f"downloading {file} of {repo} failed ({error}): {cure}") from error
 
 
 def load_model(
@@ -162,7 +162,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint in the order of its files; no tensor is read."""
+    """Every tensor of the checkpoint, file by file; no tensor is read."""
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():  # transformers, too, prefers the single file
         weight_map, files = {}, [SINGLE]
     else:
@@ -171,7 +171,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
     stored = {}
     for path in [folder / file for file in files]:
         file = _open(path)
-        for name in file.offset_keys():
+        for name in file.keys():
             if weight_map.get(name, path.name) == path.name:
                 header = file.get_slice(name)
                 stored[name] = Stored(path, header.get_dtype(), header.get_shape())

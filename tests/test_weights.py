@@ -145,6 +145,13 @@ def test_file_names_come_from_the_index(sharded):
     same(load_model(sharded).state_dict(), expected)
 
 
+def test_a_single_file_wins_over_an_index_as_in_transformers(single, sharded):
+    expected = {name: tensor * 2 for name, tensor in stored(single).items()}
+    save_file(expected, sharded / "model.safetensors", metadata={"format": "pt"})
+    same(transformers.LlamaForCausalLM.from_pretrained(sharded, dtype="auto").state_dict(), expected)
+    same(load_model(sharded).state_dict(), expected)
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
 def test_matching_weights_are_the_mapped_file_and_training_never_changes_it(sharded):
     before = {file: file.read_bytes() for file in sharded.glob("*.safetensors")}
