@@ -1,0 +1,119 @@
+"""Work that may never end, in a process of its own.
+
+A computation inside C (9**9**9) cannot be interrupted from within Python, so its process must be ended. A `Worker`
+starts this file as a program, which loads one other file and calls its function `answer(request)` for each line of
+JSON. The process does not import the package, so it starts without torch. It ends when its parent does, for that closes
+the pipe, or, if it is busy just then, when the request's time is over.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import os
+import runpy
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 60.0  # a cold start from a network disk is slow, and not the request's fault
+
+
+class WorkerError(ValueError):
+    """The request failed in the worker, was late, or ended the process."""
+
+
+class Worker:
+    """Calls `answer(request)` of the Python file `path` in a process that starts on first use and after every kill.
+
+    seconds: wall clock of one call, the start not counted. memory_bytes: address space, where the platform limits it.
+    """
+
+    def __init__(self, path: str | Path, *, seconds: float, memory_bytes: int):
+        # -P rather than -I: the folder of a script stays off the path, packages in the user's site folder stay on it
+        self.command = [sys.executable, "-P", __file__, str(path), str(seconds), str(memory_bytes)]
+        self.seconds = seconds
+        self._forget()
+        atexit.register(self.stop)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)  # pipes and lock stay with the parent
+
+    def _forget(self) -> None:
+        self.lock, self.process = threading.Lock(), None
+
+    def call(self, request: Any) -> Any:
+        """`answer(request)`, both JSON values.
+
+        Raises WorkerError, and RuntimeError if the process does not even start.
+        """
+        line = json.dumps(request).encode() + b"\n"
+        with self.lock:
+            try:
+                if self.process is None or self.process.poll() is not None:
+                    self._start()
+                reply = json.loads(self._exchange(line))
+            except BaseException:  # an interrupt too: the next caller must not read this one's reply
+                self.stop()
+                raise
+        if "error" in reply:
+            raise WorkerError(reply["error"])
+        return reply["value"]
+
+    def stop(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.communicate()  # closes the pipes and waits
+
+    def _start(self) -> None:
+        self.stop()
+        pipe = subprocess.PIPE  # and a session of its own: Ctrl-C is for the parent
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, start_new_session=True)
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"{' '.join(self.command)} did not start: exit code {self.process.wait()}")
+
+    def _exchange(self, line: bytes) -> bytes:
+        start = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # shows below as a missing reply
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        if not reply.endswith(b"\n"):
+            late = time.monotonic() - start >= self.seconds
+            raise WorkerError(f"it took longer than {self.seconds:g} seconds" if late else
+                              f"its process ended with exit code {self.process.wait()}")  # fmt: skip
+        return reply
+
+
+def _serve(path: str, seconds: float, memory_bytes: int) -> None:
+    # The watchdog is a thread in C that needs no interpreter lock: it ends this process in the midst of a computation
+    # in C, and also when the parent is gone.
+    watch = partial(faulthandler.dump_traceback_later, exit=True, file=open(os.devnull, "w"))
+    watch(START_SECONDS)
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the file prints goes to the console, not among the replies
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    answer = runpy.run_path(path)["answer"]
+    faulthandler.cancel_dump_traceback_later()
+    print(file=replies, flush=True)  # ready
+    for line in sys.stdin.buffer:
+        watch(seconds)
+        try:
+            reply = json.dumps({"value": answer(json.loads(line))})
+        except MemoryError:
+            reply = json.dumps({"error": f"it needs more than {memory_bytes >> 20} MiB of memory"})
+        except Exception as error:
+            reply = json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]})
+        faulthandler.cancel_dump_traceback_later()
+        print(reply, file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
