@@ -69,3 +69,9 @@ def write_world(folder: Path, **changes) -> Path:
     write_reward_model(folder / "reward")
     write_rows(folder / "rows.jsonl")
     return folder
+
+
+if __name__ == "__main__":  # python tests/world.py FOLDER: the small world of the README's first command
+    import sys
+
+    print(f"wrote {write_world(Path(sys.argv[1]))}/policy, reward and rows.jsonl")
