@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.main_first():
         base = find_checkpoint(args.model)
         rows = load_rows(args.prompts)
-        reward = load_reward(args.reward_model, device=ranks.device, dtype=dtype)
+        reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device, dtype=dtype)
     policy = load_model(run.resumed or base, device=ranks.device, dtype=dtype)
     reference = load_model(base, device=ranks.device, dtype=dtype).requires_grad_(False) if args.kl_coef else None
     tokenizer = load_tokenizer(base)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanosafe.config import ModelConfig
-from nanosafe.data import THINK, microbatches
+from nanosafe.data import END_THINK, THINK, microbatches
 from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder
@@ -40,14 +40,20 @@ def conversation(
     return [*messages, {"role": "assistant", "content": text}]
 
 
-def load_reward(spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Reward:
+def load_reward(
+    spec: str, *, scope: str = "response", device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Reward:
     """The reward `spec`: rule:math, rule:refusal, or a reward model (alias, hub id or folder).
 
     The callable takes conversations that end with the assistant's turn, and for each the reference answer of its row,
-    which only rule:math reads: it raises ValueError naming the row that has none.
+    which only rule:math reads: it raises ValueError naming the row that has none. scope: as in `conversation`; a reward
+    model whose template deletes thoughts cannot score "response" and is refused with a ValueError.
     """
     if not spec.startswith("rule:"):
         model = load_reward_model(spec, device=device, dtype=dtype)
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{THINK}\nprobe\n{END_THINK}\n\n!"}]
+        if scope == "response" and "probe" not in model.tokenizer.render(probe):
+            raise ValueError(f"the chat template of {spec} deletes thoughts, so it cannot score them: --reward-scope answer")
         return lambda conversations, references: model.score(conversations)
     rules = {"rule:math": _math_rule, "rule:refusal": _refusal_rule}
     if spec not in rules:

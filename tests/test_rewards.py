@@ -9,6 +9,7 @@ import torch
 import transformers
 from tiny import random_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from world import write_reward_model
 
 from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
 from nanosafe.rewards import conversation, load_reward, load_reward_model
@@ -332,3 +333,13 @@ def test_a_reference_that_cannot_be_read_is_an_error(grader):
     for gold in ("", "$$", r"\boxed{}"):
         with pytest.raises(ValueError, match="cannot read the reference answer"):
             grader.grade(gold, r"\boxed{5}")
+
+
+def test_reward_model_whose_template_deletes_thoughts_is_refused_for_whole_responses(tmp_path):
+    strips = "{% for m in messages %}{{ '<|h|>' + m['content'].split('</think>')[-1] + '<|eot|>' }}{% endfor %}"
+    folder = write_reward_model(tmp_path / "rm", template=strips)
+    with pytest.raises(ValueError, match="--reward-scope answer"):
+        load_reward(str(folder), dtype=torch.float32)
+    assert load_reward(str(folder), scope="answer", dtype=torch.float32)
+    keeps = write_reward_model(tmp_path / "keeps")
+    assert load_reward(str(keeps), dtype=torch.float32)

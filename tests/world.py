@@ -43,9 +43,9 @@ def write_policy(folder: Path, seed: int = 0, **changes) -> Path:
     return folder
 
 
-def write_reward_model(folder: Path, seed: int = 1) -> Path:
+def write_reward_model(folder: Path, seed: int = 1, template: str = HEADERS) -> Path:
     """A Llama with a score head, another vocabulary and another template."""
-    size = write_tokenizer(folder, HEADERS, ["<|bos|>", "<|eos|>", "<|h|>", "<|/h|>", "<|eot|>"], bos_token="<|bos|>",
+    size = write_tokenizer(folder, template, ["<|bos|>", "<|eos|>", "<|h|>", "<|/h|>", "<|eot|>"], bos_token="<|bos|>",
                            eos_token="<|eos|>")  # fmt: skip
     random_checkpoint(folder, "llama", seed, reward=True, vocab_size=size, bos_token_id=0, eos_token_id=1)
     return folder
