@@ -271,6 +271,7 @@ def _staged(folder: Path) -> Iterator[Path]:
         yield new
         files = sorted(new.iterdir())  # so that shards ("model-") come before their index ("model.")
         for file in files:
+            file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
             sync(file)
         for file in files:
             os.replace(file, folder / file.name)

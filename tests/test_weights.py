@@ -369,6 +369,15 @@ def test_every_file_is_synced_before_the_first_is_renamed(sharded, tmp_path, mon
     ]
 
 
+def test_saved_files_are_as_readable_as_their_folder(single, tmp_path):
+    for mode in (0o755, 0o700, 0o2770):
+        out = tmp_path / oct(mode)
+        out.mkdir()
+        out.chmod(mode)
+        save_model(load_model(single), out)
+        assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {mode & 0o666}
+
+
 def test_write_atomic_replaces_or_leaves(tmp_path):
     path = tmp_path / "state" / "args.json"
     write_atomic(path, b"old")
