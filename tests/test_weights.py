@@ -580,14 +580,6 @@ def test_names_that_cannot_be_found(tmp_path, monkeypatch):
     assert find_checkpoint("qwen3-8b") == Path("qwen3-8b")  # a folder wins over an alias
 
 
-def official(alias: str) -> Path:
-    assets = os.environ.get("NANOSAFE_ASSETS")
-    if not assets:
-        pytest.skip("NANOSAFE_ASSETS is not set: the official config and index files are not at hand")
-    folder = Path(assets) / "configs" / ALIASES[alias].partition("@")[0].split("/")[1]
-    return folder
-
-
 def parameters_on_meta(config: ModelConfig) -> dict[str, list[int]]:
     with torch.device("meta"):
         return {name: list(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
@@ -597,8 +589,8 @@ def parameters_on_meta(config: ModelConfig) -> dict[str, list[int]]:
     "alias", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "r1-qwen-1.5b",
               "r1-qwen-7b", "r1-llama-8b", "llama-3.1-8b"]
 )  # fmt: skip
-def test_official_configs_give_the_official_tensors(alias):
-    folder = official(alias)
+def test_official_configs_give_the_official_tensors(alias, assets):
+    folder = assets / "configs" / ALIASES[alias].partition("@")[0].split("/")[1]
     reference = json.loads((folder.parent / "shapes.json").read_text())[folder.name]
     config = ModelConfig.from_folder(folder)
     found = parameters_on_meta(config)
