@@ -51,9 +51,10 @@ def load_reward(
     """
     if not spec.startswith("rule:"):
         model = load_reward_model(spec, device=device, dtype=dtype)
-        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{THINK}\nprobe\n{END_THINK}\n\n!"}]
+        probe = conversation([{"role": "user", "content": "?"}], f"probe{END_THINK}!", opened_thought=True)
         if scope == "response" and "probe" not in model.tokenizer.render(probe):
-            raise ValueError(f"the chat template of {spec} deletes thoughts, so it cannot score them: --reward-scope answer")
+            raise ValueError(f"the chat template of {spec} deletes thoughts, so they have no reward: "
+                             "use --reward-scope answer")  # fmt: skip
         return lambda conversations, references: model.score(conversations)
     rules = {"rule:math": _math_rule, "rule:refusal": _refusal_rule}
     if spec not in rules:

@@ -1,4 +1,4 @@
-"""A small world in the official layouts, made on the spot: policy, reward model with another tokenizer, prompts, SFT data."""
+"""A small world in the official layouts: policy, reward model with another tokenizer, prompts with SFT responses."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,11 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 HEADERS = (  # Llama's manner: the template writes BOS, and a tokenizer that adds it too must not double it
-    "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m['role'] + '<|/h|>\n\n' + m['content'] + '<|eot|>' }}{% endfor %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}{{ '<|h|>' + m['role'] + '<|/h|>\n\n' + m['content'] + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
 )
-CORPUS = ["How do I bake bread at home?", "Wait, but that is not safe. However, I can help.", "<think>\nOkay\n</think>\n\nNo."]
+CORPUS = ["How do I bake bread at home?", "Wait, but that is not safe. However, I can help.", "Okay\n\nNo."]
 
 
 def write_tokenizer(folder: Path, template: str, specials: list[str], **config) -> int:
@@ -24,7 +25,8 @@ def write_tokenizer(folder: Path, template: str, specials: list[str], **config) 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    trainer.show_progress = False
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     tokenizer.add_tokens(["<think>", "</think>"])
     folder.mkdir(parents=True, exist_ok=True)
