@@ -218,7 +218,7 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
              ranks: Ranks) -> Batch:
     """The trainer's and the reference's log-probs of every response token of this rank's episodes."""
     columns: dict[str, list[Tensor]] = defaultdict(list)  # name -> one tensor [length] per episode
-    for indices in microbatches(episodes, args.tokens_per_microbatch):
+    for indices in script.progress(microbatches(episodes, args.tokens_per_microbatch), "log-probs", ranks):
         packed = pack([episodes[i] for i in indices], ranks.device)
         logprobs, entropies = response_logprobs(policy, packed, args.temperature)
         values = {"logprobs": logprobs, "entropies": entropies, "reflecting": torch.isin(packed.targets, reflection),
@@ -270,7 +270,7 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
     totals, losses, norms, M = dict.fromkeys(LOSS_SUMS, 0.0), [], [], args.minibatches
     for epoch in range(args.epochs):
         order = permutation(len(batch.rows), args.seed, "minibatches", step, epoch)
-        for part in range(M):
+        for part in script.progress(range(M), "updates", ranks):
             rows = order[part * len(order) // M : (part + 1) * len(order) // M]
             counts = [batch.rows[row].loss_tokens for row in rows]  # over all ranks
             denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nanosafe.config import ModelConfig
 from nanosafe.data import END_THINK, THINK, microbatches
@@ -17,7 +18,7 @@ from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
-from nanosafe.weights import find_checkpoint, load_checkpoint
+from nanosafe.weights import MAIN_RANK, find_checkpoint, load_checkpoint
 
 Conversation = list[dict]  # [{"role": ..., "content": ...}, ...]
 Reward = Callable[[Sequence[Conversation], Sequence[str | None]], Tensor]  # and reference answers -> float32 [B], CPU
@@ -110,7 +111,8 @@ class RewardModel:
         documents = [self.encode(messages, index) for index, messages in enumerate(conversations)]
         order = sorted(range(len(documents)), key=lambda i: len(documents[i]))  # equal lengths attend as one batch
         scores, weight = torch.empty(len(documents)), self.model.score.weight.float()  # [B], [1, D]
-        for batch in microbatches([documents[i] for i in order], tokens_per_microbatch):
+        batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
+        for batch in tqdm(batches, "rewards", delay=2, leave=False, disable=not MAIN_RANK):
             rows = [order[i] for i in batch]
             lengths = [len(documents[i]) for i in rows]
             memory = PackedDocuments(lengths, device=weight.device)

@@ -168,10 +168,13 @@ def readable_errors() -> Iterator[None]:
     """A user's mistake (a missing file, a wrong field, a full disk) ends the script with its message alone."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if os.environ.get("NANOSAFE_TRACEBACK"):
             raise
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+        if isinstance(error, torch.OutOfMemoryError):
+            message += "\nA smaller --tokens-per-microbatch or a smaller model needs less memory."
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        print(f"{rank}{message}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         # Without clean-up: leaving the process group would wait for ranks that may never come.
         os._exit(1)
