@@ -148,10 +148,10 @@ def test_fields_that_change_nothing_are_accepted(changes):
     assert tiny_config("qwen2", **changes) == tiny_config("qwen2")
 
 
-def test_head_dim_is_read_where_given_and_defaults_as_in_transformers():
+def test_head_dim_is_read_and_absent_fields_default_as_in_transformers():
     assert tiny_config("qwen3", head_dim=24).head_dim == 24
-    without = {key: value for key, value in tiny_raw("qwen3").items() if key != "head_dim"}
-    assert ModelConfig.from_dict(without).head_dim == 128
+    absent = {key: value for key, value in tiny_raw("qwen3").items() if key not in ("head_dim", "rope_theta")}
+    assert ModelConfig.from_dict(absent).head_dim == 128 and ModelConfig.from_dict(absent).rope == Rope("default", 1e4)
     assert tiny_config("llama", head_dim=None).head_dim == 32 // 4
     assert tiny_config("qwen2", num_key_value_heads=None).num_key_value_heads == 4
 
