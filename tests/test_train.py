@@ -19,6 +19,7 @@ from world import write_world
 
 import train_rl
 import train_sft
+from nanosafe.weights import load_model
 
 ROOT = Path(__file__).parent.parent
 RL = ["--steps", "4", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatches", "2", "--lr", "1e-3",
@@ -227,8 +228,6 @@ def test_the_8b_command_from_a_hub_with_official_files(assets, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final", dtype=torch.float32)
-    from nanosafe.weights import load_model
-
     ours = load_model(tmp_path / "run/final", dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(tmp_path / "run/final")("Is it safe?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -308,13 +307,31 @@ def test_options_of_the_loop_run_and_differ(world, tmp_path):
     }
     norms = {}
     for name, more in variants.items():
-        assert run_forked(train_rl, rl_args(world, tmp_path / name, "--steps", "2", *more), None) == 0, name
+        long = ["--steps", "2", "--max-response-tokens", "60"]  # long enough for some to end by themselves
+        assert run_forked(train_rl, rl_args(world, tmp_path / name, *long, *more), None) == 0, name
         final = load_file(tmp_path / name / "final/model.safetensors")
         norms[name] = sum(tensor.double().abs().sum().item() for tensor in final.values())
-        row = rows_of(tmp_path / name)[-1]
+        first, row = rows_of(tmp_path / name)
         assert ("kl/k1" in row) == (name != "no-kl")
+        assert abs(first.get("kl/k1", 0)) < 1e-6, "before the first update the policy is the reference"
+        assert name in ("no-kl", "refusal") or abs(row["kl/k1"]) > 1e-4, "the reference follows the policy"
         assert row["mismatch/max"] < 1e-4, "the sampler's log-probs are the trainer's, at every temperature"
     assert len({round(value, 9) for value in norms.values()}) == len(norms), norms
+
+
+def test_tied_embeddings_stay_tied_through_training_and_resume(tmp_path):
+    world = write_world(tmp_path / "world", tie_word_embeddings=True)
+    for kill_at in (30, None):
+        run_forked(train_rl, rl_args(world, tmp_path / "run"), kill_at)
+    assert "lm_head.weight" not in load_file(tmp_path / "run/final/model.safetensors")
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final", dtype=torch.float32)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        ours, expected = load_model(tmp_path / "run/final", dtype=torch.float32)(ids), theirs(ids).logits
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_reward_for_a_letter_makes_the_policy_write_it(tmp_path, monkeypatch):
