@@ -6,9 +6,11 @@ training targets and rollouts have the same form whatever a template does to fin
 """
 
 import csv
+import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,7 @@ from nanosafe.weights import hub_errors_explained
 
 THINK, END_THINK = "<think>", "</think>"
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+ROLES = ("system", "user", "assistant")  # templates skip a turn of a role they do not know without a word
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Row:
 
     @property
     def prompt(self) -> list[dict]:
-        """The messages up to the last user turn: what the policy is asked."""
+        """The messages without assistant turns at the end: what the policy is asked."""
         end = len(self.messages)
         while end and self.messages[end - 1]["role"] == "assistant":
             end -= 1
@@ -47,7 +50,7 @@ class Row:
 class Document:
     """Token ids of a prompt and a response: what packing works on."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # at least one, for the last predicts the first of the response
     response_ids: list[int]
 
     def __len__(self) -> int:
@@ -68,11 +71,11 @@ class Episode(Document):
 
 
 def load_rows(name: str) -> list[Row]:
-    """Rows of a local .json, .jsonl, .csv or .parquet file, or of a data set on the hub ("owner/name", "@revision",
-    ":file").
+    """Rows of a local .json, .jsonl, .csv or .parquet file, or of a data set on the hub (see find_dataset).
 
     A row has `messages`, or `prompt` (a text, or messages) or STAR-1's `question`, and perhaps `response` and `answer`.
-    Raises FileNotFoundError, or ValueError naming the file, the row and the field.
+    A .json file is a list of rows, or has one row per line like .jsonl. Raises what find_dataset raises, or ValueError
+    naming the file, the row and the field.
     """
     path = Path(name).expanduser()
     path = path if path.is_file() else find_dataset(name)
@@ -85,33 +88,53 @@ def load_rows(name: str) -> list[Row]:
 def find_dataset(name: str) -> Path:
     """The data file of a hub data set, downloaded into the hub's cache: the only one, or the only one named *train*.
 
-    name: "owner/name", then perhaps "@revision" and ":file" to choose among several.
+    name: "owner/name", then perhaps "@revision" and ":file" to choose among several. Raises FileNotFoundError,
+    PermissionError (gated) or ConnectionError, each with the cure.
     """
     match = re.fullmatch(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?(:(?P<file>.+))?", name)
-    if match is None:
-        raise FileNotFoundError(f"{name} is neither a file nor a data set on the hub (owner/name)")
-    from huggingface_hub import snapshot_download  # slow to import, and a local file needs none of it
+    if Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"{name} is a folder: give a {', '.join(DATA_SUFFIXES)} file")
+    if match is None or match["repo"].endswith(DATA_SUFFIXES):
+        raise FileNotFoundError(f"there is no file {name}, and it is not a data set on the hub (owner/name) either")
+    from huggingface_hub import hf_hub_download  # slow to import, and a local file needs none of it
 
     repo, revision, file = match["repo"], match["revision"], match["file"]
     with hub_errors_explained(f"datasets/{repo}", revision, file or "its data"):
-        patterns = [file] if file else [f"*{suffix}" for suffix in DATA_SUFFIXES]
-        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix in DATA_SUFFIXES and p.name != "dataset_infos.json"]
-    files = [p for p in files if str(p.relative_to(folder)) == file] if file else files
-    chosen = files if len(files) == 1 else [p for p in files if "train" in p.name.lower()]
+        found_at, files = _hub_files(repo, revision)
+    chosen = [file] if file else files if len(files) == 1 else [f for f in files if "train" in Path(f).name.lower()]
     if len(chosen) != 1:
-        found = ", ".join(str(p.relative_to(folder)) for p in files) or "none"
+        found = ", ".join(sorted(files)) or "none"
         raise FileNotFoundError(f"data set {repo}: which file? found {found}; choose one with {repo}:FILE")
-    return chosen[0]
+    with hub_errors_explained(f"datasets/{repo}", revision, chosen[0]):
+        return Path(hf_hub_download(repo, chosen[0], repo_type="dataset", revision=found_at))
+
+
+def _hub_files(repo: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """A data set's data files on the hub at `revision` or, where it cannot be asked, in the cache at a commit."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision).siblings]
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):  # gated ones too
+        raise
+    except Exception:  # the HTTP client's own classes change with the library's version
+        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
+        revision, names = folder.name, [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    # dataset_infos.json is about the data, in older data sets.
+    return revision, [name for name in names if name.endswith(DATA_SUFFIXES) and name != "dataset_infos.json"]
 
 
 def _read_records(path: Path) -> list[tuple[dict, str]]:
+    """The rows of a file, each with its place."""
+
     def parse(text: str, where: str):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not valid JSON ({error})") from None
 
+    if path.suffix not in DATA_SUFFIXES:
+        raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -119,39 +142,56 @@ def _read_records(path: Path) -> list[tuple[dict, str]]:
             raise ValueError(f"{path} is a parquet file: pip install 'nanosafe[parquet]'") from None
         records = pyarrow.parquet.read_table(path).to_pylist()
         return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their CSV files with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+    if path.suffix == ".jsonl" or path.suffix == ".json" and text.lstrip().startswith("{"):
         lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
         return [(parse(line, f"{path}, line {i}"), f"{path}, line {i}") for i, line in lines if line.strip()]
     if path.suffix == ".csv":
-        return [(record, f"{path}, row {i}") for i, record in enumerate(csv.DictReader(text.splitlines(True)), 1)]
+        csv.field_size_limit(len(text) + 1)  # the default of 131,072 characters is shorter than a long thought
+        return [(record, f"{path}, row {i}") for i, record in enumerate(csv.DictReader(io.StringIO(text)), 1)]
     records = parse(text, str(path))
     if not isinstance(records, list):
-        raise ValueError(f"{path} must hold a JSON list of rows; for one object per line name it .jsonl")
+        raise ValueError(f"{path} must hold a JSON list of rows, or one JSON object per line")
     return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
 
 
 def _row(record: dict, source: str) -> Row:
     if not isinstance(record, dict):
         raise ValueError(f"{source}: a row must be a JSON object, found {type(record).__name__}")
+    if None in record:  # where the csv module puts what is left over
+        raise ValueError(f"{source}: more fields than the header has; quote the fields that hold a comma")
     name = next((key for key in ("messages", "prompt", "question") if record.get(key) is not None), None)
     if name is None:
         raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; it has {list(record)}")
-    value = record[name]
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    value, kinds = record[name], "a list of objects" if name == "messages" else "a text or a list of objects"
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) and name != "messages" else value
     well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages
     )
     if not well_formed:
         raise ValueError(
-            f"{source}: field {name!r} must be a text or a list of objects with a 'role' and a 'content' text"
+            f"{source}: field {name!r} must be {kinds} with a 'role' ({', '.join(ROLES)}) and a 'content' text"
         )
-    if record.get("response") is not None:
-        if not isinstance(record["response"], str):
+    response, answer = record.get("response"), record.get("answer")
+    if response is not None:
+        if not isinstance(response, str):
             raise ValueError(f"{source}: field 'response' must be a text")
-        messages = [*messages, {"role": "assistant", "content": record["response"]}]
-    answer = record.get("answer")
+        messages = [*messages, {"role": "assistant", "content": response}]
+    if not isinstance(answer, str | int | float | None):
+        raise ValueError(f"{source}: field 'answer' must be a text or a number")
     return Row(messages, source, None if answer is None else str(answer))
+
+
+@contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    """Errors of templates and tokenizers say what is wrong; this adds where."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{row.source}: {error}") from None
 
 
 def encode_prompts(
@@ -166,7 +206,8 @@ def encode_prompts(
         if not row.prompt or not row.prompt[-1]["content"].strip():
             empty += 1
             continue
-        ids = tokenizer.encode_chat(row.prompt, add_generation_prompt=True)
+        with _naming(row):
+            ids = tokenizer.encode_chat(row.prompt, add_generation_prompt=True)
         if len(ids) > max_tokens:
             long += 1
         else:
@@ -191,18 +232,24 @@ def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list
     rendered: its text follows the generation prompt as it stands, then the token that ends a turn. Where the prompt
     opens the thought, the text's own <think> is dropped; a text without one gets an empty thought. A document over
     `max_tokens` loses its end; one whose prompt leaves no room is left out. Returns the documents and how many lost
-    tokens or were left out. Raises ValueError for a row without an assistant turn.
+    tokens or were left out. Raises ValueError for a row without an assistant turn or with an empty one.
     """
     documents, cut = [], 0
     for i, message in enumerate(row.messages):
         if message["role"] != "assistant":
             continue
-        prompt_ids = tokenizer.encode_chat(row.messages[:i], add_generation_prompt=True)
         text = message["content"]
-        if opens_thought(tokenizer, prompt_ids):
-            has_thought = END_THINK in text
-            text = text.removeprefix(THINK).removeprefix("\n") if has_thought else f"\n{END_THINK}\n\n{text}"
-        response_ids = tokenizer.encode(text) + [turn_end(tokenizer)]
+        if not text.strip():
+            raise ValueError(f"{row.source}: the response is empty")
+        if any(message.get(name) for name in ("reasoning_content", "thinking", "reasoning")):
+            raise ValueError(f"{row.source}: a thought must be part of 'content', as <think>...</think>")
+        with _naming(row):
+            prompt_ids = tokenizer.encode_chat(row.messages[:i], add_generation_prompt=True)
+            if opens_thought(tokenizer, prompt_ids):
+                text = text.lstrip()
+                has_thought = text.startswith(THINK) or END_THINK in text
+                text = text.removeprefix(THINK).removeprefix("\n") if has_thought else f"\n{END_THINK}\n\n{text}"
+            response_ids = tokenizer.encode(text) + [turn_end(tokenizer)]
         room = max(0, max_tokens - len(prompt_ids))
         documents += [Document(prompt_ids, response_ids[:room])] * (room > 0)
         cut += room < len(response_ids)
@@ -238,8 +285,9 @@ class Packed:
 
     def pad(self, values: Tensor) -> Tensor:
         """[R] -> [documents, longest response], right-padded with 0."""
-        rows = values.split(self.lengths) if self.lengths else [values]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if not self.lengths:
+            return values.reshape(0, 0)
+        return torch.nn.utils.rnn.pad_sequence(values.split(self.lengths), batch_first=True)
 
 
 def pack(documents: Sequence[Document], device: torch.device) -> Packed:
