@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args, ranks = script.start(flags(), RL_RECIPE, argv, "rl", check)
     run = RunFolder(args, ranks)
     if run.complete:
-        return ranks.print(f"{run.out}/final is there: the run is complete")
+        return ranks.close()
 
     # The policy goes on from the newest checkpoint; the reference stays what the policy was at the start.
     dtype = getattr(torch, args.dtype)
@@ -111,6 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     run.attach(policy, tokenizer, optimizer)
     prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
     ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
+    longest, limit = max(len(ids) for _, ids in prompts), policy.config.max_position_embeddings
+    if longest + args.max_response_tokens > limit:
+        raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} tokens passes "
+                         f"{args.model}'s {limit} positions (max_position_embeddings): lower it")
     announce_sampling(policy, args, ranks)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long, device=ranks.device)
 
@@ -134,9 +138,10 @@ def main(argv: list[str] | None = None) -> None:
         tokens = metrics["response/tokens"]
         run.log("samples.jsonl", samples(episodes, step, ranks))
         updated = metrics["policy/skipped"] < args.minibatches * args.epochs
-        row = run.end_step(metrics | clock.times(rollout=tokens, update=tokens), updated)
+        row = run.record(metrics | clock.times(rollout=tokens, update=tokens), updated)
         tracker.log(row)
         ranks.print(console_line(row, args.steps))
+        run.save_if_due()
     run.finish()
     tracker.close()
     ranks.close()

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args, ranks = script.start(flags(), SFT_RECIPE, argv, "sft", lambda args: None)
     run = RunFolder(args, ranks)
     if run.complete:
-        return ranks.print(f"{run.out}/final is there: the run is complete")
+        return ranks.close()
 
     with ranks.main_first():
         base = find_checkpoint(args.model)
@@ -75,9 +75,10 @@ def main(argv: list[str] | None = None) -> None:
 
         metrics |= {"sft/grad_norm": norm, "sft/lr": lr, "sft/epoch": (step + 1) * args.batch_size / len(documents)}
         metrics |= clock.times(update=sum(map(len, batch)))
-        row = run.end_step(metrics, updated=math.isfinite(norm))
+        row = run.record(metrics, updated=math.isfinite(norm))
         tracker.log(row)
         ranks.print(console_line(row, steps))
+        run.save_if_due()
     run.finish()
     tracker.close()
     ranks.close()

@@ -54,6 +54,8 @@ class RunFolder:
         self.resumed = found[-1] if found else None
         self.state = read_json(self.resumed / "trainer" / "state.json") if found else {"step": 0, "skipped": 0}
         self.complete = (self.out / "final").exists()
+        if self.complete:
+            ranks.print(f"{self.out}/final is there: the run is complete")
         if ranks.main and not self.complete:
             self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(self.out / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
@@ -91,8 +93,8 @@ class RunFolder:
         while self.state["step"] < total and not self.stopping:
             yield self.state["step"]
 
-    def end_step(self, metrics: dict, updated: bool) -> dict:
-        """Log a step's row and save if it is time. Returns the row as written: numbers that are not finite are None.
+    def record(self, metrics: dict, updated: bool) -> dict:
+        """Log the row of the step just done. Returns it as written: numbers that are not finite are None.
 
         Exits after MAX_SKIPPED_STEPS steps in a row that updated nothing.
         """
@@ -105,9 +107,6 @@ class RunFolder:
                 f"stopped: {MAX_SKIPPED_STEPS} steps in a row updated nothing, for want of a token in the loss, or of "
                 f"a finite reward, loss or gradient; the last checkpoint stays in {self.out}/checkpoints"
             )
-        self.stopping = self.ranks.any(self.requested)
-        if step % self.args.save_every == 0 or step == self.total or self.stopping:
-            self.save()
         return row
 
     def log(self, name: str, rows: list[dict]) -> None:
@@ -117,6 +116,12 @@ class RunFolder:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 file.flush()
                 os.fsync(file.fileno())
+
+    def save_if_due(self) -> None:
+        """Save every --save-every steps, after the last one and when the run was asked to stop."""
+        self.stopping = self.ranks.any(self.requested)
+        if self.state["step"] % self.args.save_every == 0 or self.state["step"] == self.total or self.stopping:
+            self.save()
 
     def save(self) -> None:
         """Write checkpoints/step-N, then delete all but the newest `--keep`."""

@@ -255,6 +255,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(world, tmp_path):
     expect_error(arguments("--model", "qwen3-8"), train_rl, "qwen3-8b")
     expect_error(arguments("--prompts", str(tmp_path / "none.jsonl")), train_rl, "none.jsonl")
     expect_error(arguments("--max-prompt-tokens", "2"), train_rl, "12 longer than 2 tokens")
+    expect_error(arguments("--max-response-tokens", "250"), train_rl, "--max-response-tokens 250", "256 positions")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": \n')
     expect_error(arguments("--prompts", str(tmp_path / "broken.jsonl")), train_rl, "broken.jsonl, line 2")
     assert not (tmp_path / "run/checkpoints").exists()
