@@ -1,8 +1,9 @@
 """Text to token ids and back, from a checkpoint's own files.
 
-tokenizer.json is read by the `tokenizers` library and the chat template is rendered by template.py; this file adds the
-rules by which transformers combines a checkpoint's small JSON files, because a conversation must become exactly the
-ids that the model was trained on. No special token is ever added to a text: templates write their own BOS.
+tokenizer.json is read by the `tokenizers` library, and template.py renders the chat template in a process of its own;
+this file adds the rules by which transformers combines a checkpoint's small JSON files, because a conversation must
+become exactly the ids that the model was trained on. No special token is ever added to a text: templates write their
+own BOS.
 Left out: tokenizers without a tokenizer.json, and templates for tools.
 """
 
@@ -13,14 +14,17 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from nanosafe import template
 from nanosafe.config import read_json
 from nanosafe.weights import find_checkpoint, write_atomic
+from nanosafe.worker import Worker, WorkerError
 
 # A tokenizer in the official layout; the vocabulary files beside tokenizer.json are for other libraries.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# One for all tokenizers. A render takes well under a millisecond; the bounds are for templates that mean harm.
+_renderer = Worker(Path(__file__).with_name("template.py"), seconds=5.0, memory_bytes=1 << 30)
 
 
 def load_tokenizer(name_or_path: str | Path) -> "Tokenizer":
@@ -104,7 +108,7 @@ class Tokenizer:
             template_vars: variables of the template, such as enable_thinking.
 
         Raises:
-            ValueError: no template, no messages, or the template failed or went over its bounds (see template.py).
+            ValueError: no template, no messages, or the template failed or went over its bounds.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -115,18 +119,25 @@ class Tokenizer:
         variables = {"messages": [_as_template_sees(message) for message in messages], "tools": None, "documents": None,
                      "add_generation_prompt": add_generation_prompt, **self.special_tokens, **template_vars}
         try:
-            return template.render(self.chat_template, variables)
-        except ValueError as error:
+            return _renderer.call([self.chat_template, variables])
+        except WorkerError as error:
             raise ValueError(f"the chat template of {self.folder} failed: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"messages and template variables must be JSON values: {error}") from None
 
     def encode_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False, **template_vars) -> list[int]:
         """Token ids of the rendered conversation; arguments and errors of render()."""
         return self.encode(self.render(messages, add_generation_prompt, **template_vars))
 
     def save(self, folder: str | Path) -> None:
-        """Write the official tokenizer files to `folder`, their bytes unchanged, each one atomically."""
+        """Write the official tokenizer files to `folder`, their bytes unchanged, each one atomically.
+
+        Files that another tokenizer left there are deleted: an older chat_template.jinja would win over this template.
+        """
         for name, data in self._files.items():
             write_atomic(Path(folder) / name, data)
+        for name in set(FILES) - self._files.keys():
+            (Path(folder) / name).unlink(missing_ok=True)
 
     def _read_json(self, name: str) -> dict:
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
@@ -142,8 +153,13 @@ class Tokenizer:
     def _merge_added_tokens(self, config: dict, named: list[AddedToken]) -> None:
         """Merge tokenizer_config.json's tokens into tokenizer.json's: its flags win, new ones get the next ids."""
         tokens = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
-        for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-            tokens[entry["content"]] = AddedToken(**entry)
+        try:
+            for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+                tokens[entry["content"]] = AddedToken(**entry)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'}: field 'added_tokens_decoder' must map ids to objects with "
+                f"'content' and flags ({type(error).__name__}: {error}): download it again") from None
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         for token in named:
             tokens.setdefault(token.content, token).special = True

@@ -3,7 +3,7 @@
 A computation inside C (9**9**9) cannot be interrupted from within Python, so its process must be ended. A `Worker`
 starts this file as a program, which loads one other file and calls its function `answer(request)` for each line of
 JSON. The process does not import the package, so it starts without torch. It ends when its parent does, for that closes
-the pipe, or, if it is busy just then, when the request's time is over.
+the socket between them, or, if it is busy just then, when the request's time is over. POSIX only.
 """
 
 import atexit
@@ -11,16 +11,18 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
 import runpy
+import socket
 import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 START_SECONDS = 60.0  # a cold start from a network disk is slow, and not the request's fault
+SPARE_SECONDS = 10.0  # how much later than the process's own watchdog the parent gives up
 
 
 class WorkerError(ValueError):
@@ -30,6 +32,7 @@ class WorkerError(ValueError):
 class Worker:
     """Calls `answer(request)` of the Python file `path` in a process that starts on first use and after every kill.
 
+    Threads may share it; a forked child gets a process of its own.
     seconds: wall clock of one call, the start not counted. memory_bytes: address space, where the platform limits it.
     """
 
@@ -39,23 +42,22 @@ class Worker:
         self.seconds = seconds
         self._forget()
         atexit.register(self.stop)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)  # pipes and lock stay with the parent
+        os.register_at_fork(after_in_child=self._forget)  # process and lock stay with the parent
 
     def _forget(self) -> None:
-        self.lock, self.process = threading.Lock(), None
+        self.lock, self.process, self.socket = threading.Lock(), None, None
 
     def call(self, request: Any) -> Any:
         """`answer(request)`, both JSON values.
 
-        Raises WorkerError, and RuntimeError if the process does not even start.
+        Raises TypeError for other values, WorkerError, and RuntimeError if the process does not even start.
         """
         line = json.dumps(request).encode() + b"\n"
         with self.lock:
             try:
                 if self.process is None or self.process.poll() is not None:
                     self._start()
-                reply = json.loads(self._exchange(line))
+                reply = json.loads(self._exchange(line, self.seconds))
             except BaseException:  # an interrupt too: the next caller must not read this one's reply
                 self.stop()
                 raise
@@ -64,47 +66,51 @@ class Worker:
         return reply["value"]
 
     def stop(self) -> None:
+        """End the process; the next call starts another."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            process.communicate()  # closes the pipes and waits
+            process.wait()
+            self.socket.close()
 
     def _start(self) -> None:
         self.stop()
-        pipe = subprocess.PIPE  # and a session of its own: Ctrl-C is for the parent
-        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, start_new_session=True)
-        if not self.process.stdout.readline():
-            raise RuntimeError(f"{' '.join(self.command)} did not start: exit code {self.process.wait()}")
+        # Sockets rather than pipes: they have timeouts, and no buffers, which a forked child would flush.
+        self.socket, remote = socket.socketpair()
+        with remote:  # a session of its own: Ctrl-C is for the parent
+            self.process = subprocess.Popen(self.command, stdin=remote, stdout=remote, start_new_session=True)
+        try:
+            self._exchange(b"", START_SECONDS)
+        except WorkerError as error:
+            raise RuntimeError(f"{' '.join(self.command)} did not start: {error}") from None
 
-    def _exchange(self, line: bytes) -> bytes:
-        start = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # shows below as a missing reply
-            self.process.stdin.write(line)
-            self.process.stdin.flush()
-        reply = self.process.stdout.readline()
+    def _exchange(self, line: bytes, seconds: float) -> bytes:
+        """Sends `line`; the process's next line."""
+        start, reply, process = time.monotonic(), bytearray(), self.process
+        self.socket.settimeout(seconds + SPARE_SECONDS)  # for a process that hangs before it has set its watchdog
+        with contextlib.suppress(OSError):  # it ended or hangs, and the reply stays incomplete
+            self.socket.sendall(line)
+            while not reply.endswith(b"\n") and (part := self.socket.recv(1 << 16)):
+                reply += part
         if not reply.endswith(b"\n"):
-            late = time.monotonic() - start >= self.seconds
-            raise WorkerError(f"it took longer than {self.seconds:g} seconds" if late else
-                              f"its process ended with exit code {self.process.wait()}")  # fmt: skip
+            late = time.monotonic() - start >= seconds
+            self.stop()
+            raise WorkerError(f"it took longer than {seconds:g} seconds" if late else
+                              f"its process ended with exit code {process.returncode}")  # fmt: skip
         return reply
 
 
 def _serve(path: str, seconds: float, memory_bytes: int) -> None:
-    # The watchdog is a thread in C that needs no interpreter lock: it ends this process in the midst of a computation
-    # in C, and also when the parent is gone.
-    watch = partial(faulthandler.dump_traceback_later, exit=True, file=open(os.devnull, "w"))
-    watch(START_SECONDS)
-    replies = os.fdopen(os.dup(1), "w")
+    replies, nowhere = os.fdopen(os.dup(1), "w"), open(os.devnull, "w")
     os.dup2(2, 1)  # what the file prints goes to the console, not among the replies
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses it
-        import resource
-
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses it
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     answer = runpy.run_path(path)["answer"]
-    faulthandler.cancel_dump_traceback_later()
     print(file=replies, flush=True)  # ready
     for line in sys.stdin.buffer:
-        watch(seconds)
+        # The watchdog is a thread in C that needs no interpreter lock: it ends this process in the midst of a
+        # computation in C, and also when the parent is gone.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
         try:
             reply = json.dumps({"value": answer(json.loads(line))})
         except MemoryError:

@@ -4,14 +4,11 @@ The first half needs the official tokenizers and templates; the second half show
 """
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from nanosafe import template
-from nanosafe.tokenizer import Tokenizer, load_tokenizer
+from nanosafe import tokenizer as module
+from nanosafe.tokenizer import FILES, Tokenizer, load_tokenizer
+from nanosafe.worker import Worker
 
 TRACE = "<think>\nFirst 12 + 30 = 42.\nWait, check.\n</think>\n\nIt is 42."
 CONVERSATIONS = [
@@ -115,17 +113,22 @@ def test_own_template_is_found_as_string_list_or_file(official):
 
 
 def test_every_template_gives_the_text_and_ids_of_transformers(official, assets, monkeypatch):
-    _, ours, reference = official
-    for path in sorted((assets / "templates").glob("*.jinja")):
+    """All conversations with a tokenizer's own template, and by Llama's with those of none; two with each other one."""
+    name, ours, reference = official
+    paths = sorted((assets / "templates").glob("*.jinja"))
+    own = [template for template, _ in OFFICIAL_TEMPLATES.values()]
+    assert {path.stem for path in paths} > set(own)
+    for i, path in enumerate(paths, start=len(name)):
         monkeypatch.setattr(ours, "chat_template", path.read_text())
         monkeypatch.setattr(reference, "chat_template", path.read_text())
+        everything = path.stem == OFFICIAL_TEMPLATES[name][0] or name == "llama3.1" and path.stem not in own
         texts = 0
-        for messages in CONVERSATIONS:
+        for messages in CONVERSATIONS if everything else CONVERSATIONS[i % 5::5]:
             for add in (False, True):
                 texts += assert_same(ours, reference, messages, add_generation_prompt=add)
             assert_same(ours, reference, messages, add_generation_prompt=True, enable_thinking=False, thinking=True,
                         date_string="01 Jan 2030", documents=[{"doc_id": 1, "text": "A <b>é</b>", "title": "t"}])
-        assert texts >= len(CONVERSATIONS)
+        assert texts >= len(CONVERSATIONS) or not everything
 
 
 def test_template_errors_are_value_errors_with_the_templates_message(official, assets, monkeypatch):
@@ -203,6 +206,11 @@ def tiny(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(make_tiny(tmp_path_factory.mktemp("tiny")))
 
 
+@pytest.fixture(scope="module")
+def tiny_reference(tiny) -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast.from_pretrained(tiny.folder)
+
+
 def flags(content: str, **changed) -> dict:
     return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False,
             "special": True} | changed
@@ -256,12 +264,11 @@ DIALECT = [
 
 
 @pytest.mark.parametrize("source", DIALECT)
-def test_template_dialect_is_transformers(tiny, monkeypatch, source):
-    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tiny.folder)
+def test_template_dialect_is_transformers(tiny, tiny_reference, monkeypatch, source):
     monkeypatch.setattr(tiny, "chat_template", source)
-    monkeypatch.setattr(reference, "chat_template", source)
+    monkeypatch.setattr(tiny_reference, "chat_template", source)
     for messages in CONVERSATIONS:
-        assert_same(tiny, reference, messages, a_variable=["é", 1.5, True, None, {"k": "v"}])
+        assert_same(tiny, tiny_reference, messages, a_variable=["é", 1.5, True, None, {"k": "v"}])
 
 
 def test_rendered_text_gets_no_second_bos(tiny):
@@ -296,6 +303,29 @@ def test_save_writes_the_same_bytes_even_when_the_folder_is_gone(tmp_path):
     assert saved.encode_chat(CONVERSATIONS[0]) == tokenizer.encode_chat(CONVERSATIONS[0])
 
 
+def test_save_removes_what_another_tokenizer_left_and_nothing_else(tmp_path):
+    tokenizer = load_tokenizer(make_tiny(tmp_path / "a"))
+    old = make_tiny(tmp_path / "b", chat_template_jinja="the old one", special_tokens_map_json='{"eos_token": "<s>"}')
+    for name in ("vocab.json", "merges.txt", "config.json", "model.safetensors"):
+        (old / name).write_text("{}")
+    tokenizer.save(old)
+    assert {path.name for path in old.iterdir()} - set(FILES) == {"config.json", "model.safetensors"}
+    assert {path.name for path in old.iterdir()} & set(FILES) == {"tokenizer.json", "tokenizer_config.json"}
+    saved, reference = load_tokenizer(old), transformers.PreTrainedTokenizerFast.from_pretrained(old)
+    assert saved.chat_template == reference.get_chat_template() == TINY_TEMPLATE
+    assert saved.eos_ids == (1,)
+
+
+@pytest.mark.parametrize("decoder", [
+    ["<a>"], {"x": flags("<a>")}, {"300": "<a>"}, {"300": {"special": True}}, {"300": {"content": 1}},
+    {"300": flags("<a>", lstrip="yes")}, {"300": None},
+])
+def test_a_malformed_added_token_is_named(tmp_path, decoder):
+    path = make_tiny(tmp_path, {"added_tokens_decoder": decoder}) / "tokenizer_config.json"
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: field 'added_tokens_decoder'"):
+        load_tokenizer(tmp_path)
+
+
 def test_broken_or_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no tokenizer.json"):
         load_tokenizer(tmp_path)
@@ -313,8 +343,11 @@ def test_unusable_input_is_a_value_error(tiny):
     for messages in ([], "Hi"):
         with pytest.raises(ValueError, match="a conversation is a list"):
             tiny.render(messages)
-    with pytest.raises(ValueError, match="JSON"):
-        tiny.render(CONVERSATIONS[0], a_set={1})
+    circle = []
+    circle.append(circle)
+    for value in ({1}, circle):
+        with pytest.raises(ValueError, match="template variables must be JSON values"):
+            tiny.render(CONVERSATIONS[0], a_variable=value)
     with pytest.raises(ValueError, match="surrogate"):
         tiny.encode("half \ud83c of a pair")
 
@@ -350,12 +383,28 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_template_is_refused_or_stopped(tiny, monkeypatch, source):
-    monkeypatch.setattr(template, "SECONDS", 1.0)
+LIMITS = {"huge power": "longer than 1 seconds", "huge output": "longer than 16777216 characters"}
+if sys.platform == "linux":  # other platforms do not limit address space
+    LIMITS["repetition"] = "more than 1024 MiB of memory"
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Worker:
+    """The process that renders, with a second instead of five."""
+    *_, path, _, memory_bytes = module._renderer.command
+    worker = Worker(path, seconds=1.0, memory_bytes=int(memory_bytes))
+    yield worker
+    worker.stop()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_template_is_refused_or_stopped(tiny, impatient, monkeypatch, name):
     messages, start = [{"role": "user", "content": "Hi"}], time.monotonic()
-    monkeypatch.setattr(tiny, "chat_template", source)
+    monkeypatch.setattr(module, "_renderer", impatient)
+    monkeypatch.setattr(tiny, "chat_template", HOSTILE[name])
     rendered = outcome(tiny.render, messages)
+    if name in LIMITS:
+        assert re.search(f"{re.escape(str(tiny.folder))} failed: .*{LIMITS[name]}", str(rendered))
     assert rendered == "" or isinstance(rendered, ValueError) and len(str(rendered)) < 3000
     assert time.monotonic() - start < 5  # a second, and some for a busy machine
     assert messages == [{"role": "user", "content": "Hi"}]
@@ -363,94 +412,24 @@ def test_hostile_template_is_refused_or_stopped(tiny, monkeypatch, source):
     assert tiny.render(messages) == "Hi"
 
 
-@pytest.mark.parametrize("name, message", [
-    ("huge power", "took longer than 1 seconds"),
-    ("huge output", "longer than 16777216 characters"),
-    pytest.param("repetition", "more than 1024 MiB", marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux")),
-])
-def test_a_limit_names_itself_and_the_folder(tiny, monkeypatch, name, message):
-    monkeypatch.setattr(template, "SECONDS", 1.0)
-    monkeypatch.setattr(tiny, "chat_template", HOSTILE[name])
-    with pytest.raises(ValueError, match=f"{re.escape(str(tiny.folder))} failed: .*{message}"):
-        tiny.render([{"role": "user", "content": "Hi"}])
-
-
-def test_any_text_survives_the_way_to_the_worker_and_back():
+def test_any_text_survives_the_way_to_the_process_and_back(tiny, monkeypatch):
     text = "".join(map(chr, range(0x300))) + "\ud83c \udf89 🎉 \u2028\u0085\ufeff\uffff\U0010ffff"
-    assert template.render("{{ x }}", {"x": text}) == text
-    long = [{"role": "user", "content": "é" * 1000}] * 5000
-    assert template.render("{% for m in messages %}{{ m.content }}{% endfor %}", {"messages": long}) == "é" * 5_000_000
+    monkeypatch.setattr(tiny, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert tiny.render([{"content": text}] * 1000) == text * 1000
 
 
-def test_threads_share_the_worker():
-    with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(lambda i: template.render("{{ i }}" * (1 + i % 3), {"i": i}), range(200)))
-    assert texts == [str(i) * (1 + i % 3) for i in range(200)]
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
-def test_an_interrupted_render_does_not_shift_the_answers():
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    start, before = time.monotonic(), signal.signal(signal.SIGALRM, interrupt)
-    try:
-        assert template.render("{{ x }}", {"x": 1}) == "1"
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(KeyboardInterrupt):
-            template.render(HOSTILE["nested loops"], {})
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert template.render("{{ x }}", {"x": 2}) == "2"
-    assert time.monotonic() - start < 4  # not the five seconds of the interrupted one
-
-
-def test_a_worker_that_was_killed_is_replaced():
-    assert template.render("a", {}) == "a"
-    template._worker.process.kill()
-    template._worker.process.wait()
-    assert template.render("b", {}) == "b"
-
-
-def run_script(body: str) -> subprocess.CompletedProcess:
-    """Run `body` in a fresh process. Its worker inherits stderr, so this returns only when both have ended."""
-    start = f"import os, signal, sys, threading, time\nsys.path.insert(0, {os.path.dirname(template.__file__)!r})\n"
-    script = start + "import template\nassert template.render('a', {}) == 'a'\n" + body
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
-
-
-posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
-
-
-@posix
-def test_the_worker_ends_with_its_parent():
-    idle = run_script("os.kill(os.getpid(), signal.SIGKILL)")
-    assert idle.returncode == -signal.SIGKILL and idle.stderr == ""
-    busy = run_script("template.SECONDS = 1.5\n"
-                      "threading.Thread(target=template.render, args=('{{ 9**(9**9) }}', {})).start()\n"
-                      "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)")
-    assert busy.returncode == -signal.SIGKILL and busy.stderr == ""
-
-
-@posix
-def test_a_forked_child_has_its_own_worker():
-    script = run_script("old = template._worker.process.pid; template._worker.lock.acquire()\n"
-                        "if os.fork() == 0:\n"
-                        "    print(template.render('child', {}), template._worker.process.pid != old, flush=True)\n"
-                        "    os._exit(0)\n"
-                        "os.wait(); template._worker.lock.release()\n"
-                        "print(template.render('parent', {}), template._worker.process.pid == old)")
-    assert script.stdout.split() == ["child", "True", "parent", "True"], script.stderr
-
-
-@posix
-def test_ctrl_c_does_not_reach_the_worker():
-    script = run_script("os.setsid(); template._worker.process.kill(); template._worker.process.wait()\n"
-                        "template.render('a', {}); signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-                        "os.killpg(0, signal.SIGINT); time.sleep(0.5); print(template._worker.process.poll())")
-    assert script.stdout.split() == ["None"], script.stderr
+def test_tokenizers_share_one_process_that_the_first_render_starts(tiny, tmp_path):
+    module._renderer.stop()
+    other = load_tokenizer(make_tiny(tmp_path))
+    assert module._renderer.process is None
+    tiny.render(CONVERSATIONS[0])
+    first = module._renderer.process.pid
+    other.render(CONVERSATIONS[0])
+    assert module._renderer.process.pid == first
 
 
 def test_template_file_needs_neither_torch_nor_the_package():
-    script = run_script("print('torch' in sys.modules, 'nanosafe' in sys.modules)")
-    assert script.stdout.split() == ["False", "False"], script.stderr
+    script = "import runpy, sys; runpy.run_path(sys.argv[1]); print('torch' in sys.modules, 'nanosafe' in sys.modules)"
+    path = Path(module.__file__).with_name("template.py")
+    done = subprocess.run([sys.executable, "-P", "-c", script, path], stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-import nanosafe
+from nanosafe import worker as module
 from nanosafe.worker import Worker, WorkerError
 
 PROBE = """
@@ -19,10 +20,12 @@ def answer(request):
     name, value = request
     if name == "crash": os._exit(value)
     if name == "allocate": return len(bytes(value))
-    if name == "count": return len(value)
+    if name == "echo": return value
     if name == "fail": raise KeyError(value)
     if name == "hang": 9**9**9
+    if name == "sleep": time.sleep(value)
     if name == "modules": return [m for m in sys.modules if m.startswith(value)]
+    if name == "path": return sys.path
     if name == "pid": print("chatter"); return os.getpid()
 """
 
@@ -43,6 +46,7 @@ def alive(pid: int) -> bool:
 def test_calls_share_one_process_that_has_no_torch_and_may_print(worker):
     assert worker.call(["pid", None]) == worker.call(["pid", None]) == worker.process.pid != os.getpid()
     assert worker.call(["modules", "torch"]) == worker.call(["modules", "nanosafe"]) == []
+    assert str(Path(module.__file__).parent) not in worker.call(["path", None])  # its files hide no library
 
 
 def test_a_late_request_is_killed_in_time_and_the_next_one_works(worker):
@@ -76,8 +80,45 @@ def test_memory_is_limited(worker):
         worker.call(["allocate", 2 << 30])
 
 
-def test_long_requests_pass(worker):
-    assert worker.call(["count", "ü\n" * 2_000_000]) == 4_000_000
+def test_long_requests_and_replies_pass(worker):
+    text = "ü\n\ud83c" * 100_000  # many times what fits into the socket
+    assert worker.call(["echo", text]) == text
+
+
+def test_threads_share_the_process_and_get_their_own_replies(worker):
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: worker.call(["echo", i]), range(200))) == list(range(200))
+
+
+def test_an_interrupted_request_does_not_shift_the_replies(worker):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        assert worker.call(["echo", 1]) == 1
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            worker.call(["sleep", 0.9])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert worker.call(["echo", 2]) == 2
+
+
+@pytest.mark.parametrize("request_size", [1, 1 << 22])  # the longer one does not fit into the socket
+def test_a_process_that_never_reads_its_request_is_late_too(worker, monkeypatch, request_size):
+    monkeypatch.setattr(module, "SPARE_SECONDS", 0.1)
+    first = worker.call(["pid", None])
+    worker.seconds = 0.2
+    os.kill(first, signal.SIGSTOP)
+    guard = threading.Timer(10, worker.process.kill)  # a parent without a limit fails this test, not hangs it
+    guard.start()
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="longer than 0.2 seconds"):
+        worker.call(["echo", "a" * request_size])
+    assert 0.2 < time.monotonic() - start < 5
+    guard.cancel()
+    assert worker.call(["pid", None]) != first
 
 
 def test_a_file_that_does_not_load_is_not_the_requests_fault(tmp_path, capfd):
@@ -87,28 +128,57 @@ def test_a_file_that_does_not_load_is_not_the_requests_fault(tmp_path, capfd):
     assert "no_such_module" in capfd.readouterr().err
 
 
+def test_a_file_that_never_loads_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "START_SECONDS", 0.2)
+    monkeypatch.setattr(module, "SPARE_SECONDS", 0.1)
+    (tmp_path / "slow.py").write_text("import time; time.sleep(9)")
+    worker, start = Worker(tmp_path / "slow.py", seconds=1.0, memory_bytes=1 << 30), time.monotonic()
+    with pytest.raises(RuntimeError, match="did not start: it took longer than 0.2 seconds"):
+        worker.call(None)
+    assert time.monotonic() - start < 5
+
+
 PARENT = """
-import os, signal, sys, threading, time
-from nanosafe.worker import Worker
-worker = Worker(sys.argv[1], seconds=1.0, memory_bytes=1 << 30)
-print(worker.call(["pid", None]), flush=True)
-if sys.argv[2] == "killed idle": os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[2] == "killed busy":
+import os, runpy, signal, sys, threading
+Worker = runpy.run_path(sys.argv[1])["Worker"]  # without the package, whose torch takes seconds
+worker = Worker(sys.argv[2], seconds=1.0, memory_bytes=1 << 30)
+pid = worker.call(["pid", None])
+print(pid, flush=True)
+if sys.argv[3] == "killed idle": os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[3] == "killed busy":
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
     worker.call(["hang", None])
-print(sys.stdin.read())
+if sys.argv[3] == "interrupted":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.killpg(0, signal.SIGINT)
+    print(worker.call(["pid", None]) == pid)
+if sys.argv[3] == "forks":
+    worker.lock.acquire()  # as if another thread were calling
+    if os.fork() == 0:
+        signal.alarm(20)  # nobody else would end a child that waits for the lock
+        print(worker.call(["pid", None]) not in (pid, None), flush=True)
+        sys.exit()  # runs what was registered for the exit, which must leave the parent's process alone
+    os.wait()
+    worker.lock.release()
+    print(worker.call(["pid", None]) == pid)
+if sys.argv[3] == "returns": print(sys.stdin.read())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the process in /proc")
-@pytest.mark.parametrize("end", ["killed idle", "killed busy", "returns"])
-def test_the_process_ends_with_its_parent_and_leaves_its_stdin_alone(worker, tmp_path, end):
-    environment = {**os.environ, "PYTHONPATH": str(Path(nanosafe.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", PARENT, tmp_path / "probe.py", end], input="the parent's input",
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)  # fmt: skip
-    assert done.returncode == (0 if end == "returns" else -9)
+@pytest.mark.parametrize("end, printed", [
+    ("killed idle", []), ("killed busy", []), ("interrupted", ["True"]), ("forks", ["True", "True"]),
+    ("returns", ["the parent's input"]),
+])
+def test_the_process_serves_its_parent_alone_and_ends_with_it(tmp_path, end, printed):
+    (tmp_path / "probe.py").write_text(PROBE)
+    command = [sys.executable, "-c", PARENT, module.__file__, tmp_path / "probe.py", end]
+    with open(tmp_path / "errors", "w+") as errors:
+        done = subprocess.run(command, input="the parent's input", stdout=subprocess.PIPE, stderr=errors, text=True,
+                              start_new_session=True, timeout=30)  # fmt: skip
+    assert done.returncode == (-signal.SIGKILL if "killed" in end else 0)
     pid, *rest = done.stdout.splitlines()
-    assert rest == (["the parent's input"] if end == "returns" else [])
+    assert rest == printed
     patience = time.monotonic() + 5
     while alive(int(pid)) and time.monotonic() < patience:
         time.sleep(0.05)
@@ -116,3 +186,4 @@ def test_the_process_ends_with_its_parent_and_leaves_its_stdin_alone(worker, tmp
     if outlived:
         os.kill(int(pid), signal.SIGKILL)
     assert not outlived
+    assert (tmp_path / "errors").read_text().replace("chatter\n", "") == ""
