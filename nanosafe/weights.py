@@ -247,12 +247,12 @@ def save_model(model: Decoder, folder: str | Path, tokenizer=None, max_shard_byt
         for file, content in jsons.items():
             if content is not None:
                 (new / file).write_text(json.dumps(content, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(new)
     ours = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for old in folder.iterdir():
         if ours.fullmatch(old.name) and old.name not in files + list(jsons):
             old.unlink()
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import hub
 import pytest
 import torch
+import world
 from safetensors.torch import load_file, save_file
 
 from nanosafe import weights
 from nanosafe.config import ALIASES, ModelConfig
 from nanosafe.model import Decoder
+from nanosafe.tokenizer import load_tokenizer
 from nanosafe.weights import find_checkpoint, load_checkpoint, load_model, save_model, write_atomic
 
 transformers = pytest.importorskip("transformers")
@@ -628,3 +630,14 @@ def test_parameter_counts_by_formula():
             sum(torch.Size(shape).numel() for shape in parameters_on_meta(ModelConfig.from_dict(raw)).values())
             == expected
         )
+
+
+def test_save_over_another_model_leaves_no_template_of_its(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    world.write_policy(first)
+    world.write_reward_model(second)
+    (first / "chat_template.jinja").write_text("an older template, which would win")
+    model, tokenizer = load_checkpoint(second, "cpu", torch.float32), load_tokenizer(second)
+    save_model(model, first, tokenizer)
+    conversation = [{"role": "user", "content": "Hi"}]
+    assert load_tokenizer(first).render(conversation) == tokenizer.render(conversation)
