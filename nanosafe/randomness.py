@@ -32,6 +32,7 @@ def shuffled_passes(size: int, positions: range, *parts: int | str) -> list[int]
 def gumbel_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise hashed from (seed, step, token id): seeds [B], steps [B] int64 -> float32 [B, V].
 
+    Seeds are derive_seed's (the unhashed seed 0 gives token 0 of step 0 the largest noise there is).
     argmax(logits + noise) is a draw from softmax(logits). Written as -log(-log1p(-v)) for a uniform v, so that
     the large values, which decide draws, come from small v, where float32 is finest.
     """
