@@ -150,11 +150,11 @@ class _Handler(BaseHTTPRequestHandler):
             stop = self.hub.hang[name]
         elif name in self.hub.cut:
             stop = self.hub.cut.pop(name)
+        if name:  # counted before it is sent: the client may look at once
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(body[:stop])
         try:
             self.wfile.write(body[:stop])
             self.wfile.flush()
-            if name:
-                self.hub.sent[name] = self.hub.sent.get(name, 0) + len(body[:stop])
             while name in self.hub.hang and not self.hub.closing.wait(0.02):
                 pass
         except (BrokenPipeError, ConnectionResetError):
