@@ -74,7 +74,7 @@ def run_case(name: str, world: Path, ranks: Ranks) -> dict:
         reflection = torch.arange(3, policy.config.vocab_size, 3)
         batch = train_rl.evaluate(policy, reference, mine, reflection, args, ranks)
         metrics = train_rl.summarize(batch, ranks) | train_rl.set_advantages(batch, args, ranks)
-        batch.logprobs += 0.4 * batch.sampler_logprobs.sin()  # as if the policy had moved since: some ratios are clipped
+        batch.logprobs += 0.4 * batch.sampler_logprobs.sin()  # as if the policy had moved: some ratios are clipped
         counts = [row.loss_tokens for row in batch.rows]
         denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
         metrics |= train_rl.backward(policy, batch, list(range(len(mine))), denominator, args, ranks)
