@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)  # of an exchange: longer than any rank waits for another's rollout
+TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
 
 

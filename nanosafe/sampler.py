@@ -10,6 +10,7 @@ Simplified: slots are reserved for the longest request of the call; nothing is p
 
 import math
 import operator
+import os
 import secrets
 from collections import deque
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], params: SamplingP
 
     Stops at the checkpoint's EOS ids (config.json and generation_config.json; not if ignore_eos) and at stop_token_ids.
     At most `max_batch` sequences decode together, fewer if their cache would pass `cache_bytes` (default: half of the
-    free GPU memory, 4 GiB on CPU), but at least one; a prefill packs whole prompts up to `prefill_tokens`. Raises
+    free memory), but at least one; a prefill packs whole prompts up to `prefill_tokens`. Raises
     ValueError where a prompt is empty, outside the vocabulary or too long, or where `params` are not one per prompt.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -98,11 +99,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], params: SamplingP
                 for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)) for sample in range(one.n)]
     device, dtype = model.head_weight.device, model.head_weight.dtype
     capacity = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=0)
-    if cache_bytes is None:
-        cache_bytes = 4 << 30
-        if device.type == "cuda":  # free is also what torch's allocator holds unused: after training, nearly all
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            cache_bytes = (torch.cuda.mem_get_info(device)[0] + unused) // 2
+    cache_bytes = free_memory(device) // 2 if cache_bytes is None else cache_bytes
     fitting = cache_bytes // max(KVCache.bytes_per_slot(model.config, capacity, dtype), 1)
     cache = KVCache(model.config, max(1, min(max_batch, len(requests), fitting)), capacity, device, dtype)
 
@@ -123,6 +120,14 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], params: SamplingP
     bar.close()
     completions = iter(Completion(r.token_ids, r.logprobs, r.finish_reason) for r in requests)
     return [[next(completions) for _ in range(one.n)] for one in each]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now; on CUDA also what torch's allocator holds unused: after training, most."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # zeroed pages count only once they are written
 
 
 def _request(model: Decoder, prompt: list[int], params: SamplingParams, index: int, sample: int) -> Request:
