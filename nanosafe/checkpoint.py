@@ -134,8 +134,9 @@ class RunFolder:
             write_atomic(partial / "trainer" / "state.json", (json.dumps(self.state, indent=2) + "\n").encode())
             os.rename(partial, folder)
             sync(folder.parent)
-            for old in self.checkpoints()[: -self.args.keep]:
-                shutil.rmtree(old)
+            sync(self.out)
+            for old in self.checkpoints()[: -self.args.keep]:  # renamed first: half a checkpoint must not look whole
+                shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         self.ranks.wait()
 
     def finish(self) -> None:
