@@ -139,7 +139,7 @@ def _read_records(path: Path) -> list[tuple[dict, str]]:
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{path} is a parquet file: pip install 'nanosafe[parquet]'") from None
+            raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
         records = pyarrow.parquet.read_table(path).to_pylist()
         return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
     try:

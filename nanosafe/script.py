@@ -160,7 +160,7 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise ValueError(f"--{name} needs a package that is not installed: pip install 'nanosafe[{name}]'") from None
+        raise ValueError(f"--{name} needs a package that is not installed: pip install {name}") from None
 
 
 @contextmanager
