@@ -23,7 +23,18 @@ from torch import Tensor
 from nanosafe import reinforce, script
 from nanosafe.checkpoint import RunFolder
 from nanosafe.config import RL_RECIPE
-from nanosafe.data import Episode, Row, encode_prompts, load_rows, microbatches, opens_thought, pack, response_logprobs
+from nanosafe.data import (
+    Episode,
+    Row,
+    encode_prompts,
+    head_logprobs,
+    load_rows,
+    microbatches,
+    opens_thought,
+    pack,
+    response_hidden,
+    response_logprobs,
+)
 from nanosafe.distributed import Ranks
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.model import Decoder
@@ -225,11 +236,12 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
     columns: dict[str, list[Tensor]] = defaultdict(list)  # name -> one tensor [length] per episode
     for indices in script.progress(microbatches(episodes, args.tokens_per_microbatch), "log-probs", ranks):
         packed = pack([episodes[i] for i in indices], ranks.device)
-        logprobs, entropies = response_logprobs(policy, packed, args.temperature)
+        hidden = response_hidden(policy, packed)
+        logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
         values = {"logprobs": logprobs, "entropies": entropies, "reflecting": torch.isin(packed.targets, reflection),
                   "reflection_entropies": entropies}
         if args.temperature != 1:
-            values["reflection_entropies"] = response_logprobs(policy, packed, 1.0)[1]
+            values["reflection_entropies"] = head_logprobs(policy, hidden, packed, 1.0)[1]
         if reference is not None:
             values["ref_logprobs"] = response_logprobs(reference, packed, args.temperature)[0]
         for name, flat in values.items():

@@ -166,7 +166,7 @@ class ModelConfig:
             num_labels=_count_labels(raw, source) if has_score else 0,
             attention_multiplier=need("attention_multiplier", 1.0) if granite else head_dim**-0.5,
             pad_token_id=raw.get("pad_token_id"),
-            eos_ids=tuple(sorted(_ids(raw.get("eos_token_id")) | _ids((generation or {}).get("eos_token_id")))),
+            eos_ids=tuple(sorted(eos_ids(raw) | eos_ids(generation or {}))),
             raw=raw,
             generation=generation,
         )
@@ -185,7 +185,9 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _ids(value: int | list[int] | None) -> set[int]:
+def eos_ids(raw: dict) -> set[int]:
+    """`eos_token_id` of a config.json or generation_config.json: absent, one id or a list."""
+    value = raw.get("eos_token_id")
     return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 

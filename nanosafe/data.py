@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -307,7 +307,7 @@ def pack(documents: Sequence[Document], device: torch.device) -> Packed:
     )
 
 
-def microbatches(documents: Sequence[Document], max_tokens: int) -> list[list[int]]:
+def microbatches(documents: Sequence[Sized], max_tokens: int) -> list[list[int]]:
     """Indices of documents, in order, in runs of at most `max_tokens` tokens; a longer document goes alone."""
     batches: list[list[int]] = []
     filled = 0
@@ -321,9 +321,15 @@ def microbatches(documents: Sequence[Document], max_tokens: int) -> list[list[in
 
 
 def response_logprobs(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs [R] and entropies [R] (nats, float32) of a pack's response tokens at `temperature`.
+    """Log-probs [R] and entropies [R] (nats, float32) of a pack's response tokens at `temperature`."""
+    return head_logprobs(model, response_hidden(model, packed), packed, temperature)
 
-    The response positions are selected before the head: logits of prompts are never computed.
-    """
-    hidden = model.hidden(packed.tokens, packed.memory.positions, packed.memory)[packed.predicts]  # [R, D]
+
+def response_hidden(model: Decoder, packed: Packed) -> Tensor:
+    """The hidden states [R, D] that predict response tokens, selected before the head: prompts never reach it."""
+    return model.hidden(packed.tokens, packed.memory.positions, packed.memory)[packed.predicts]
+
+
+def head_logprobs(model: Decoder, hidden: Tensor, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """`response_logprobs` from hidden states that are there already, for a second temperature."""
     return token_logprob_entropy(hidden, model.head_weight, packed.targets, temperature * model.config.logits_scaling)

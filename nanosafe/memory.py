@@ -2,7 +2,7 @@
 
 The decoder hands each layer's query, key and value [N, heads, head_dim] to its `memory` and gets the attended values
 [N, H, head_dim] back. `PackedDocuments` is the memory of training and scoring: documents lie one behind the other and
-never see each other. `KVCache` holds one contiguous region of positions per slot; `prefill` and `decode` make the
+never see each other. `KVCache` holds one contiguous region of positions per slot; `Prefill` and `Decode` are the
 memories that fill and read it.
 """
 

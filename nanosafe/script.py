@@ -73,9 +73,12 @@ def start(
     given = vars(parser.parse_args(argv, argparse.Namespace(**{flag.dest: UNSET for flag in flags})))
     args, origins = argparse.Namespace(), {"command line": [], "recipe": [], "default": []}
     for flag in flags:
-        origin = "recipe" if flag.dest in recipe else "default"
-        origin = origin if given[flag.dest] is UNSET else "command line"
-        value = {"recipe": recipe.get(flag.dest), "default": flag.default}.get(origin, given[flag.dest])
+        if given[flag.dest] is not UNSET:
+            origin, value = "command line", given[flag.dest]
+        elif flag.dest in recipe:
+            origin, value = "recipe", recipe[flag.dest]
+        else:
+            origin, value = "default", flag.default
         setattr(args, flag.dest, value)
         origins[origin].append(flag.dest)
     check(args)

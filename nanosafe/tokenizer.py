@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from nanosafe.config import read_json
+from nanosafe.config import eos_ids, read_json
 from nanosafe.weights import find_checkpoint, write_atomic
 from nanosafe.worker import Worker, WorkerError
 
@@ -69,11 +69,10 @@ class Tokenizer:
         self._merge_added_tokens(config, list(named.values()))
         self.chat_template = self._find_template(config)
 
-        eos_ids = {self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))} - {None}
+        found = {self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))} - {None}
         for name in ("config.json", "generation_config.json"):
-            value = self._read_json(name).get("eos_token_id")
-            eos_ids.update(value if isinstance(value, list) else [] if value is None else [value])
-        self.eos_ids: tuple[int, ...] = tuple(sorted(eos_ids))
+            found |= eos_ids(self._read_json(name))
+        self.eos_ids: tuple[int, ...] = tuple(sorted(found))
 
     @property
     def vocab_size(self) -> int:
