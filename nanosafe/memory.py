@@ -2,15 +2,19 @@
 
 The decoder hands each layer's query, key and value [N, heads, head_dim] to its `memory` and gets the attended values
 [N, H, head_dim] back. `PackedDocuments` is the memory of training and scoring: documents lie one behind the other and
-never see each other. `KVCache` holds one contiguous region of positions per slot; `Prefill` and `Decode` are the
-memories that fill and read it.
+never see each other. `KVCache` holds the keys and values of sampling in blocks; `Prefill`, `PagedDecode` and
+`SlotDecode` are the memories that fill and read it.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from nanosafe.config import ModelConfig
+from nanosafe.kernels.decode import paged_attention
 
 
 class PackedDocuments:
@@ -43,58 +47,111 @@ class PackedDocuments:
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, up to `capacity` positions each.
+    """Keys and values in blocks of `block_size` positions; a sequence owns a list of blocks, its block table.
 
-    Memory: 2 * layers * slots * H_kv * capacity * head_dim elements. Filled with zeros because masked positions are
-    multiplied by a zero weight, and 0 * NaN from uninitialised memory would be NaN.
+    With blocks as long as the longest sequence, each is one contiguous slot. There is one block more than asked for:
+    `scratch`, where rows that only fill up a batch may write. Filled with zeros because masked positions are multiplied
+    by a zero weight, and 0 * NaN from uninitialised memory would be NaN.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
+    def __init__(self, config: ModelConfig, blocks: int, block_size: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, blocks + 1, config.num_key_value_heads, block_size, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.block_size, self.scratch = block_size, blocks
 
     @staticmethod
-    def bytes_per_slot(config: ModelConfig, capacity: int, dtype: torch.dtype) -> int:
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * capacity * config.head_dim * dtype.itemsize
+    def bytes_per_position(config: ModelConfig, dtype: torch.dtype) -> int:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot into another."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Copy the first `positions` positions of one block into another."""
+        self.keys[:, target, :, :positions] = self.keys[:, source, :, :positions]
+        self.values[:, target, :, :positions] = self.values[:, source, :, :positions]
+
+    def read(self, layer: int, table: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, H_kv, end, head_dim] of the first `end` positions of one sequence (table [M])."""
+        table = table[: -(-end // self.block_size)]
+        pages = (x[layer, table].transpose(0, 1).flatten(1, 2) for x in (self.keys, self.values))
+        return tuple(x[None, :, :end] for x in pages)
+
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [N, H_kv, head_dim] at place `offsets[i]` of block `blocks[i]`."""
+        self.keys[layer][blocks, :, offsets] = k
+        self.values[layer][blocks, :, offsets] = v
 
 
-class Prefill(PackedDocuments):
-    """Whole prompts, packed; document i is also written into cache slot `slots[i]` from position 0."""
+class Chunk(NamedTuple):
+    """Tokens of one sequence that are new to the cache: positions start .. start + length - 1."""
 
-    def __init__(self, cache: KVCache, slots: list[int], lengths: list[int]):
-        super().__init__(lengths, device=cache.keys.device)
-        self.cache = cache
-        self.rows = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths)).to(cache.keys.device)  # [N]
+    table: list[int]
+    start: int
+    length: int
+
+
+class Prefill:
+    """Several tokens of each of several sequences, packed; their keys and values are written, then attended to.
+
+    Chunks that start at 0, which must come first, need nothing from the cache and go as packed documents; the others
+    read what came before them out of their blocks.
+    """
+
+    def __init__(self, cache: KVCache, chunks: list[Chunk]):
+        self.cache, device = cache, cache.keys.device
+        self.fresh = [c.length for c in chunks if c.start == 0]
+        self.documents = PackedDocuments(self.fresh, device)
+        self.continued = [(torch.tensor(c.table, device=device), c.start + c.length, c.length)
+                          for c in chunks if c.start]
+        # [N] each
+        self.positions = torch.cat([torch.arange(c.start, c.start + c.length) for c in chunks])
+        tables = torch.nn.utils.rnn.pad_sequence([torch.tensor(c.table) for c in chunks], batch_first=True)
+        rows = torch.repeat_interleave(torch.tensor([c.length for c in chunks]))
+        self.blocks = tables[rows, self.positions // cache.block_size].to(device)
+        self.offsets = (self.positions % cache.block_size).to(device)
+        self.positions = self.positions.to(device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        self.cache.keys[layer][self.rows, :, self.positions] = k
-        self.cache.values[layer][self.rows, :, self.positions] = v
-        return super().attend(layer, q, k, v, scale)
+        self.cache.write(layer, self.blocks, self.offsets, k, v)
+        done = sum(self.fresh)
+        outputs = [self.documents.attend(layer, q[:done], k[:done], v[:done], scale)]
+        for table, end, length in self.continued:
+            keys, values = self.cache.read(layer, table, end)
+            rows = q[done : (done := done + length)].transpose(0, 1)[None]  # [1, H, length, head_dim]
+            mask = causal_lower_right(length, end)  # the last query sees everything, the one before it one less, ...
+            out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
 
 
-class Decode:
-    """One new token for each of the first B slots, token b at `positions[b]`; it sees its slot up to itself."""
+class PagedDecode:
+    """One new token for each of B sequences, token b at `positions[b]`; it sees its sequence up to itself."""
+
+    def __init__(self, cache: KVCache, tables: Tensor, positions: Tensor):
+        self.cache, self.tables = cache, tables  # [B, M]
+        self.blocks = tables.gather(1, (positions // cache.block_size)[:, None])[:, 0]
+        self.offsets = positions % cache.block_size
+        self.lengths = (positions + 1).to(torch.int32)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.cache.write(layer, self.blocks, self.offsets, k, v)
+        return paged_attention(q, self.cache.keys[layer], self.cache.values[layer], self.tables, self.lengths, scale)
+
+
+class SlotDecode:
+    """PagedDecode where sequence b lies in block b alone: the cache is read as it stands, nothing is gathered."""
 
     def __init__(self, cache: KVCache, positions: Tensor):
         self.cache, self.positions = cache, positions
-        self.rows = torch.arange(len(positions), device=positions.device)
+        self.slots = torch.arange(len(positions))
         self.longest = int(positions.max()) + 1
-        seen = torch.arange(self.longest, device=positions.device)[None, :] <= positions[:, None]
-        self.mask = seen[:, None, None, :]  # [B, 1, 1, longest]
+        seen = torch.arange(self.longest) <= positions[:, None]
+        self.mask = None if seen.all() else seen[:, None, None, :]  # [B, 1, 1, longest]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        keys, values, B = self.cache.keys[layer], self.cache.values[layer], len(q)
-        keys[self.rows, :, self.positions] = k
-        values[self.rows, :, self.positions] = v
+        self.cache.write(layer, self.slots, self.positions, k, v)
+        keys, values = (x[layer, : len(q), :, : self.longest] for x in (self.cache.keys, self.cache.values))
         # The query heads that share a key head become query rows: SDPA's own grouping is several times slower for one
         # token.
         grouped = q.unflatten(1, (k.shape[1], -1))  # [B, H_kv, H / H_kv, head_dim]
-        keys, values = keys[:B, :, : self.longest], values[:B, :, : self.longest]  # [B, H_kv, longest, head_dim]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scale)
         return out.flatten(1, 2)  # [B, H, head_dim]

@@ -77,8 +77,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, memory) * self.residual_multiplier
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
+        x = x.add(self.self_attn(self.input_layernorm(x), cos, sin, memory), alpha=self.residual_multiplier)
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
 
 
 class Body(nn.Module):
@@ -118,7 +118,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 logits [..., V]."""
-        return F.linear(hidden, self.head_weight).float() / self.config.logits_scaling
+        tied = self.config.tie_word_embeddings
+        logits = F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
+        return logits.float() / self.config.logits_scaling
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> float32 logits [B, T, V]; causal, every token is real (no padding semantics)."""
@@ -128,16 +130,18 @@ class Decoder(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim]; cos, sin [N, 1, head_dim/2] in float32."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim]; see rope_tables."""
+    x32 = x.float()
+    a, b = x32.chunk(2, dim=-1)
+    return torch.addcmul(x32 * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [N] -> cos, sin [N, 1, head_dim/2], float32."""
+    """positions [N] -> cos, sin [N, 1, head_dim], float32: for a pair (a, b), (cos, cos) and (-sin, sin)."""
     frequencies, factor = rope_frequencies(rope, head_dim, positions.device)
     angles = (positions.float()[:, None] * frequencies)[:, None, :]
-    return angles.cos() * factor, angles.sin() * factor
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 @lru_cache(maxsize=64)
