@@ -72,14 +72,14 @@ def test_the_public_function_takes_this_path(monkeypatch):
 
 @on_gpu
 @pytest.mark.parametrize("splits", [None, 1, 3])
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("group, head_dim, block_size", [(4, 128, 64), (1, 64, 16), (5, 128, 256), (8, 80, 32)])
-def test_half_precision_is_within_rounding_of_float64(group, head_dim, block_size, dtype, bound, splits):
+def test_half_precision_is_within_rounding_of_float64(group, head_dim, block_size, dtype, unit, splits):
     shape = dict(group=group, head_dim=head_dim, block_size=block_size, dtype=dtype)
     arguments, truth = paged_case([1, 64, 65, 1000, 4099], **shape, device=DEVICE)
     out = decode.triton_paged_attention(*arguments, splits=splits)
     assert out.dtype == dtype
-    assert (out.cpu().double() - truth).abs().max() <= bound * truth.abs().max()
+    assert (out.cpu().double() - truth).abs().max() <= 2 * unit * truth.abs().max()
 
 
 @on_gpu
@@ -91,7 +91,7 @@ def test_a_pool_of_more_than_2_31_elements():
     large = torch.empty(2, blocks, *keys.shape[1:], dtype=keys.dtype, device=DEVICE)  # 8.6 GB
     large[0, -len(keys) :], large[1, -len(keys) :] = keys, values
     out = decode.triton_paged_attention(q, large[0], large[1], tables + (blocks - len(keys)), lengths, scale)
-    assert (out.cpu().double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+    assert (out.cpu().double() - truth).abs().max() <= 2 * 2**-8 * truth.abs().max()
 
 
 @on_gpu
@@ -112,4 +112,4 @@ def test_a_captured_graph_sees_lengths_and_tables_changed_in_place(splits):
     for old, new in zip(arguments[:5], changed[:5], strict=True):
         old[: len(new)].copy_(new)
     graph.replay()
-    assert (out.cpu().double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+    assert (out.cpu().double() - truth).abs().max() <= 2 * 2**-8 * truth.abs().max()

@@ -57,13 +57,13 @@ def test_blocks_shared_between_sequences():
     torch.testing.assert_close(decode.plain_paged_attention(*arguments).double(), truth, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_half_precision_is_within_rounding_of_float64(dtype, bound):
-    """Rounding the output and the weights costs at most half a unit in the last place each."""
+@pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_is_within_rounding_of_float64(dtype, unit):
+    """Rounding the softmax weights costs at most one unit of rounding, relative to the values; the output, another."""
     arguments, truth = paged_case([1, 40, 64], block_size=16, head_dim=64, dtype=dtype)
     out = decode.plain_paged_attention(*arguments)
     assert out.dtype == dtype
-    assert (out.double() - truth).abs().max() <= bound * truth.abs().max()
+    assert (out.double() - truth).abs().max() <= 2 * unit * truth.abs().max()
 
 
 def test_a_query_that_is_not_contiguous():
