@@ -1,16 +1,26 @@
 """One fused sampling pass: temperature, top-k, top-p, min-p, log-prob and a seeded draw, from logits to token ids.
 
-A draw is the argmax of score + Gumbel noise, hashed from (seed, step, token id). A Gumbel variable is -log of the time
-at which an exponential clock rings; the largest score + noise belongs to the first of clocks with rates exp(score). The
-clocks come in blocks of W tokens, top down as in A* sampling (Maddison, Tarlow, Minka 2014): first when the earliest of
-a block rings, then whose it is, then the others, which are as good as new at that moment (exponential clocks have no
-memory). So W clocks are exactly independent, and one number bounds all noise in a block: only blocks whose bound beats
-the best token found are ever hashed.
+A draw is the argmax of score + Gumbel noise, hashed from (seed, step, token id). Gumbel noise is -log of the time at
+which an exponential clock rings. The clocks come in blocks of W tokens, top down as in A* sampling (Maddison, Tarlow
+and Minka, arXiv:1411.0030): first when the earliest of a block rings, then whose it is, then how much later each other
+rings, which is exponential again (the clocks have no memory). The noise of all tokens is exactly independent, yet the
+earliest ring bounds it in a whole block, so that only the few blocks that can win are hashed token by token. The Triton
+kernel handles a row per program; the plain PyTorch twin is what runs on a CPU.
 """
+
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not every platform has it; the plain twin runs everywhere
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides the same way, when a kernel is defined
 
 W = 128  # tokens in a block of clocks; part of what a seed means
 MASK = 0xFFFFFFFF  # the hash works on 32-bit words held in int64, where products wrap and their low word stays exact
@@ -21,81 +31,104 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
     """Draw one token per row of logits [B, V] float32 -> token ids [B] int64, their log-probs [B] float32.
 
     temperature [B] float32 (0: the first of the largest logits, whatever the filters), top_k [B] int64 (0: off),
-    top_p [B] float64 (1: off), min_p [B] float32 (0: off), seeds [B] int64 (of 63 bits), steps [B] int64. The log-prob
-    is that of softmax(logits / temperature) before the filters (of softmax(logits) at temperature 0).
+    top_p [B] float64 (1: off), min_p [B] float32 (0: off), as `filter_scores` has them; seeds [B] int64 of 63 bits,
+    steps [B] int64. The log-prob is that of softmax(logits / temperature) before the filters (temperature 0: as 1).
+
+    The Triton kernel reads nothing back to the host, so a CUDA graph can capture it.
     """
+    one_pass = triton_draw if triton is not None and (logits.is_cuda or INTERPRETED) else plain_draw
+    return one_pass(logits, temperature, top_k, top_p, min_p, seeds, steps)
+
+
+def plain_draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor,
+               steps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`draw`, leaving out every pass over [B, V] that no row needs."""
     sampled = temperature > 0
     scores = logits
     if (sampled & (temperature != 1)).any():
         scores = logits / torch.where(sampled, temperature, 1.0)[:, None]
-    logprobs = scores.log_softmax(dim=-1)  # the one reduction torch does without temporaries
     if sampled.any():
-        filtered = sampled & ((top_k > 0) | (top_p < 1) | (min_p > 0))
-        candidates = filter_scores(scores, top_k, top_p, min_p) if filtered.any() else scores
-        tokens = _gumbel_argmax(candidates, seeds, steps)
+        filtered = (sampled & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any()
+        kept = filter_scores(scores, top_k, top_p, min_p) if filtered else scores
+        tokens = _gumbel_argmax(kept, seeds, steps)
         if not sampled.all():
-            tokens = torch.where(sampled, tokens, scores.argmax(dim=-1))
+            tokens = torch.where(sampled, tokens, _argmax(scores))
     else:
-        tokens = scores.argmax(dim=-1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        tokens = _argmax(scores)
+    return tokens, scores.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]  # one pass, which logsumexp is not
 
 
 def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Set to -inf what top-k, then top-p (the smallest set reaching p), then min-p (relative to the largest) exclude.
 
     scores [B, V]; top_k [B] int64 (0: off), top_p [B] float64 (1: off), min_p [B] (0: off) -> [B, V]. Top-k keeps
-    every score equal to the k-th best; top-p counts the probability left after top-k; among equal scores the lower id
-    counts as better. The best score always stays.
+    every score equal to the k-th best; top-p counts the probability left after top-k, and among equal scores the lower
+    id as better. The best score always stays.
     """
     limited = (top_k > 0) & (top_k < scores.shape[1])
     if limited.any():
         best = scores.topk(int(top_k[limited].max()), dim=-1).values
         kth = best.gather(1, (top_k - 1).clamp(0, best.shape[1] - 1)[:, None])
-        scores = scores.masked_fill((scores < kth) & limited[:, None], -torch.inf)
-    partial = (top_p < 1).nonzero()[:, 0]
-    if len(partial):
-        nucleus = _nucleus(scores[partial].softmax(dim=-1), (1 - top_p[partial]).float()[:, None])
-        scores = scores.index_copy(0, partial, scores[partial].masked_fill(~nucleus, -torch.inf))
+        scores = scores.masked_fill(scores < torch.where(limited[:, None], kth, -torch.inf), -torch.inf)
+    if (top_p < 1).any():
+        scores = torch.where(top_p[:, None] < 1, _nucleus(scores, (1 - top_p).float()[:, None]), scores)
     if min_p.any():
         scores = scores.masked_fill(scores < scores.amax(dim=-1, keepdim=True) + min_p.log()[:, None], -torch.inf)
     return scores
 
 
-def _nucleus(probs: Tensor, spare: Tensor) -> Tensor:
-    """Mark the smallest set whose complement has a probability of at most `spare` [B, 1]: [B, V] -> bool [B, V]."""
-    tail = probs <= spare / (2 * probs.shape[1])  # at most spare / 2 together, so none of these is worth sorting
-    rest = probs.masked_fill(~tail, 0).sum(dim=-1, keepdim=True)
-    probs = probs.masked_fill(tail, 0)
-    index = probs.topk(int((~tail).sum(dim=-1).max()), sorted=False).indices.sort(dim=-1, descending=True).values
+def _nucleus(scores: Tensor, spare: Tensor) -> Tensor:
+    """scores [B, V] with -inf for the largest set of the lowest whose probability is at most spare [B, 1]; a row with
+    nothing to spare comes out undefined."""
+    probs = scores.softmax(dim=-1)
+    # Tokens this unlikely have at most half of `spare` together, so none of them stays and none needs to be sorted.
+    likely = (probs > spare / (2 * probs.shape[1])) & (spare > 0)
+    index = probs.topk(int(likely.sum(dim=-1).max()), sorted=False).indices.sort(dim=-1, descending=True).values
     # Ascending, so that small numbers are added first; stable, so that of equals the higher id goes first.
     ordered, order = probs.gather(1, index).sort(dim=-1, stable=True)
-    kept = ordered.cumsum(dim=-1) > spare - rest
-    kept[:, -1] = True
-    return torch.zeros_like(tail).scatter_(1, index.gather(1, order), kept)
+    rest = probs.scatter_(1, index, 0.0).sum(dim=-1, keepdim=True)
+    excluded = ordered.cumsum(dim=-1) <= spare - rest
+    excluded[:, -1] = False
+    index = index.gather(1, order)
+    kept = scores.gather(1, index).masked_fill(excluded, -torch.inf)
+    return torch.full_like(scores, -torch.inf).scatter_(1, index, kept)
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """scores.argmax(dim=-1), the first among equals, several times as fast: [B, V] -> [B]."""
+    blocks = _in_blocks(scores)
+    block = blocks.amax(dim=2).argmax(dim=1)
+    return block * W + blocks[torch.arange(len(block), device=block.device), block].argmax(dim=1)
 
 
 def _gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
-    """argmax over a row of scores + noise, the lower id among equals: [B, V] -> [B]."""
-    B, V = scores.shape
-    if V % W:
-        scores = F.pad(scores, (0, -V % W), value=-torch.inf)
-    scores = scores.view(B, -1, W)  # [B, blocks, W]
-    first, owner = first_ring(seeds[:, None], steps[:, None], torch.arange(scores.shape[1], device=scores.device))
-    highest = -first.log()  # [B, blocks], no noise in the block is larger
-    # The best of the owners, whose noise this is, bounds the winner from below: about W tokens a row can be better.
-    least = (scores.gather(2, owner[:, :, None])[:, :, 0] + highest).amax(dim=1).clamp(min=torch.finfo().min)
+    """(scores + gumbel_noise).argmax(dim=-1), the first among equals: [B, V] -> [B]."""
+    scores = _in_blocks(scores)
+    B, blocks, _ = scores.shape
+    time, owner = first_ring(seeds[:, None], steps[:, None], torch.arange(blocks, device=scores.device))
+    highest = -time.log()  # [B, blocks]: the noise of each owner, and the bound of its block
+    # The winner is no worse than the best owner. Whatever the scores, about W tokens a row could be better than that.
+    owners = scores.gather(2, owner[:, :, None])[:, :, 0] + highest
+    least = owners.amax(dim=1).clamp(min=torch.finfo(scores.dtype).min)
     rows, blocks = (scores.amax(dim=2) + highest >= least[:, None]).nonzero(as_tuple=True)
-    able = scores[rows, blocks] + highest[rows, blocks, None] >= least[rows, None]
-    near, places = able.nonzero(as_tuple=True)
-    rows, tokens = rows[near], blocks[near] * W + places
+    bounds = scores[rows, blocks] + highest[rows, blocks, None]
+    hits, places = (bounds >= least[rows, None]).nonzero(as_tuple=True)
+    rows, tokens = rows[hits], blocks[hits] * W + places
     perturbed = scores.view(B, -1)[rows, tokens] + gumbel_noise(seeds[rows], steps[rows], tokens)
     best = scores.new_full((B,), -torch.inf).scatter_reduce(0, rows, perturbed, "amax")
-    equal = perturbed == best[rows]
-    return rows.new_zeros(B).scatter_reduce(0, rows[equal], tokens[equal], "amin", include_self=False)
+    winners = perturbed == best[rows]
+    return rows.new_zeros(B).scatter_reduce(0, rows[winners], tokens[winners], "amin", include_self=False)
+
+
+def _in_blocks(scores: Tensor) -> Tensor:
+    """[B, V] -> [B, blocks, W], the last block filled up with -inf."""
+    if scores.shape[1] % W:
+        scores = F.pad(scores, (0, -scores.shape[1] % W), value=-torch.inf)
+    return scores.view(len(scores), -1, W)
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
-    """Independent standard Gumbel noise of token ids -> float32; the int64 arguments broadcast."""
+    """Independent standard Gumbel noise, float32, of each token id; the int64 arguments broadcast."""
     first, owner = first_ring(seeds, steps, tokens // W)
     later = first + _exponential(_hash(seeds, steps, tokens))
     return -torch.where(tokens % W == owner, first, later).log()
@@ -108,13 +141,14 @@ def first_ring(seeds: Tensor, steps: Tensor, blocks: Tensor) -> tuple[Tensor, Te
 
 
 def _exponential(bits: Tensor) -> Tensor:
-    """A unit exponential from 32 random bits, as -log1p(-v), so that early rings, which decide draws, come from small
-    v, where float32 is finest."""
-    return -torch.log1p(-((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24))
+    """A unit exponential from 32 random bits: -log1p(-v), so that early rings, which decide draws, come from small v,
+    where float32 is finest."""
+    v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log1p(-v)
 
 
 def _hash(seeds: Tensor, steps: Tensor, counters: Tensor) -> Tensor:
-    """32 random bits, in int64, of each counter below 2^32; the arguments broadcast."""
+    """32 random bits in int64 for each counter below 2^32; the arguments broadcast."""
     low = _mix((seeds & MASK) ^ _mix(steps))
     high = _mix(((seeds >> 32) & MASK) + steps)
     return _mix(_mix(counters ^ low) + high)
@@ -126,3 +160,155 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
     return x ^ (x >> 16)
+
+
+def triton_draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor,
+                steps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`draw` by the kernel below."""
+    logits = logits.contiguous()
+    tokens, logprobs = torch.empty_like(seeds), torch.empty_like(temperature)
+    if len(logits):
+        _draw_row[(len(logits),)](
+            logits, temperature, top_k, top_p, min_p, seeds, steps, tokens, logprobs, logits.shape[1],
+            W=W, TILE=32 * W, num_warps=8,
+        )  # fmt: skip
+    return tokens, logprobs
+
+
+if triton is not None:
+
+    @triton.jit
+    def _draw_row(
+        logits, temperature, top_k, top_p, min_p, seeds, steps, tokens, logprobs, V,
+        W: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        """Program r draws row r. A row's filters come down to one edge: scores above it stay, and of those equal to
+        it the ids up to `last`."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * V
+        heat = tl.load(temperature + row)
+        greedy = heat == 0
+        heat = tl.where(greedy, 1.0, heat)
+        peak = -3.0e38  # finite, or -inf - -inf would be NaN
+        total = 0.0
+        for start in range(0, V, TILE):
+            _, scores = _load_tile(logits, start, V, heat, TILE)
+            higher = tl.maximum(peak, tl.max(scores, 0))
+            total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher), 0)
+            peak = higher
+
+        edge, last = tl.full((), float("-inf"), tl.float32), V
+        k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+        if (k > 0) & (k < V) & ~greedy:  # the largest edge that k scores reach
+            low, high = _order(edge), _order(peak)
+            while low < high:
+                middle = (low + high + 1) >> 1
+                enough = _count_from(_unorder(middle), logits, V, heat, TILE) >= k
+                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+            edge = _unorder(low)
+        if (p < 1) & ~greedy:  # the largest edge below which there is no more than may go
+            spare = (1 - p).to(tl.float32) * _mass(edge, float("inf"), peak, logits, V, heat, TILE)
+            floor, low, high = edge, _order(edge), _order(peak)
+            while low < high:
+                middle = (low + high + 1) >> 1
+                fits = _mass(floor, _unorder(middle), peak, logits, V, heat, TILE) <= spare
+                low, high = tl.where(fits, middle, low), tl.where(fits, high, middle - 1)
+            edge = _unorder(low)
+            spare -= _mass(floor, edge, peak, logits, V, heat, TILE)
+            last = _last_kept_tie(edge, (spare / tl.exp(edge - peak)).to(tl.int32), logits, V, heat, TILE)
+        if m > 0:
+            bar = peak + tl.log(m)
+            if (bar > edge) & ~greedy:
+                edge, last = bar, V
+
+        seed, step = tl.load(seeds + row), tl.load(steps + row).to(tl.uint32)
+        key_low = _mix32(seed.to(tl.uint32) ^ _mix32(step))
+        key_high = _mix32((seed >> 32).to(tl.uint32) + step)
+        best, token = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.int32)
+        for start in range(0, V, TILE):
+            ids, scores = _load_tile(logits, start, V, heat, TILE)
+            scores = tl.where((scores > edge) | ((scores == edge) & (ids <= last)), scores, float("-inf"))
+            ids, scores = tl.reshape(ids, (TILE // W, W)), tl.reshape(scores, (TILE // W, W))
+            block = (start // W + tl.arange(0, TILE // W)).to(tl.uint32)
+            first = _exponential32(_hash32(0x80000000 + 2 * block, key_low, key_high)) / W  # [blocks]
+            bound = tl.where(greedy, 0.0, -tl.log(first))
+            if tl.max(tl.max(scores, 1) + bound, 0) > best:  # only then can a token of this tile win
+                owner = (_hash32(0x80000001 + 2 * block, key_low, key_high) % W).to(tl.int32)
+                later = first[:, None] + _exponential32(_hash32(ids.to(tl.uint32), key_low, key_high))
+                time = tl.where(ids % W == owner[:, None], first[:, None], later)
+                perturbed = scores + tl.where(greedy, 0.0, -tl.log(time))
+                highest = tl.max(perturbed)
+                if highest > best:
+                    best, token = highest, tl.min(tl.where(perturbed == highest, ids, V))
+        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(logprobs + row, tl.load(logits + token) / heat - peak - tl.log(total))
+
+    @triton.jit
+    def _load_tile(logits, start, V, heat, TILE: tl.constexpr):
+        """Ids and scores from id `start` on; -inf from V on."""
+        ids = start + tl.arange(0, TILE)
+        return ids, tl.load(logits + ids, mask=ids < V, other=float("-inf")) / heat
+
+    @triton.jit
+    def _count_from(low, logits, V, heat, TILE: tl.constexpr):
+        """How many scores are at least `low`."""
+        count = tl.zeros([TILE], tl.int32)
+        for start in range(0, V, TILE):
+            _, scores = _load_tile(logits, start, V, heat, TILE)
+            count += (scores >= low).to(tl.int32)
+        return tl.sum(count, 0)
+
+    @triton.jit
+    def _mass(low, high, peak, logits, V, heat, TILE: tl.constexpr):
+        """Sum of exp(score - peak) over low <= score < high."""
+        mass = tl.zeros([TILE], tl.float32)
+        for start in range(0, V, TILE):
+            _, scores = _load_tile(logits, start, V, heat, TILE)
+            mass += tl.where((scores >= low) & (scores < high), tl.exp(scores - peak), 0.0)
+        return tl.sum(mass, 0)
+
+    @triton.jit
+    def _last_kept_tie(edge, excluded, logits, V, heat, TILE: tl.constexpr):
+        """The id up to which scores equal to `edge` stay, if `excluded` of them go but never all."""
+        ties = 0
+        for start in range(0, V, TILE):
+            _, scores = _load_tile(logits, start, V, heat, TILE)
+            ties += tl.sum((scores == edge).to(tl.int32), 0)
+        kept = tl.maximum(ties - excluded, 1)
+        seen, last = 0, V
+        for start in range(0, V, TILE):
+            ids, scores = _load_tile(logits, start, V, heat, TILE)
+            tie = (scores == edge).to(tl.int32)
+            rank = seen + tl.cumsum(tie, 0)
+            last = tl.minimum(last, tl.min(tl.where((tie > 0) & (rank == kept), ids, V), 0))
+            seen += tl.sum(tie, 0)
+        return last
+
+    @triton.jit
+    def _order(x):
+        """An integer for each float32, in the order of the floats."""
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+
+    @triton.jit
+    def _unorder(number):
+        """The float32 of `_order`'s integer."""
+        number = number.to(tl.int32)
+        return tl.where(number < 0, number ^ 0x7FFFFFFF, number).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _exponential32(bits):
+        """As `_exponential`. There is no log1p here: log(u) v / (1 - u) repairs the rounding of u = 1 - v (Kahan)."""
+        v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)
+        u = 1 - v
+        return tl.where(u == 1, v, -tl.log(u) * (v / tl.where(u == 1, 1.0, 1 - u)))
+
+    @triton.jit
+    def _hash32(counters, key_low, key_high):
+        return _mix32(_mix32(counters ^ key_low) + key_high)
+
+    @triton.jit
+    def _mix32(x):
+        x = (x ^ (x >> 16)) * 0x85EBCA6B
+        x = (x ^ (x >> 13)) * 0xC2B2AE35
+        return x ^ (x >> 16)
