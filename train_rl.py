@@ -41,7 +41,7 @@ from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 from nanosafe.rewards import Reward, conversation, load_reward
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import find_checkpoint, load_model
 
@@ -170,16 +170,17 @@ def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
 
 def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace, ranks: Ranks,
             step: int) -> list[Episode]:
-    """Sample this rank's rows of the step's rollout. Row r is sample r % n of the step's prompt r // n."""
+    """Sample the step's rollout; -> this rank's rows. Row r is sample r % n of the step's prompt r // n."""
     P, n = args.prompts_per_step, args.samples_per_prompt
     drawn = shuffled_passes(len(prompts), range(step * P, (step + 1) * P), args.seed, "prompts")
-    rows = ranks.own(range(P * n))
+    rows = range(P * n)
     params = [SamplingParams(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_response_tokens,
                              seed=derive_seed(args.seed, "rollout", step, row)) for row in rows]
-    outputs = generate(policy, [prompts[drawn[row // n]][1] for row in rows], params, progress=ranks.main)
+    prompt_of = [prompts[drawn[row // n]] for row in rows]
+    outputs = generate_over_ranks(policy, [ids for _, ids in prompt_of], params, ranks, progress=ranks.main)
     episodes = []
-    for row, [completion] in zip(rows, outputs, strict=True):
-        source, prompt_ids = prompts[drawn[row // n]]
+    for row in ranks.own(rows):
+        (source, prompt_ids), [completion] = prompt_of[row], outputs[row]
         truncated = completion.finish_reason == "length"
         content = completion.token_ids if truncated else completion.token_ids[:-1]
         episodes.append(Episode(

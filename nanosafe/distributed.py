@@ -5,9 +5,11 @@ are added over the ranks. gloo on CPU, nccl on CUDA; started by torchrun, or as 
 """
 
 import os
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,9 @@ class Ranks:
         self.device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        elif os.environ.get("OMP_NUM_THREADS") == "1" and (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+            # What torchrun sets where nothing is set, however many cores there are.
+            torch.set_num_threads(max(1, available_cores() // here))
         self.main = self.rank == 0
         self.patient = None
         if self.world > 1:
@@ -40,6 +45,13 @@ class Ranks:
     def own(self, rows: Iterable[int]) -> list[int]:
         """The rows, numbered over all ranks, that this rank works on."""
         return [row for row in rows if row % self.world == self.rank]
+
+    def share(self, costs: Sequence[float]) -> range:
+        """This rank's part of a list that is cut into one run for each rank, of nearly equal cost, in rank order."""
+        # An item belongs to the rank in whose stretch of the total cost its middle lies.
+        owners = [int((end - cost / 2) / sum(costs) * self.world)
+                  for end, cost in zip(accumulate(costs), costs, strict=True)]
+        return range(bisect_left(owners, self.rank), bisect_right(owners, self.rank))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over the ranks, in place."""
@@ -85,3 +97,8 @@ class Ranks:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -293,8 +293,8 @@ class Engine:
         blocks = min(cache_bytes // block_bytes, max_batch * self.table_width)
         if blocks < self.table_width:
             raise ValueError(
-                f"a sequence of {max_tokens} tokens needs {self.table_width * block_bytes / 2**20:,.1f} MiB of KV cache,"
-                f" but {cache_bytes / 2**20:,.1f} MiB may be used: ask for fewer new tokens, or raise cache_bytes")
+                f"a sequence of {max_tokens} tokens needs {self.table_width * block_bytes / 2**20:,.1f} MiB of cache, "
+                f"but only {cache_bytes / 2**20:,.1f} may be used: ask for fewer new tokens, or raise cache_bytes")
         self.cache = KVCache(model.config, blocks, block_size, self.device, dtype)
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, prefill_tokens)
         self.graphs: dict[int, DecodeGraph] = {}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from nanosafe.distributed import Ranks
 from nanosafe.engine import Engine, Sequence
 from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
@@ -88,6 +89,18 @@ def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | 
             bar.update(sum(one.finish_reason is not None for one in engine.step()))
     completions = iter(Completion(one.token_ids, one.logprobs, one.finish_reason) for one in sequences)
     return [[next(completions) for _ in range(one.n)] for one in each]
+
+
+def generate_over_ranks(model: Decoder, prompts: Many[Many[int]], params: Many[SamplingParams], ranks: Ranks,
+                        **options) -> list[list[Completion]]:
+    """`generate` with the prompts spread over the ranks; every rank calls it with all of them and gets all completions.
+
+    Each rank takes a run of neighbours, so that equal prompts meet in one engine, of about the same number of tokens:
+    those of the prompts, and as many new ones as may come. The ranks meet only at the end.
+    """
+    lengths = [one.n * (len(prompt) + one.max_new_tokens) for prompt, one in zip(prompts, params, strict=True)]
+    mine = ranks.share(lengths)
+    return ranks.gather(generate(model, [prompts[i] for i in mine], [params[i] for i in mine], **options))
 
 
 def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: int = 0, sample: int = 0) -> Sequence:

@@ -11,6 +11,7 @@ import train_sft
 from nanosafe.data import Document, Episode, Row
 from nanosafe.distributed import Ranks
 from nanosafe.optim import Optimizer
+from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.weights import load_model
 
 CASES = {  # rows of the rollout, and what differs from the defaults
@@ -47,8 +48,19 @@ def run_cases(rank: int, world_size: int, world: Path, out: Path) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world_size)
     ranks = Ranks("cpu")
-    torch.save({name: run_case(name, world, ranks) for name in CASES}, out / f"{world_size}-{rank}.pt")
+    results = {name: run_case(name, world, ranks) for name in CASES}
+    results["completions"] = [completions(world, ranks, count) for count in (23, 1, 0)]
+    torch.save(results, out / f"{world_size}-{rank}.pt")
     ranks.close()
+
+
+def completions(world: Path, ranks: Ranks, count: int) -> list[list[tuple]]:
+    """Of `count` prompts, the same on all ranks, of lengths and numbers of samples that differ much."""
+    policy = load_model(world / "policy", dtype=torch.float32)
+    prompts = [[5 + i] * (1 + 7 * i % 60) for i in range(count)]
+    params = [SamplingParams(max_new_tokens=1 + 11 * i % 40, n=1 + i % 3, seed=i) for i in range(count)]
+    outputs = generate_over_ranks(policy, prompts, params, ranks)
+    return [[(c.token_ids, c.logprobs, c.finish_reason) for c in samples] for samples in outputs]
 
 
 def run_case(name: str, world: Path, ranks: Ranks) -> dict:

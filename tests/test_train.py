@@ -19,6 +19,7 @@ from world import write_world
 
 import train_rl
 import train_sft
+from nanosafe.distributed import Ranks
 from nanosafe.weights import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +171,30 @@ def test_two_ranks_compute_what_one_does(results_by_ranks, name):
         error = (two[0]["gradients"][parameter] - gradient).norm() / gradient.norm().clamp(min=1e-12)
         assert error <= 1e-5, (parameter, error)
     assert sum(gradient.norm() for gradient in one["gradients"].values()) > 0
+
+
+def test_completions_spread_over_two_ranks_are_those_of_one_in_order(results_by_ranks):
+    one, *two = (results["completions"] for results in results_by_ranks)
+    assert two[0] == two[1] and [len(outputs) for outputs in one] == [23, 1, 0]
+    for outputs, expected in zip(two[0], one, strict=True):
+        assert [len(samples) for samples in outputs] == [1 + i % 3 for i in range(len(outputs))]
+        for a, b in zip(sum(outputs, []), sum(expected, []), strict=True):
+            assert a[0] == b[0] and a[2] == b[2] and a[1] == pytest.approx(b[1], abs=1e-4)
+
+
+def test_shares_are_runs_of_nearly_equal_cost():
+    generator = random.Random(0)
+    for _ in range(300):
+        world = generator.randint(1, 9)
+        costs = [generator.choice((1, 10, 500)) * generator.random() + 0.01 for _ in range(generator.randint(0, 30))]
+        shares = []
+        for rank in range(world):
+            ranks = Ranks("cpu")
+            ranks.rank, ranks.world = rank, world
+            shares.append(ranks.share(costs))
+        assert [i for share in shares for i in share] == list(range(len(costs)))
+        for share in shares:
+            assert abs(sum(costs[i] for i in share) - sum(costs) / world) <= max(costs, default=0) + 1e-9
 
 
 def test_sampler_ranks_draw_the_same_completions(world, tmp_path):
