@@ -114,7 +114,7 @@ def _gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     bounds = scores[rows, blocks] + highest[rows, blocks, None]
     hits, places = (bounds >= least[rows, None]).nonzero(as_tuple=True)
     rows, tokens = rows[hits], blocks[hits] * W + places
-    perturbed = scores.view(B, -1)[rows, tokens] + gumbel_noise(seeds[rows], steps[rows], tokens)
+    perturbed = scores.flatten(1)[rows, tokens] + gumbel_noise(seeds[rows], steps[rows], tokens)
     best = scores.new_full((B,), -torch.inf).scatter_reduce(0, rows, perturbed, "amax")
     winners = perturbed == best[rows]
     return rows.new_zeros(B).scatter_reduce(0, rows[winners], tokens[winners], "amin", include_self=False)
@@ -124,7 +124,7 @@ def _in_blocks(scores: Tensor) -> Tensor:
     """[B, V] -> [B, blocks, W], the last block filled up with -inf."""
     if scores.shape[1] % W:
         scores = F.pad(scores, (0, -scores.shape[1] % W), value=-torch.inf)
-    return scores.view(len(scores), -1, W)
+    return scores.unflatten(1, (-1, W))
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
