@@ -118,3 +118,8 @@ def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: i
         seed=secrets.randbits(63) if params.seed is None else derive_seed(params.seed, sample, *prompt),
         temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
     )
+
+
+if __name__ == "__main__":
+    from nanosafe.chat import main  # here, because it imports this file
+    main()
