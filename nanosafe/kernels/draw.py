@@ -23,6 +23,7 @@ except ImportError:  # not every platform has it; the plain twin runs everywhere
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides the same way, when a kernel is defined
 
 W = 128  # tokens in a block of clocks; part of what a seed means
+TILE = 64 * W  # tokens that a program of the Triton kernel has in registers at a time
 MASK = 0xFFFFFFFF  # the hash works on 32-bit words held in int64, where products wrap and their low word stays exact
 
 
@@ -164,13 +165,13 @@ def _mix(x: Tensor) -> Tensor:
 
 def triton_draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor,
                 steps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`draw` by the kernel below."""
+    """`draw` by the kernel below, whose searches for the filters' edges read a copy of what can be near them."""
     logits = logits.contiguous()
     tokens, logprobs = torch.empty_like(seeds), torch.empty_like(temperature)
     if len(logits):
         _draw_row[(len(logits),)](
-            logits, temperature, top_k, top_p, min_p, seeds, steps, tokens, logprobs, logits.shape[1],
-            W=W, TILE=32 * W, num_warps=8,
+            logits, torch.empty_like(logits), temperature, top_k, top_p, min_p, seeds, steps, tokens, logprobs,
+            logits.shape[1], W=W, TILE=TILE, num_warps=16,
         )  # fmt: skip
     return tokens, logprobs
 
@@ -179,46 +180,58 @@ if triton is not None:
 
     @triton.jit
     def _draw_row(
-        logits, temperature, top_k, top_p, min_p, seeds, steps, tokens, logprobs, V,
+        logits, copy, temperature, top_k, top_p, min_p, seeds, steps, tokens, logprobs, V,
         W: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
-        """Program r draws row r. A row's filters come down to one edge: scores above it stay, and of those equal to
-        it the ids up to `last`."""
+        """Program r draws row r. Its filters come down to one edge: scores above it stay, and of those equal to it the
+        ids up to `last`. Whatever can be at an edge is copied first, so that the searches read little."""
         row = tl.program_id(0).to(tl.int64)
-        logits += row * V
+        logits, copy = logits + row * V, copy + row * V
         heat = tl.load(temperature + row)
         greedy = heat == 0
         heat = tl.where(greedy, 1.0, heat)
-        peak = -3.0e38  # finite, or -inf - -inf would be NaN
-        total = 0.0
-        for start in range(0, V, TILE):
-            _, scores = _load_tile(logits, start, V, heat, TILE)
-            higher = tl.maximum(peak, tl.max(scores, 0))
-            total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher), 0)
-            peak = higher
-
-        edge, last = tl.full((), float("-inf"), tl.float32), V
         k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-        if (k > 0) & (k < V) & ~greedy:  # the largest edge that k scores reach
-            low, high = _order(edge), _order(peak)
-            while low < high:
-                middle = (low + high + 1) >> 1
-                enough = _count_from(_unorder(middle), logits, V, heat, TILE) >= k
-                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
-            edge = _unorder(low)
-        if (p < 1) & ~greedy:  # the largest edge below which there is no more than may go
-            spare = (1 - p).to(tl.float32) * _mass(edge, float("inf"), peak, logits, V, heat, TILE)
-            floor, low, high = edge, _order(edge), _order(peak)
-            while low < high:
-                middle = (low + high + 1) >> 1
-                fits = _mass(floor, _unorder(middle), peak, logits, V, heat, TILE) <= spare
-                low, high = tl.where(fits, middle, low), tl.where(fits, high, middle - 1)
-            edge = _unorder(low)
-            spare -= _mass(floor, edge, peak, logits, V, heat, TILE)
-            last = _last_kept_tie(edge, (spare / tl.exp(edge - peak)).to(tl.int32), logits, V, heat, TILE)
-        if m > 0:
+        limited, partial = (k > 0) & (k < V) & ~greedy, (p < 1) & ~greedy
+
+        lanes = tl.full([TILE], float("-inf"), tl.float32)  # the largest score in each column of tiles
+        for start in range(0, V, TILE):
+            lanes = tl.maximum(lanes, _load_tile(logits, start, V, heat, TILE)[1])
+        peak = tl.max(lanes, 0)
+        edge, last = tl.full((), float("-inf"), tl.float32), V
+        if limited:  # the k-th best score is no worse than the k-th best lane
+            tl.store(copy + tl.arange(0, TILE), lanes, mask=tl.arange(0, TILE) < V)
+            tl.debug_barrier()  # what one thread has stored others read
+            edge = _find_edge(k, edge, peak, copy, tl.minimum(V, TILE), False, TILE)
+            tl.debug_barrier()
+        elif partial:  # as in _nucleus, where probabilities relative to the best token's add up to at least 1
+            edge = peak + tl.log(((1 - p) / (2 * V)).to(tl.float32))
+        masses = tl.zeros([TILE], tl.float32)
+        n = 0  # scores in the copy
+        for start in range(0, V, TILE):
+            ids, scores = _load_tile(logits, start, V, heat, TILE)
+            masses += tl.exp(scores - peak)
+            if limited | partial:
+                near = (scores >= edge) & (ids < V)
+                tl.store(copy + n + tl.cumsum(near.to(tl.int32), 0) - 1, scores, mask=near)
+                n += tl.sum(near.to(tl.int32), 0)
+        total = tl.sum(masses, 0)
+        tl.debug_barrier()
+
+        whole = total
+        if limited:
+            edge = _find_edge(k, edge, peak, copy, n, False, TILE)
+            whole = _sum_from(edge, peak, copy, n, True, TILE)
+        if partial:
+            target = (p * whole).to(tl.float32)
+            edge = _find_edge(target, edge, peak, copy, n, True, TILE)
+            above = _float(_integer(edge) + 1)
+            ties = _sum_from(edge, peak, copy, n, False, TILE) - _sum_from(above, peak, copy, n, False, TILE)
+            kept = tl.ceil((target - _sum_from(above, peak, copy, n, True, TILE)) / tl.exp(edge - peak))
+            if kept < ties:
+                last = _find_tie(tl.maximum(kept, 1.0), edge, logits, V, heat, TILE)
+        if (m > 0) & ~greedy:
             bar = peak + tl.log(m)
-            if (bar > edge) & ~greedy:
+            if bar > edge:
                 edge, last = bar, V
 
         seed, step = tl.load(seeds + row), tl.load(steps + row).to(tl.uint32)
@@ -250,51 +263,48 @@ if triton is not None:
         return ids, tl.load(logits + ids, mask=ids < V, other=float("-inf")) / heat
 
     @triton.jit
-    def _count_from(low, logits, V, heat, TILE: tl.constexpr):
-        """How many scores are at least `low`."""
-        count = tl.zeros([TILE], tl.int32)
-        for start in range(0, V, TILE):
-            _, scores = _load_tile(logits, start, V, heat, TILE)
-            count += (scores >= low).to(tl.int32)
-        return tl.sum(count, 0)
+    def _find_edge(target, lowest, peak, scores, n, MASS: tl.constexpr, TILE: tl.constexpr):
+        """The largest edge from `lowest` to `peak` where `_sum_from` reaches the target: the range is halved as one of
+        integers until one is left."""
+        low, high = _integer(lowest), _integer(peak)
+        while low < high:
+            middle = (low + high + 1) >> 1
+            reached = _sum_from(_float(middle), peak, scores, n, MASS, TILE) >= target
+            low, high = tl.where(reached, middle, low), tl.where(reached, high, middle - 1)
+        return _float(low)
 
     @triton.jit
-    def _mass(low, high, peak, logits, V, heat, TILE: tl.constexpr):
-        """Sum of exp(score - peak) over low <= score < high."""
-        mass = tl.zeros([TILE], tl.float32)
-        for start in range(0, V, TILE):
-            _, scores = _load_tile(logits, start, V, heat, TILE)
-            mass += tl.where((scores >= low) & (scores < high), tl.exp(scores - peak), 0.0)
-        return tl.sum(mass, 0)
+    def _sum_from(edge, peak, scores, n, MASS: tl.constexpr, TILE: tl.constexpr):
+        """Over those of n scores that are at least `edge`: the sum of exp(score - peak) if MASS, else their count."""
+        sums = tl.zeros([TILE], tl.float32)
+        for start in range(0, n, TILE):
+            tile = _load_tile(scores, start, n, 1.0, TILE)[1]
+            sums += tl.where(tile >= edge, tl.exp(tile - peak) if MASS else 1.0, 0.0)
+        return tl.sum(sums, 0)
 
     @triton.jit
-    def _last_kept_tie(edge, excluded, logits, V, heat, TILE: tl.constexpr):
-        """The id up to which scores equal to `edge` stay, if `excluded` of them go but never all."""
-        ties = 0
-        for start in range(0, V, TILE):
-            _, scores = _load_tile(logits, start, V, heat, TILE)
-            ties += tl.sum((scores == edge).to(tl.int32), 0)
-        kept = tl.maximum(ties - excluded, 1)
-        seen, last = 0, V
+    def _find_tie(number, edge, logits, V, heat, TILE: tl.constexpr):
+        """The id of that number, from 1, among the scores equal to `edge`."""
+        seen, found = 0, V
         for start in range(0, V, TILE):
             ids, scores = _load_tile(logits, start, V, heat, TILE)
             tie = (scores == edge).to(tl.int32)
-            rank = seen + tl.cumsum(tie, 0)
-            last = tl.minimum(last, tl.min(tl.where((tie > 0) & (rank == kept), ids, V), 0))
+            right = (tie > 0) & (seen + tl.cumsum(tie, 0) == number)
+            found = tl.minimum(found, tl.min(tl.where(right, ids, V), 0))
             seen += tl.sum(tie, 0)
-        return last
+        return found
 
     @triton.jit
-    def _order(x):
-        """An integer for each float32, in the order of the floats."""
-        bits = x.to(tl.int32, bitcast=True)
+    def _integer(x):
+        """An integer for each float32, in the order of the floats; 0 for -0, too."""
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
         return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
     @triton.jit
-    def _unorder(number):
-        """The float32 of `_order`'s integer."""
-        number = number.to(tl.int32)
-        return tl.where(number < 0, number ^ 0x7FFFFFFF, number).to(tl.float32, bitcast=True)
+    def _float(integer):
+        """The float32 of `_integer`'s integer."""
+        bits = integer.to(tl.int32)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _exponential32(bits):
