@@ -31,7 +31,7 @@ from nanosafe.weights import load_model
 DEFAULT_CONTEXT = 8192  # tokens; memory for all 131,072 positions of some models would not fit beside their weights
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not, or not yet, a character
 LONGEST_BROKEN = 32  # tokens; bytes that are no character by then will never be one
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], BROKEN)  # by which text could rule a terminal
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], BROKEN)  # with them a text can rule a terminal
 
 
 def flags() -> ArgumentParser:
@@ -41,11 +41,11 @@ def flags() -> ArgumentParser:
     add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder")
     add("--prompt", metavar="TEXT", help="answer this one question and exit")
     add("--system", metavar="TEXT", help="system message of every conversation")
-    # Not given: what the checkpoint's generation_config.json says, else what SamplingParams does.
     add("--temperature", type=float, help="0 always takes the likeliest token (default: the checkpoint's own, or 1)")
     add("--top-p", type=float, help="draw from the fewest tokens that reach this probability (default: the same, or 1)")
     add("--top-k", type=int, help="draw from this many likeliest tokens (default: the same, or 0: from all)")
-    add("--min-p", type=float, help="leave out tokens this much less likely than the first (default: the same, or 0)")
+    add("--min-p", type=float, help="leave out tokens less likely than this share of the likeliest one's probability "
+        "(default: the same, or 0)")
     add("--max-new-tokens", type=script.positive_int, help="of one answer (default: all that --max-tokens leaves)")
     add("--max-tokens", type=script.positive_int, help="of a conversation; memory is set aside for them (default: as "
         f"many as the model has positions, but at most {DEFAULT_CONTEXT})")
@@ -66,7 +66,7 @@ def talk(args: Namespace) -> None:
     """Load the checkpoint, then answer one question or hold a conversation; raises ValueError for a user's mistakes."""
     console, tokenizer = Console(args.plain), load_tokenizer(args.model)
     opening = [{"role": "system", "content": args.system}] if args.system else []
-    # Mistakes that need no weights to be seen come before the weights are read.
+    # Mistakes that show without the weights are reported before these are read.
     tokenizer.render([*opening, {"role": "user", "content": "?"}])
     config = ModelConfig.from_folder(tokenizer.folder)
     limit = args.max_tokens or min(config.max_position_embeddings, DEFAULT_CONTEXT)
@@ -78,12 +78,13 @@ def talk(args: Namespace) -> None:
 
     device = Ranks(args.device).device
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    console.note(f"{args.model} in {dtype} on {device.type}, {limit} tokens at most (--max-tokens)")
     model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
-    try:
-        engine = Engine(model, max_tokens=limit, requests=1)
-    except ValueError as error:
-        raise ValueError(f"--max-tokens {limit} is more than fits: {error}") from None
-    console.note(f"{args.model} in {dtype} on {device.type}, up to {limit} tokens a conversation")
+    engine = Engine(model, max_tokens=limit, requests=1)
+    # The first tokens compile kernels and capture CUDA graphs, which is not to count as an answer's time.
+    engine.add(sequence(model, [0], SamplingParams(max_new_tokens=2, ignore_eos=True)))
+    while engine.busy:
+        engine.step()
 
     def answer(messages: list[dict]) -> str:
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -116,10 +117,11 @@ def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: 
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  gives input() line editing and a history
     console.note("/new starts afresh, /quit leaves, Ctrl-C stops an answer")
-    history = list(opening)
+    history = opening
     while (line := console.ask()) != "/quit":
         if line == "/new":
-            history = list(opening)
+            history = opening
+            console.note("a new conversation")
         elif line:
             messages = [*history, {"role": "user", "content": line}]
             try:
@@ -131,41 +133,41 @@ def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: 
 def stream(engine: Engine, request: Sequence, tokenizer: Tokenizer, console: "Console") -> str:
     """Run `request` and print its text as it comes, then its speed; Ctrl-C ends it early. Returns the text.
 
-    Where the prompt has opened the thought, the tag is put in front: it is for the reader and the template to see.
+    Where the prompt has opened the thought, the tag is put in front, for the reader and the template of the next turn.
     """
-    text = f"{THINK}\n" if opens_thought(tokenizer, request.prompt) else ""
-    decoder, shown, times = TextStream(tokenizer), 0, [time.perf_counter()]
-    console.write(text)
+    start, decoder, drawn = time.perf_counter(), TextStream(tokenizer), 0
+    text = console.write(f"{THINK}\n" if opens_thought(tokenizer, request.prompt) else "")
     engine.add(request)
     try:
         with noted_interrupts() as interrupts:
             while engine.busy:
                 engine.step()
-                piece = "".join(decoder.add(t) for t in request.token_ids[shown:] if t not in request.stop_ids)
-                console.write(piece)
-                text, shown = text + piece, len(request.token_ids)
-                times += [time.perf_counter()] * bool(shown)
+                if not drawn:
+                    first = time.perf_counter()
+                new, drawn = request.token_ids[drawn:], len(request.token_ids)
+                text += console.write("".join(decoder.add(token) for token in new if token not in request.stop_ids))
                 if interrupts and engine.busy:
                     engine.scheduler.remove(request)
-        console.write(decoder.pending())
+        text += console.write(decoder.pending())
     finally:
         console.end_answer()
-    start, first, *_, end = times + times[-1:]
-    rate = f", then {(shown - 1) / (end - first):.1f} tokens/s" if shown > 1 else ""
-    ending = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}[request.finish_reason]
-    console.note(f"{shown} tokens in {end - start:.1f} s: the first after {first - start:.2f} s{rate}{ending}")
-    return text + decoder.pending()
+    end = time.perf_counter()
+    rate = f", then {(drawn - 1) / (end - first):.1f} tokens/s" if drawn > 1 else ""
+    reason = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}[request.finish_reason]
+    console.note(f"{drawn} tokens in {end - start:.1f} s: the first after {first - start:.2f} s{rate}{reason}")
+    return text
 
 
 @contextmanager
 def noted_interrupts() -> Iterator[list[int]]:
-    """Within the block Ctrl-C adds to the list it gives, so that no step of an engine is cut short; a second raises."""
+    """In the block Ctrl-C only adds to the list, for a step of the engine must not end halfway; a second one raises."""
+    noted: list[int] = []
 
     def note(number: int, frame: object) -> None:
+        signal.signal(number, signal.default_int_handler)
         noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    noted, before = [], signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
@@ -204,13 +206,14 @@ class Console:
         dims = self.terminal and sys.stderr.isatty() and not plain and not os.environ.get("NO_COLOR")
         self.dim, self.normal = ("\033[2m", "\033[0m") if dims else ("", "")
 
-    def write(self, piece: str) -> None:
-        """Print a piece of an answer, but for an end that may be the beginning of a tag: that waits for the next."""
+    def write(self, piece: str) -> str:
+        """Print a piece of an answer, and return it; an end that may become a tag is held back until the next."""
         text = self.held + (piece.translate(CONTROLS) if self.terminal else piece)
         held = max(n for tag in (THINK, END_THINK) for n in range(len(tag)) if text.endswith(tag[:n]))
         text, self.held = text[: len(text) - held], text[len(text) - held :]
         text = text.replace(THINK, self.dim + THINK).replace(END_THINK, END_THINK + self.normal)
         print(text, end="", flush=True)
+        return piece
 
     def end_answer(self) -> None:
         print(self.held + self.normal, flush=True)
@@ -220,9 +223,9 @@ class Console:
         print(f"{self.dim}{text}{self.normal}", file=sys.stderr, flush=True)
 
     def ask(self) -> str:
-        """A line of stdin, or /quit at its end and for Ctrl-C."""
+        """A line of stdin, or /quit where it ends and for Ctrl-C."""
         try:
-            return input("> " if sys.stdin.isatty() else "").strip()
+            return input("\n> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             self.note("")
             return "/quit"
