@@ -7,6 +7,7 @@ plain twin does is tested in test_draw.py.
 import pytest
 import torch
 from test_draw import rows_of_every_kind, settings
+from test_randomness import seed_for
 
 from nanosafe.kernels import draw as module
 from nanosafe.kernels.draw import W, filter_scores, gumbel_noise, plain_draw, triton_draw
@@ -39,6 +40,22 @@ def test_draws_without_filters(V):
     logits = rows_of_every_kind(V)[::20]
     temperatures = [[1.0, 0.6, 0.0, 1.7][i % 4] for i in range(len(logits))]
     check(logits, *settings(len(logits), temperatures, steps=list(range(len(logits)))))
+
+
+def test_noise_is_the_plain_twins():
+    """Two tokens whose sums with the plain twin's noise are 4e-5 apart; the kernel must know which is larger."""
+    words = [0, 1, 2**8, 2**16, 2**24, 2**32 - 2**8, 2**32 - 1]  # the smallest and largest, which no sample would meet
+    seeds = [derive_seed(i) for i in range(10)]
+    seeds += [seed_for(word, counter) for word in words for counter in (2**31 + 2, 2**31 + 2 * 3, 200)]
+    columns = settings(len(seeds), seeds=seeds)
+    noise = gumbel_noise(columns[4][:, None], columns[5][:, None], torch.arange(600))
+    fastest = noise[:, W : 2 * W].argmax(dim=1) + W
+    for pair in ((200, 5), (fastest, 130), (fastest, 3 * W + 7), (noise[:, 3 * W :].argmax(dim=1) + 3 * W, 200)):
+        rows, (a, b) = torch.arange(len(seeds)), (torch.as_tensor(x).expand(len(seeds)) for x in pair)
+        for winner, loser in ((a, b), (b, a)):
+            logits = torch.full((len(seeds), 600), -torch.inf)
+            logits[rows, winner], logits[rows, loser] = 4e-5 - noise[rows, winner], -noise[rows, loser]
+            assert torch.equal(check(logits, *columns)[winner != loser], winner[winner != loser])
 
 
 def telling_seeds(scores: torch.Tensor, kept: torch.Tensor) -> list[int]:
@@ -85,8 +102,12 @@ def test_rows_of_several_tiles(filters, monkeypatch):
     """The last of these leaves several tiles to search and cuts through ties in the last one."""
     monkeypatch.setattr(module, "TILE", W)
     check_edge(0.3 * torch.randn(300, generator=torch.Generator().manual_seed(1)).round().clamp(-1, 1), **filters)
-    logits = rows_of_every_kind(600)[::40]
-    check(logits, *settings(len(logits)))
+    logits = rows_of_every_kind(600)[::20]
+    check(logits, *settings(len(logits), [float(i % 2) for i in range(len(logits))]))
+
+
+def test_min_p_after_top_p_has_cut_through_ties():
+    check(torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0]]), *settings(1, top_p=0.9, min_p=1.0))
 
 
 def test_signed_zeros_are_ties():

@@ -76,6 +76,13 @@ def test_a_filter_of_one_row_leaves_an_unfiltered_neighbour_alone():
     assert kept[2:].isfinite().sum(1).max() < 5000
 
 
+def test_top_p_counts_tokens_too_unlikely_to_be_sorted():
+    """Each of the 100,000 is below half of its even share of the spare 0.1; together they are 0.04 of it."""
+    probs = torch.cat([torch.full((100_000,), 0.04 / 100_000), torch.tensor([0.03, 0.04, 0.05, 0.09, 0.25, 0.5])])
+    kept = filter_scores(probs.log()[None], *settings(1, top_p=0.9)[1:4])[0]
+    assert kept.isfinite().nonzero()[:, 0].tolist() == list(range(100_001, 100_006))  # 0.04 + 0.03 go
+
+
 def chi_square_p(counts: torch.Tensor, probs: torch.Tensor) -> float:
     """P(a chi-square statistic at least this large) for counts [V] of draws from probs [V]."""
     expected = probs.double() * counts.sum()

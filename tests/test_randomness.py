@@ -19,6 +19,20 @@ def fmix32(x: int) -> int:
     return x ^ (x >> 16)
 
 
+def unmix(x: int) -> int:
+    """The inverse of fmix32."""
+    x = (x ^ (x >> 16)) * pow(0xC2B2AE35, -1, 2**32) % 2**32
+    x = (x ^ (x >> 13) ^ (x >> 26)) * pow(0x85EBCA6B, -1, 2**32) % 2**32
+    return x ^ (x >> 16)
+
+
+def seed_for(word: int, counter: int) -> int:
+    """The seed, as int64 has it, for which at step 0 the hash of `counter` is `word`."""
+    # The step and the seed's low word are 0, which hash to 0; the high word is left to choose.
+    high = unmix((unmix(word) - fmix32(counter)) % 2**32)
+    return (high - (high >> 31 << 32)) << 32
+
+
 def python_noise(seed: int, step: int, token: int) -> float:
     """The Gumbel noise of a token in float64, one number at a time: -log of when its clock rings."""
     low, high = fmix32(seed % 2**32 ^ fmix32(step)), fmix32((seed // 2**32 + step) % 2**32)
@@ -157,17 +171,6 @@ def test_noise_is_bounded_and_never_repeats():
 
 def test_the_smallest_and_the_largest_hash_give_finite_noise():
     """Words that no sample of tests would meet: each is the hash of one counter for a seed that is found backwards."""
-
-    def unmix(x: int) -> int:
-        x = (x ^ (x >> 16)) * pow(0xC2B2AE35, -1, 2**32) % 2**32
-        x = (x ^ (x >> 13) ^ (x >> 26)) * pow(0x85EBCA6B, -1, 2**32) % 2**32
-        return x ^ (x >> 16)
-
-    def seed_for(word: int, counter: int) -> int:
-        # The step and the seed's low word are 0, which hash to 0; the high word, signed in int64, is left to choose.
-        high = unmix((unmix(word) - fmix32(counter)) % 2**32)
-        return (high - (high >> 31 << 32)) << 32
-
     assert unmix(fmix32(123456789)) == 123456789
     words = (0, 2**32 - 1)
     highest = noise_of([seed_for(word, 2**31) for word in words], [0, 0], range(W)).amax(dim=1)  # the clock of block 0

@@ -191,7 +191,7 @@ if triton is not None:
         greedy = heat == 0
         heat = tl.where(greedy, 1.0, heat)
         k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-        limited, partial = (k > 0) & (k < V) & ~greedy, (p < 1) & ~greedy
+        limited, partial = (k > 0) & ~greedy, (p < 1) & ~greedy
 
         lanes = tl.full([TILE], float("-inf"), tl.float32)  # the largest score in each column of tiles
         for start in range(0, V, TILE):
@@ -229,10 +229,8 @@ if triton is not None:
             kept = tl.ceil((target - _sum_from(above, peak, copy, n, True, TILE)) / tl.exp(edge - peak))
             if kept < ties:
                 last = _find_tie(tl.maximum(kept, 1.0), edge, logits, V, heat, TILE)
-        if (m > 0) & ~greedy:
-            bar = peak + tl.log(m)
-            if bar > edge:
-                edge, last = bar, V
+        if m > 0 and peak + tl.log(m) > edge:
+            edge, last = peak + tl.log(m), V
 
         seed, step = tl.load(seeds + row), tl.load(steps + row).to(tl.uint32)
         key_low = _mix32(seed.to(tl.uint32) ^ _mix32(step))
