@@ -215,6 +215,16 @@ def test_greedy_rows_take_the_first_of_the_largest_whatever_their_filters():
     assert draw(logits, *settings(6, top_p=1e-9))[0].tolist() == first
 
 
+@pytest.mark.parametrize("kind", [dict(), dict(temperature=0.0), dict(top_k=3, top_p=0.9, min_p=0.1)], ids=str)
+def test_nan_logits_show_in_the_logprob_and_not_in_other_rows(kind):
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    expected = draw(logits, *settings(3, **kind))[0].tolist()
+    logits[1] = torch.nan
+    tokens, logprobs = draw(logits, *settings(3, **kind))
+    assert tokens[::2].tolist() == expected[::2] and 0 <= tokens[1] < 300
+    assert logprobs.isfinite().tolist() == [True, False, True]
+
+
 def test_no_rows():
     tokens, logprobs = draw(torch.zeros(0, 10), *settings(0, seeds=[]))
     assert tokens.shape == logprobs.shape == (0,)

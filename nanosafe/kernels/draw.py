@@ -83,8 +83,8 @@ def _nucleus(scores: Tensor, spare: Tensor) -> Tensor:
     nothing to spare comes out undefined."""
     probs = scores.softmax(dim=-1)
     # Tokens this unlikely have at most half of `spare` together, so none of them stays and none needs to be sorted.
-    likely = (probs > spare / (2 * probs.shape[1])) & (spare > 0)
-    index = probs.topk(int(likely.sum(dim=-1).max()), sorted=False).indices.sort(dim=-1, descending=True).values
+    likely = (probs > spare / (2 * probs.shape[1])).count_nonzero(dim=-1) * (spare[:, 0] > 0)
+    index = probs.topk(max(int(likely.max()), 1), sorted=False).indices.sort(dim=-1, descending=True).values
     # Ascending, so that small numbers are added first; stable, so that of equals the higher id goes first.
     ordered, order = probs.gather(1, index).sort(dim=-1, stable=True)
     rest = probs.scatter_(1, index, 0.0).sum(dim=-1, keepdim=True)
@@ -105,8 +105,8 @@ def _argmax(scores: Tensor) -> Tensor:
 def _gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     """(scores + gumbel_noise).argmax(dim=-1), the first among equals: [B, V] -> [B]."""
     scores = _in_blocks(scores)
-    B, blocks, _ = scores.shape
-    time, owner = first_ring(seeds[:, None], steps[:, None], torch.arange(blocks, device=scores.device))
+    B, count, _ = scores.shape
+    time, owner = first_ring(seeds[:, None], steps[:, None], torch.arange(count, device=scores.device))
     highest = -time.log()  # [B, blocks]: the noise of each owner, and the bound of its block
     # The winner is no worse than the best owner. Whatever the scores, about W tokens a row could be better than that.
     owners = scores.gather(2, owner[:, :, None])[:, :, 0] + highest
