@@ -1,18 +1,27 @@
-"""Sampling speed beside transformers' generate, alternating in one process, on random weights of a true shape.
+"""Sampling speed and memory beside transformers' generate, alternating in one process, on random weights of a true
+shape.
 
 Workloads: `ragged`, N requests whose prompts and outputs have uniform random lengths in a range (transformers gets them
-as one padded batch, and only the tokens asked for count), and `fixed-B`, B equal requests. Decode speed is that of
-a run less that of its prefill. The last line is one JSON object.
+as one padded batch, and only the tokens asked for count), and `fixed-B`, B equal requests. `first` is the time of one
+new token each: the time to the first token of the whole batch. Decode speed is that of a run less that; where weights
+are packed, packing counts as decoding. The bandwidth limit of a fixed workload is that of reading all weights and the
+KV cache once a step at the speed at which this machine reads a large tensor. Peak memory is that of a process of its
+own for each side. The last line is one JSON object.
 
-    python benchmarks/sampler.py                                  # a 1M-parameter Qwen3 folder, 256 ragged requests
-    python benchmarks/sampler.py --shape qwen3-0.6b --ragged 32 --lengths 16 128 --fixed 1 16
+    python benchmarks/sampler.py --dtype float32               # a 1M-parameter Qwen3 folder, 256 ragged requests
+    python benchmarks/sampler.py --shape qwen3-0.6b --ragged 32 --fixed 1 16
+    python benchmarks/sampler.py --shape qwen3-8b --lengths 100 1024 --fixed 1 256 --prompt 1024 --new 128   # on a GPU
 """
 
 import argparse
 import json
+import os
 import platform
 import random
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +30,7 @@ import torch
 
 from nanosafe import SamplingParams, generate, load_model, save_model
 from nanosafe.config import ModelConfig
+from nanosafe.memory import KVCache
 from nanosafe.model import Decoder
 
 SHARED = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=128, vocab_size=151936, rope_theta=1e6,
@@ -55,7 +65,8 @@ def theirs(model, prompts: list[list[int]], lengths: list[int], cache: str) -> N
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     model.generate(ids, attention_mask=mask, max_new_tokens=max(lengths), min_new_tokens=max(lengths), do_sample=True,
-                   top_k=0, top_p=1.0, temperature=1.0, cache_implementation=cache, pad_token_id=0)
+                   top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, disable_compile=True,
+                   cache_implementation="static" if cache == "compiled" else cache)
 
 
 def seconds(run, device: torch.device) -> float:
@@ -66,70 +77,124 @@ def seconds(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1m")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--ragged", type=int, default=256, help="requests of the ragged workload; 0 leaves it out")
-    parser.add_argument("--lengths", type=int, nargs=2, default=(16, 128), help="range of prompt and of output lengths")
-    parser.add_argument("--fixed", type=int, nargs="*", default=[], help="batch sizes, prompts of 64 and 48 new tokens")
-    parser.add_argument("--caches", nargs="+", default=["dynamic", "static"], help="of transformers; its best counts")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    import transformers
-
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.shape, dtype)
-        model = load_model(folder, device=device, dtype=dtype)
-        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+def workloads_of(args: argparse.Namespace, vocab_size: int) -> dict[str, tuple[list[list[int]], list[int]]]:
+    """Name -> (prompts, numbers of new tokens)."""
     generator = random.Random(0)
 
     def draw() -> int:
         return generator.randint(*args.lengths)
 
     def prompt(length: int) -> list[int]:
-        return [generator.randrange(3, model.config.vocab_size) for _ in range(length)]
+        return [generator.randrange(3, vocab_size) for _ in range(length)]
 
-    workloads = {f"fixed-{B}": ([prompt(64) for _ in range(B)], [48] * B) for B in args.fixed}
+    workloads = {f"fixed-{B}": ([prompt(args.prompt) for _ in range(B)], [args.new] * B) for B in args.fixed}
     if args.ragged:
         workloads["ragged"] = ([prompt(draw()) for _ in range(args.ragged)], [draw() for _ in range(args.ragged)])
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return workloads
+
+
+def load(side: str, folder: str, device: torch.device, dtype: torch.dtype):
+    if side == "nanosafe":
+        return load_model(folder, device=device, dtype=dtype)
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    if side == "compiled":  # by hand, for generate itself compiles on GPUs alone
+        model.forward = torch.compile(model.forward)
+    return model
+
+
+def run(side: str, model, prompts: list[list[int]], lengths: list[int]) -> None:
+    if side == "nanosafe":
+        ours(model, prompts, lengths)
+    else:
+        theirs(model, prompts, lengths, side)
+
+
+def peak_gb(side: str, folder: str, workload: str) -> float:
+    """Peak memory of a process that does nothing but load a model and run one workload once."""
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peak", side, folder, workload],
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return round(float(done.stdout.split()[-1]), 3)
+
+
+def read_gb_per_s(device: torch.device) -> float:
+    """Speed of reading a large tensor, the best of several."""
+    tensor = torch.ones(2**28 if device.type == "cuda" else 2**27, device=device)
+    return tensor.nbytes / min(seconds(tensor.sum, device) for _ in range(8)) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--ragged", type=int, default=256, help="requests of the ragged workload; 0 leaves it out")
+    parser.add_argument("--lengths", type=int, nargs=2, default=(16, 128), help="range of prompt and of output lengths")
+    parser.add_argument("--fixed", type=int, nargs="*", default=[], help="batch sizes")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt of a fixed workload")
+    parser.add_argument("--new", type=int, default=48, help="and of each output")
+    parser.add_argument("--caches", nargs="+", default=["dynamic", "static"], choices=("dynamic", "static", "compiled"),
+                        help="of transformers; its best counts")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # side, folder, workload: see peak_gb
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    workloads = workloads_of(args, SHAPES[args.shape]["vocab_size"])
+    if args.peak:
+        side, folder, workload = args.peak
+        run(side, load(side, folder, device, dtype), *workloads[workload])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return print((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 1e9)
+
+    import transformers
+
+    sides = ["nanosafe", *args.caches]
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), args.shape, dtype)
+        peaks = {name: {side: peak_gb(side, folder, name) for side in sides} for name in workloads}
+        models = {side: load(side, folder, device, dtype) for side in sides}
+    config = models["nanosafe"].config
+    weights = sum(p.numel() * p.element_size() for p in models["nanosafe"].parameters())
+    bandwidth = read_gb_per_s(device)
     result = {"benchmark": "sampler", "shape": args.shape, "dtype": args.dtype, "device": args.device,
               "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "transformers": transformers.__version__, "weight_bytes": weight_bytes,
-              "repeats": args.repeats}
+              "torch": torch.__version__, "transformers": transformers.__version__, "weight_bytes": weights,
+              "read_gb_per_s": round(bandwidth, 1), "repeats": args.repeats}
     if device.type == "cuda":
         result["machine"] = torch.cuda.get_device_name(device)
     for name, (prompts, lengths) in workloads.items():
-        runs = {"nanosafe": lambda p=prompts, n=lengths: ours(model, p, n),
-                "nanosafe prefill": lambda p=prompts: ours(model, p, [1] * len(p))}
-        for cache in args.caches:
-            runs[f"transformers {cache}"] = lambda p=prompts, n=lengths, c=cache: theirs(peer, p, n, c)
-            runs[f"transformers {cache} prefill"] = lambda p=prompts, c=cache: theirs(peer, p, [1] * len(p), c)
-        times = {run: [] for run in runs}
+        times: dict[tuple[str, bool], list[float]] = {(side, whole): [] for side in sides for whole in (False, True)}
         for repeat in range(args.repeats + 1):
-            for run, function in runs.items():
-                elapsed = seconds(function, device)
+            for (side, whole), measured in times.items():
+                asked = lengths if whole else [1] * len(lengths)
+                elapsed = seconds(lambda s=side, p=prompts, n=asked: run(s, models[s], p, n), device)
                 if repeat:  # the first is a warm-up
-                    times[run].append(elapsed)
-        median = {run: statistics.median(values) for run, values in times.items()}
-        tokens = sum(lengths)
-        row = {run: {"seconds": round(value, 3), "range": [round(f(times[run]), 3) for f in (min, max)]}
-               for run, value in median.items()}
-        for run in [run for run in runs if not run.endswith("prefill")]:
-            row[run]["tokens_per_s"] = round(tokens / median[run], 1)
-            decode = (tokens - len(lengths)) / (median[run] - median[f"{run} prefill"])
-            row[run]["decode_tokens_per_s"] = round(decode, 1)
-            print(f"{name:10} {run:22} {row[run]['tokens_per_s']:10.1f} tokens/s, "
-                  f"decode {row[run]['decode_tokens_per_s']:10.1f} tokens/s")
-        peers = [run for run in row if run.startswith("transformers") and not run.endswith("prefill")]
+                    measured.append(elapsed)
+        rows, tokens = {}, sum(lengths)
+        for side in sides:
+            first, whole = (statistics.median(times[side, part]) for part in (False, True))
+            rows[side] = {
+                "seconds": round(whole, 3), "range": [round(f(times[side, True]), 3) for f in (min, max)],
+                "first": round(first, 3), "tokens_per_s": round(tokens / whole, 1),
+                "decode_tokens_per_s": round((tokens - len(lengths)) / (whole - first), 1),
+                "prefill_tokens_per_s": round(sum(map(len, prompts)) / first, 1),
+            }
+            if name.startswith("fixed"):
+                kv = len(prompts) * (args.prompt + args.new / 2) * KVCache.bytes_per_position(config, dtype)
+                limit = len(prompts) * bandwidth * 1e9 / (weights + kv)
+                rows[side]["share_of_bandwidth_limit"] = round(rows[side]["decode_tokens_per_s"] / limit, 2)
+            rows[side]["peak_gb"] = peaks[name][side]
+            label = side if side == "nanosafe" else f"transformers {side}"
+            print(f"{name:9} {label:21}", ", ".join(f"{key} {value}" for key, value in rows[side].items()))
         for key in ("tokens_per_s", "decode_tokens_per_s"):
-            row[f"ratio_{key}"] = round(row["nanosafe"][key] / max(row[run][key] for run in peers), 2)
-        print(f"{name:10} ratio to transformers' best {row['ratio_tokens_per_s']}, "
-              f"decode {row['ratio_decode_tokens_per_s']}")
-        result[name] = row
+            rows[f"ratio_{key}"] = round(rows["nanosafe"][key] / max(rows[cache][key] for cache in args.caches), 2)
+        print(f"{name:9} ratio to transformers' best: {rows['ratio_tokens_per_s']}, decode "
+              f"{rows['ratio_decode_tokens_per_s']}")
+        result[name] = rows
     print(json.dumps(result))
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_decode import paged_case
+from test_draw import settings
 
 from nanosafe.kernels import decode
+from nanosafe.kernels.draw import triton_draw
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
 TESTS = Path(__file__).parent
@@ -72,3 +74,9 @@ def test_decode_kernels_compile_for_sm_90(compiled, dtype):
         assert "cp.async" in attend.asm["ptx"]  # the next tiles are read while one is used
         assert ("mma.sync" in attend.asm["ptx"]) == (dtype == torch.bfloat16)  # tensor cores
         assert 3 * attend.metadata.shared <= 227 * 1024  # bytes of a processor: three programs fit
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_drawing_kernel_compiles_for_sm_90(compiled):
+    triton_draw(torch.zeros(2, 151_936), *settings(2))
+    assert [kernel.metadata.name for kernel in compiled] == ["_draw_row"]
