@@ -159,15 +159,11 @@ def stream(engine: Engine, request: Sequence, tokenizer: Tokenizer, console: "Co
 
 
 @contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
+def noted_interrupts() -> Iterator[list[bool]]:
     """In the block Ctrl-C only adds to the list, for a step of the engine must not end halfway; a second one raises."""
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        signal.signal(number, signal.default_int_handler)
-        noted.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
+    noted: list[bool] = []
+    before = signal.signal(
+        signal.SIGINT, lambda *event: signal.default_int_handler(*event) if noted else noted.append(True))
     try:
         yield noted
     finally:

@@ -24,7 +24,8 @@ from tokenizers import decoders, models
 from world import CHATML, write_policy, write_tokenizer
 
 from nanosafe import chat
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.engine import Engine
+from nanosafe.sampler import SamplingParams, generate, sequence
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import load_model
 
@@ -85,12 +86,12 @@ def run(folder: Path, *flags: str, lines: str = "") -> tuple[int, str, str]:
 
 @pytest.fixture
 def talk(capsys, monkeypatch):
-    """talk(folder, *flags, lines=[...], terminal=False) -> stdout, stderr of the program in this process."""
+    """talk(folder, *flags, lines=[...], terminals=...) -> stdout, stderr of the program in this process."""
 
-    def talk(folder: Path, *flags: str, lines: Iterable[str] = (), terminal: bool = False) -> tuple[str, str]:
+    def talk(folder: Path, *flags: str, lines: Iterable[str] = (), terminals: str = "") -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        for stream in (sys.stdout, sys.stderr):
-            monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name in terminals)
         chat.talk(chat.flags().parse_args(["--model", str(folder), "--device", "cpu", *flags]))
         return tuple(capsys.readouterr())
 
@@ -169,14 +170,14 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves(checkpoints):
 @pytest.mark.parametrize(("name", "opening"), [("scripted", "<think>"), ("opened", "<think>\n")])
 def test_the_thought_is_dimmed_in_a_terminal_alone(checkpoints, talk, monkeypatch, name, opening):
     folder, question = checkpoints[name], ("--prompt", "Hi")
-    dimmed, err = talk(folder, *question, terminal=True)
+    dimmed, err = talk(folder, *question, terminals="stdout stderr")
     assert dimmed.rstrip(f"{NORMAL}\n") == f"{DIM}{opening}{THOUGHT}{NORMAL}{ANSWER}"
     assert err.endswith(f"tokens/s{NORMAL}\n")
     plain = f"{opening}{THOUGHT}{ANSWER}\n"
-    assert talk(folder, *question)[0] == plain
-    for flags, variable in ((["--plain"], ""), ([], "1")):
-        monkeypatch.setenv("NO_COLOR", variable)
-        out, err = talk(folder, *question, *flags, terminal=True)
+    cases = [("stdout", "", ""), ("stderr", "", ""), ("stdout stderr", "--plain", ""), ("stdout stderr", "", "1")]
+    for terminals, flag, no_color in cases:
+        monkeypatch.setenv("NO_COLOR", no_color)
+        out, err = talk(folder, *question, *flag.split(), terminals=terminals)
         assert out == plain and "\x1b" not in err
 
 
@@ -184,10 +185,9 @@ def test_the_thought_is_dimmed_in_a_terminal_alone(checkpoints, talk, monkeypatc
     "<think>a</think>b", "a <b </think", "<think><</think>>", "<<think>/</</think>b<think>c", "no tag", "<thin</thoug>"
 ])
 def test_tags_in_pieces(capsys, text):
-    dice = random.Random(text)
+    dice, console = random.Random(text), chat.Console(plain=True)
+    console.dim, console.normal = "[", "]"
     for _ in range(20):
-        console = chat.Console(plain=True)
-        console.dim, console.normal = "[", "]"
         cuts = sorted(dice.choices(range(len(text) + 1), k=dice.randrange(len(text))))
         for start, end in pairwise([0, *cuts, len(text)]):
             console.write(text[start:end])
@@ -278,6 +278,37 @@ def test_tags_are_shown_where_they_are_special_tokens(tmp_path):
     ids = tokenizer.encode("<think>bake</think>bread<|im_end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "bakebread"
     assert "".join(pieces_of(tokenizer, ids)) == "<think>bake</think>bread"
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "r"])
+def test_an_answer_ends_at_every_eos_and_shows_none(checkpoints, tmp_path, talk, eos):
+    folder = shutil.copytree(checkpoints["scripted"], tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        eos_ids = load_tokenizer(folder).encode(eos)
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {"eos_token_id": eos_ids}))
+    out, err = talk(folder, "--prompt", "Hi", "--max-new-tokens", "60")
+    # <|endoftext|> is never drawn: the tokenizer's own <|im_end|> ends the answer.
+    assert out == f"<think>{THOUGHT}{ANSWER.split(eos)[0]}\n" and "cut off" not in err
+
+
+def test_an_interrupted_answer_leaves_the_engine(checkpoints, capsys, monkeypatch):
+    folder = checkpoints["endless"]
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype=torch.float32)
+    engine = Engine(model, max_tokens=500, requests=1)
+    step, steps = engine.step, iter(range(8))
+
+    def step_then_interrupt() -> None:
+        step()
+        if next(steps) == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(engine, "step", step_then_interrupt)
+    prompt = tokenizer.encode_chat([user("Hi")], add_generation_prompt=True)
+    request = sequence(model, prompt, SamplingParams(max_new_tokens=400, temperature=0.0))
+    assert chat.stream(engine, request, tokenizer, chat.Console(plain=True)) == "<think>Wait, but that is not safe"
+    assert not engine.busy and engine.scheduler.pool.free == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "8 tokens in" in capsys.readouterr().err
 
 
 def test_seeds_and_flags(checkpoints, talk):
