@@ -280,6 +280,9 @@ class Engine:
         their number is known; cache_bytes: memory of the KV cache (default: of what is free, half on a CPU and 80 % on
         CUDA); prefill_tokens: of one prefill; block_size: positions per block (default: 64 on CUDA, one slot per
         sequence elsewhere)."""
+        for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.device, dtype = model.head_weight.device, model.head_weight.dtype
         self.graphed = self.device.type == "cuda"
         max_batch = min(max_batch or (256 if self.graphed else 64), requests or sys.maxsize)
