@@ -328,7 +328,8 @@ class Engine:
             self.cache.copy(source, target, positions)
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Sequence]:
-        chunks.sort(key=lambda chunk: chunk[0].cached > 0)  # as Prefill wants them
+        # Those with nothing in the cache first, as Prefill wants them; neighbours of equal length attend as one batch.
+        chunks.sort(key=lambda chunk: (chunk[0].cached > 0, chunk[1]))
         memory = Prefill(self.cache, [Chunk(s.blocks, s.cached, count) for s, count in chunks])
         tokens = [token for s, count in chunks for token in (s.prompt + s.token_ids)[s.cached : s.cached + count]]
         hidden = self.model.hidden(torch.tensor(tokens, device=self.device), memory.positions, memory)

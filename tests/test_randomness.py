@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanosafe.kernels.draw import W, _mix, first_ring, gumbel_noise
+from nanosafe.kernels.draw import W, _keys, _mix, first_ring, gumbel_noise
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 
 EULER = 0.5772156649
@@ -85,7 +85,7 @@ def test_noise_equals_the_pure_python_hash():
     assert ours.dtype == torch.float32
     for row, seed, step in zip(ours, seeds, steps, strict=True):
         assert row.tolist() == pytest.approx([python_noise(seed, step, token) for token in tokens], abs=5e-6)
-        assert row[4:132].max() == -first_ring(torch.tensor(seed), torch.tensor(step), torch.tensor(1))[0].log()
+        assert row[4:132].max() == -first_ring(_keys(torch.tensor(seed), torch.tensor(step)), torch.tensor(1))[0].log()
 
 
 def test_values_are_pinned():
@@ -177,6 +177,6 @@ def test_the_smallest_and_the_largest_hash_give_finite_noise():
     # -log(2^-33 / W), and float32 ends at 1 - 2^-24
     assert highest.tolist() == pytest.approx([40 * math.log(2), -math.log(24 * math.log(2) / W)], abs=1e-5)
     seeds = [seed_for(word, 5) for word in words]  # the clock of token 5
-    first, owner = first_ring(torch.tensor(seeds), torch.tensor(0), torch.tensor(0))
+    first, owner = first_ring(_keys(torch.tensor(seeds), torch.tensor(0)), torch.tensor(0))
     later = torch.exp(-noise_of(seeds, [0, 0], [5])[:, 0]) - first
     assert 5 not in owner and later.tolist() == pytest.approx([2.0**-33, 24 * math.log(2)], rel=1e-5, abs=1e-8)

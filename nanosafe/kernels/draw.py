@@ -9,6 +9,7 @@ kernel handles a row per program; the plain PyTorch twin is what runs on a CPU.
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -106,16 +107,19 @@ def _gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     """(scores + gumbel_noise).argmax(dim=-1), the first among equals: [B, V] -> [B]."""
     scores = _in_blocks(scores)
     B, count, _ = scores.shape
-    time, owner = first_ring(seeds[:, None], steps[:, None], torch.arange(count, device=scores.device))
-    highest = -time.log()  # [B, blocks]: the noise of each owner, and the bound of its block
+    keys = _keys(seeds, steps)
+    first, owner = first_ring([key[:, None] for key in keys], torch.arange(count, device=scores.device))
+    highest = -first.log()  # [B, blocks]: the noise of each owner, and the bound of its block
     # The winner is no worse than the best owner. Whatever the scores, about W tokens a row could be better than that.
     owners = scores.gather(2, owner[:, :, None])[:, :, 0] + highest
     least = owners.amax(dim=1).clamp(min=torch.finfo(scores.dtype).min)
     rows, blocks = (scores.amax(dim=2) + highest >= least[:, None]).nonzero(as_tuple=True)
     bounds = scores[rows, blocks] + highest[rows, blocks, None]
     hits, places = (bounds >= least[rows, None]).nonzero(as_tuple=True)
-    rows, tokens = rows[hits], blocks[hits] * W + places
-    perturbed = scores.flatten(1)[rows, tokens] + gumbel_noise(seeds[rows], steps[rows], tokens)
+    rows, blocks = rows[hits], blocks[hits]
+    tokens = blocks * W + places
+    noise = _noise([key[rows] for key in keys], tokens, first[rows, blocks], owner[rows, blocks])
+    perturbed = scores.flatten(1)[rows, tokens] + noise
     best = scores.new_full((B,), -torch.inf).scatter_reduce(0, rows, perturbed, "amax")
     winners = perturbed == best[rows]
     return rows.new_zeros(B).scatter_reduce(0, rows[winners], tokens[winners], "amin", include_self=False)
@@ -130,15 +134,20 @@ def _in_blocks(scores: Tensor) -> Tensor:
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
     """Independent standard Gumbel noise, float32, of each token id; the int64 arguments broadcast."""
-    first, owner = first_ring(seeds, steps, tokens // W)
-    later = first + _exponential(_hash(seeds, steps, tokens))
+    keys = _keys(seeds, steps)
+    return _noise(keys, tokens, *first_ring(keys, tokens // W))
+
+
+def _noise(keys: Sequence[Tensor], tokens: Tensor, first: Tensor, owner: Tensor) -> Tensor:
+    """`gumbel_noise` of tokens whose blocks' first rings are known."""
+    later = first + _exponential(_hash(keys, tokens))
     return -torch.where(tokens % W == owner, first, later).log()
 
 
-def first_ring(seeds: Tensor, steps: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def first_ring(keys: Sequence[Tensor], blocks: Tensor) -> tuple[Tensor, Tensor]:
     """When the earliest of a block's W clocks rings, float32, and the place in the block of the token it belongs to."""
-    time = _exponential(_hash(seeds, steps, 2**31 + 2 * blocks)) / W
-    return time, _hash(seeds, steps, 2**31 + 2 * blocks + 1) % W
+    time = _exponential(_hash(keys, 2**31 + 2 * blocks)) / W
+    return time, _hash(keys, 2**31 + 2 * blocks + 1) % W
 
 
 def _exponential(bits: Tensor) -> Tensor:
@@ -148,10 +157,14 @@ def _exponential(bits: Tensor) -> Tensor:
     return -torch.log1p(-v)
 
 
-def _hash(seeds: Tensor, steps: Tensor, counters: Tensor) -> Tensor:
-    """32 random bits in int64 for each counter below 2^32; the arguments broadcast."""
-    low = _mix((seeds & MASK) ^ _mix(steps))
-    high = _mix(((seeds >> 32) & MASK) + steps)
+def _keys(seeds: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Two 32-bit keys, in int64, of each (seed, step)."""
+    return _mix((seeds & MASK) ^ _mix(steps)), _mix(((seeds >> 32) & MASK) + steps)
+
+
+def _hash(keys: Sequence[Tensor], counters: Tensor) -> Tensor:
+    """32 random bits in int64 for each counter below 2^32; keys and counters broadcast."""
+    low, high = keys
     return _mix(_mix(counters ^ low) + high)
 
 
