@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs=2, default=(16, 128), help="range of prompt and of output lengths")
     parser.add_argument("--fixed", type=int, nargs="*", default=[], help="batch sizes")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt of a fixed workload")
-    parser.add_argument("--new", type=int, default=48, help="and of each output")
+    parser.add_argument("--new", type=int, default=128, help="and of each output")
     parser.add_argument("--caches", nargs="+", default=["dynamic", "static"], choices=("dynamic", "static", "compiled"),
                         help="of transformers; its best counts")
     parser.add_argument("--repeats", type=int, default=3)
@@ -146,8 +146,10 @@ def main() -> None:
     if args.peak:
         side, folder, workload = args.peak
         run(side, load(side, folder, device, dtype), *workloads[workload])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return print((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 1e9)
+        if device.type == "cuda":
+            return print(torch.cuda.max_memory_allocated() / 1e9)
+        # Not getrusage, whose maximum a process inherits from the one that started it.
+        return print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9)
 
     import transformers
 

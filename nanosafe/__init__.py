@@ -4,6 +4,8 @@ The public surface: load official weights, sample, score, and the REINFORCE++ ma
 train_sft.py and train_rl.py.
 """
 
+import warnings
+
 from nanosafe.kernels.head import token_logprob_entropy
 from nanosafe.model import Decoder
 from nanosafe.reinforce import advantages, policy_loss, token_kl
@@ -11,6 +13,9 @@ from nanosafe.rewards import load_reward_model
 from nanosafe.sampler import Completion, SamplingParams, generate
 from nanosafe.tokenizer import load_tokenizer
 from nanosafe.weights import load_model, save_model
+
+# `python -m nanosafe.sampler` runs a module that this one has imported, which is meant.
+warnings.filterwarnings("ignore", "'nanosafe.sampler' found in sys.modules", RuntimeWarning)
 
 __all__ = [
     "Completion", "Decoder", "SamplingParams", "advantages", "generate", "load_model", "load_reward_model",

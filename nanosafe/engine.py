@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from nanosafe.kernels.draw import draw
+from nanosafe.kernels.draw import draw, triton
 from nanosafe.memory import Chunk, KVCache, PagedDecode, Prefill, SlotDecode
 from nanosafe.model import Decoder
 from nanosafe.packed import packed_view
@@ -270,7 +270,7 @@ class Engine:
     """Runs sequences of up to `max_tokens` tokens: `add` them, then call `step` while `busy`.
 
     The model's weights are read in place, so the model must not change while the engine is used; on a CPU they are also
-    packed once more in the order its matrix product likes, where that pays (`pack`).
+    packed once more in the order its matrix product likes, where that pays (`pack`) and memory allows.
     """
 
     def __init__(self, model: Decoder, *, max_tokens: int, max_batch: int | None = None,
@@ -284,11 +284,13 @@ class Engine:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.device, dtype = model.head_weight.device, model.head_weight.dtype
-        self.graphed = self.device.type == "cuda"
+        self.graphed = self.device.type == "cuda" and triton is not None  # the plain twins read values on the host
         max_batch = min(max_batch or (256 if self.graphed else 64), requests or sys.maxsize)
         block_size = block_size or (64 if self.graphed else max_tokens)
         self.slots = not self.graphed and block_size >= max_tokens
-        self.model = packed_view(model, max_batch) if pack and self.device.type == "cpu" else model
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        pack = pack and self.device.type == "cpu" and weights < free_memory(self.device) / 2
+        self.model = packed_view(model, max_batch) if pack else model
         if cache_bytes is None:
             cache_bytes = int(free_memory(self.device) * (0.8 if self.graphed else 0.5))
         block_bytes = KVCache.bytes_per_position(model.config, dtype) * block_size
@@ -405,4 +407,5 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # zeroed pages count only once they are written
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # the total on macOS
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")  # zeroed pages count only once they are written

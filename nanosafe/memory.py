@@ -142,9 +142,9 @@ class SlotDecode:
 
     def __init__(self, cache: KVCache, positions: Tensor):
         self.cache, self.positions = cache, positions
-        self.slots = torch.arange(len(positions))
+        self.slots = torch.arange(len(positions), device=positions.device)
         self.longest = int(positions.max()) + 1
-        seen = torch.arange(self.longest) <= positions[:, None]
+        seen = torch.arange(self.longest, device=positions.device) <= positions[:, None]
         self.mask = None if seen.all() else seen[:, None, None, :]  # [B, 1, 1, longest]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

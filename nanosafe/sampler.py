@@ -21,7 +21,7 @@ from nanosafe.engine import Engine, Sequence
 from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
 
-PACKING_PAYS = 16  # new tokens from which packing the weights, on a CPU, takes less time than it saves
+PACKING_PAYS = 32  # new tokens from which packing the weights, on a CPU, takes less time than it saves
 
 @dataclass(frozen=True)
 class SamplingParams:
