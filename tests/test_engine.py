@@ -298,7 +298,9 @@ def random_engine(rng: random.Random, model, longest: int) -> Engine:
                   cache_bytes=blocks * block_bytes + rng.randrange(block_bytes),
                   prefill_tokens=rng.choice([rng.randint(1, 40), 1000]))
     assert made.slots == (block_size >= longest)
-    assert made.scheduler.pool.total == min(blocks, max_batch * -(-longest // block_size))
+    blocks = min(blocks, max_batch * -(-longest // block_size))
+    assert made.scheduler.pool.total == blocks
+    assert made.cache.keys.nbytes + made.cache.values.nbytes == (blocks + 1) * block_bytes  # and one for scratch
     made.graphed = not made.slots and rng.random() < 0.4
     return made
 
@@ -448,6 +450,16 @@ def test_several_steps_go_between_two_looks_and_none_past_the_first_limit(monkey
         lengths.append((len(longer.token_ids), len(shorter.token_ids)))
     assert lengths == [(1, 1), (9, 9), (12, 12), (20, 12)] and STEPS_PER_LOOK == 8
     assert set(running.graphs) == {1, 2}
+
+
+def test_rows_are_filled_up_to_the_next_size_of_a_graph(monkeypatch):
+    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+    running, shared = Engine(models("qwen3")[1], max_tokens=9, block_size=4), greedy([5, 6])
+    shared.blocks = [3]
+    for count, size in ((1, 1), (3, 4), (8, 8), (9, 16), (16, 16), (17, 32), (33, 48)):
+        rows = running._graph([shared] * count).rows
+        assert rows.tokens.tolist() == [6] * count + [0] * (size - count)
+        assert rows.tables[:, 0].tolist() == [3] * count + [running.cache.scratch] * (size - count)
 
 
 # bfloat16
