@@ -108,8 +108,8 @@ class Scheduler:
         """Let waiting sequences run while rows and blocks last. Returns the copies to make in the cache before a step.
 
         A sequence takes over what a running one has in the cache of a common prefix of their prompts: whole blocks are
-        shared, the rest is copied. It waits where a running one is about to compute more of that prefix, so that the n
-        samples of a prompt are prefilled once; its place is kept meanwhile.
+        shared, the rest is copied. It waits where a running one is about to compute SHORTEST_SHARED tokens or more of
+        that prefix, so that the n samples of a longer prompt are prefilled once; its place is kept meanwhile.
         """
         copies, held_back = [], []
         while self.waiting and len(self.running) + len(held_back) < self.max_batch:
