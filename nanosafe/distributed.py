@@ -49,7 +49,8 @@ class Ranks:
     def share(self, costs: Sequence[float]) -> range:
         """This rank's part of a list that is cut into one run for each rank, of nearly equal cost, in rank order."""
         # An item belongs to the rank in whose stretch of the total cost its middle lies.
-        owners = [int((end - cost / 2) / sum(costs) * self.world)
+        total = sum(costs)
+        owners = [int((end - cost / 2) / total * self.world)
                   for end, cost in zip(accumulate(costs), costs, strict=True)]
         return range(bisect_left(owners, self.rank), bisect_right(owners, self.rank))
 
