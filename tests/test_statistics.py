@@ -1,0 +1,244 @@
+"""Intervals against closed forms, published tables, enumeration, and how often they hold the truth."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from nanosafe.evals import statistics
+from nanosafe.evals.statistics import (
+    Estimate,
+    auc,
+    over_items,
+    over_seeds,
+    paired_difference,
+    pass_at_k,
+    pass_at_k_over_items,
+    student_t,
+)
+
+
+def test_estimates_print_as_tables_want_them():
+    estimate = Estimate(0.41234, 0.371, 0.4551, 200, "items")
+    assert str(estimate) == f"{estimate}" == "0.412 [0.371, 0.455]"
+    assert f"{estimate:.1%}" == "41.2% [37.1%, 45.5%]"
+    assert str(over_seeds([0.5])) == "0.500 (one run)" and str(over_items([0.5])) == "0.500 (one item)"
+    assert str(Estimate(-0.0001, -0.02, 0.01, 9, "pairs")) == "0.000 [-0.020, 0.010]"  # not -0.000
+    assert json.loads(json.dumps(over_seeds([0.5])._asdict()))["low"] is None
+
+
+# Over items
+
+
+def wilson_by_bisection(successes: int, n: int) -> tuple[float, float]:
+    """The definition: the shares p whose score test, |k/n - p| <= z sqrt(p (1 - p) / n), does not reject k of n."""
+    z, share = 1.959963984540054, successes / n
+
+    def end(inside: float, outside: float) -> float:
+        for _ in range(200):
+            p = (inside + outside) / 2
+            inside, outside = (p, outside) if abs(share - p) <= z * math.sqrt(p * (1 - p) / n) else (inside, p)
+        return inside
+
+    return end(share, 0.0), end(share, 1.0)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (0, 10), (1, 10), (10, 10), (17, 40), (313, 313), (81, 263)])
+def test_zeros_and_ones_get_wilsons_interval(successes, n):
+    estimate = over_items([1.0] * successes + [0] * (n - successes))
+    assert estimate.mean == successes / n and estimate.n == n and estimate.over == "items"
+    assert estimate[1:3] == pytest.approx(wilson_by_bisection(successes, n), abs=1e-9)
+    assert estimate.low <= estimate.mean <= estimate.high and estimate.high - estimate.low > 0
+
+
+def test_wilson_equals_the_published_example():
+    # Newcombe, Stat. Med. 17 (1998), table I, method 3: 81 of 263 and 15 of 148
+    assert over_items([1] * 81 + [0] * 182)[1:3] == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert over_items([1] * 15 + [0] * 133)[1:3] == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_a_bootstrap_has_the_width_of_the_central_limit():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64).tolist()
+    estimate, tensor = over_items(values), torch.tensor(values, dtype=torch.float64)
+    half = 1.96 * tensor.std().item() / 20
+    assert estimate.mean == pytest.approx(tensor.mean().item(), abs=1e-12)
+    assert estimate[1:3] == pytest.approx((estimate.mean - half, estimate.mean + half), abs=0.05 * half)
+
+
+def test_a_bootstrap_of_few_items_equals_all_resamples():
+    values = [0.0, 0.1, 0.25, 0.7, 0.8, 0.15]
+    means = sorted(sum(draw) / 6 for draw in itertools.product(values, repeat=6))  # all 46,656 resamples
+    exact = means[round(0.025 * len(means))], means[round(0.975 * len(means))]
+    assert over_items(values)[1:3] == pytest.approx(exact, abs=0.01)
+
+
+def test_blocks_of_resamples_are_as_independent_as_one_block(monkeypatch):
+    values = torch.rand(50, generator=torch.Generator().manual_seed(1)).tolist()
+    whole = over_items(values, seed=1)
+    monkeypatch.setattr(statistics, "CHUNK", 50 * 7)  # 7 resamples a block: 10,000 is no multiple
+    # numbers are drawn one after the other, so that the size of a block changes nothing but the order of a sum
+    assert over_items(values, seed=1) == pytest.approx(whole[:4] + (whole.over,), abs=1e-12)
+
+
+def test_samples_are_averaged_first_and_only_items_are_resampled():
+    rng = random.Random(0)
+    items = [[float(rng.random() < share)] * 50 for share in [0.5] * 40]  # 50 equal samples say no more than one
+    assert over_items(items) == over_items([item[0] for item in items])
+    half = [0.5, [1, 0], [0.0, 1.0, 1.0, 0.0], 0.5, [0.25, 0.75]]
+    assert over_items(half)[:3] == (0.5, 0.5, 0.5)  # all items equal; samples resampled would differ
+    assert over_items([[1, 1, 1, 1, 1, 1], 0.5, 0.0]).mean == 0.5  # not weighted by samples
+
+
+def test_seeds_decide_and_the_global_generator_does_not():
+    values = torch.rand(30, generator=torch.Generator().manual_seed(3)).tolist()
+    state = torch.get_rng_state()
+    first = over_items(values, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert over_items(values, seed=5) == first != over_items(values, seed=6)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, None], [1, [0, None]], [0.1, []], [0.2, math.nan], [math.inf], ["1"]])
+def test_what_was_not_judged_is_refused(values):
+    with pytest.raises(ValueError, match="item"):
+        over_items(values)
+
+
+@pytest.mark.parametrize(("n", "share"), [(10, 0.1), (40, 0.5), (60, 0.97)])
+def test_wilson_holds_the_truth_in_95_of_100(n, share):
+    # exact, no simulation: the chance of each outcome times whether its interval holds the share
+    held = [low <= share <= high for low, high in (over_items([1] * k + [0] * (n - k))[1:3] for k in range(n + 1))]
+    coverage = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) * held[k] for k in range(n + 1))
+    assert 0.92 < coverage < 0.985
+
+
+def covered(interval, draw, truth: float, trials: int = 400) -> float:
+    """The share of `trials` data sets whose interval holds the truth; the standard error of 95 % is 1.1 points."""
+    rng = random.Random(7)
+    estimates = [interval(draw(rng)) for _ in range(trials)]
+    return sum(e.low <= truth <= e.high for e in estimates) / trials
+
+
+def test_the_bootstrap_holds_the_truth_in_95_of_100(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+
+    def draw(rng):  # 60 items of different difficulty, 4 samples each
+        return [[float(rng.random() < share) for _ in range(4)] for share in (rng.random() for _ in range(60))]
+
+    assert 0.92 < covered(over_items, draw, 0.5) < 0.98
+    # the mistake it avoids: samples taken for items
+    assert covered(lambda items: over_items([x for item in items for x in item]), draw, 0.5) < 0.92
+
+
+# Differences
+
+
+def test_a_paired_difference_uses_the_items_that_both_have():
+    a = {"x": 0.2, "y": [0.0, 1.0], "only a": 5.0, "z": 0.9}
+    b = {"z": [1.0, 0.7], "only b": -7.0, "y": 0.75, "x": 0.2}
+    estimate = paired_difference(a, b)
+    assert estimate.n == 3 and estimate.over == "pairs"
+    assert estimate.mean == pytest.approx((0.0 + 0.25 - 0.05) / 3)
+    assert paired_difference(b, a).mean == pytest.approx(-estimate.mean)
+
+
+def test_pairing_removes_what_differs_between_items():
+    rng = random.Random(2)
+    a = {i: 10 * rng.random() for i in range(100)}
+    b = {i: value + 0.3 + 0.1 * rng.random() for i, value in a.items()}
+    estimate = paired_difference(a, b)
+    assert 0.33 < estimate.low < estimate.mean < estimate.high < 0.36 and estimate.excludes_zero
+    assert over_items(b.values()).low < over_items(a.values()).high  # unpaired, nothing would show
+    assert paired_difference(b, a).excludes_zero and not paired_difference(a, a).excludes_zero
+
+
+def test_zeros_and_ones_get_a_difference_by_bonett_and_price():
+    a = dict(enumerate([0] * 9 + [1] * 2 + [1] * 5 + [0] * 24))  # 9 become right, 2 become wrong, 29 stay
+    b = dict(enumerate([1] * 9 + [0] * 2 + [1] * 5 + [0] * 24))
+    up, down, n = 10 / 42, 3 / 42, 42  # one more of each sign
+    half = 1.959963984540054 * math.sqrt((up + down - (up - down) ** 2) / n)
+    assert paired_difference(a, b)[:4] == pytest.approx((7 / 40, up - down - half, up - down + half, 40))
+    equal = paired_difference(a, a)  # a bootstrap would be sure that there is no difference
+    assert equal.low == pytest.approx(-equal.high) and 0.05 < equal.high < 0.1
+    assert paired_difference({0: 0}, {0: 1}).high == 1.0  # and not more
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.6), (0.95, 0.98)])
+def test_differences_of_zeros_and_ones_hold_the_truth_in_95_of_100(shares):
+    def draw(rng):
+        hard = [rng.random() for _ in range(50)]  # shared, so that the sides are correlated
+        return [{i: int(h < share) if rng.random() < 0.7 else int(rng.random() < share) for i, h in enumerate(hard)}
+                for share in shares]  # fmt: skip
+
+    assert 0.92 < covered(lambda ab: paired_difference(*ab), draw, shares[1] - shares[0]) <= 1
+
+
+def test_bad_differences_are_refused():
+    with pytest.raises(ValueError, match="both"):
+        paired_difference({"x": 1}, {"y": 1})
+    with pytest.raises(ValueError, match="'x' of b"):
+        paired_difference({"x": 1}, {"x": None})
+
+
+# Runs
+
+T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
+           15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980}  # fmt: skip
+
+
+@pytest.mark.parametrize("df", T_TABLE)
+def test_t_quantiles_equal_the_table_and_the_integrated_density(df):
+    t = student_t(df)
+    assert t == pytest.approx(T_TABLE[df], abs=5e-4)
+    x = torch.linspace(0, t, 100_001, dtype=torch.float64)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    assert 2 * torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item() == pytest.approx(0.95, abs=1e-7)
+
+
+def test_runs_get_students_interval_and_say_so():
+    estimate = over_seeds([0.70, 0.74, 0.78])  # deviation 0.04
+    half = 4.302653 * 0.04 / math.sqrt(3)
+    assert estimate[:4] == pytest.approx((0.74, 0.74 - half, 0.74 + half, 3)) and estimate.over == "runs"
+    assert over_seeds([0.5]) == (0.5, None, None, 1, "runs") and not over_seeds([0.5]).excludes_zero
+    for bad in ([], [0.5, None], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="runs"):
+            over_seeds(bad)
+
+
+def test_three_runs_hold_the_truth_in_95_of_100():
+    assert 0.93 < covered(over_seeds, lambda rng: [rng.gauss(0.3, 2) for _ in range(3)], 0.3, trials=2000) < 0.97
+
+
+# pass@k, AUC
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_equals_all_subsets(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_of_a_benchmark():
+    estimate = pass_at_k_over_items({"a": (4, 1), "b": (5, 5), "c": (4, 0)}, 2)
+    assert estimate.mean == pytest.approx((0.5 + 1 + 0) / 3) and estimate.n == 3
+    assert pass_at_k(1000, 300, 1) == pytest.approx(0.3)  # numbers of 300 digits
+    with pytest.raises(ValueError, match="'b'"):
+        pass_at_k_over_items({"a": (4, 1), "b": (1, 1)}, 2)
+    for n, c, k in [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)]:
+        with pytest.raises(ValueError, match="pass@"):
+            pass_at_k(n, c, k)
+
+
+def test_auc_equals_all_pairs():
+    rng = random.Random(4)
+    positive, negative = ([rng.randint(shift, 9) / 3 for _ in range(size)] for shift, size in ((2, 37), (0, 23)))
+    pairs = [(p > q) + (p == q) / 2 for p in positive for q in negative]
+    assert auc(positive, negative) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12) != 0.5
+    assert auc([2, 3], [0, 1]) == 1 and auc([0], [1, 2]) == 0 and auc([1, 1], [1]) == 0.5
+    for bad in ([], [math.nan], [None]):
+        with pytest.raises(ValueError, match="scores"):
+            auc([1.0], bad)
