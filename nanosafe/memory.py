@@ -36,11 +36,11 @@ class PackedDocuments:
                 self.runs.append((1, length))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        outputs, start = [], 0
-        for documents, length in self.runs:
-            rows = slice(start, start := start + documents * length)
+        # split, not slices: the gradient of each slice would be a tensor of zeros as long as all N tokens.
+        sizes, outputs = [documents * length for documents, length in self.runs], []
+        for run, *parts in zip(self.runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
             # [documents * length, heads, head_dim] -> [documents, heads, length, head_dim]
-            a, b, c = (x[rows].unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
+            a, b, c = (part.unflatten(0, run).transpose(1, 2) for part in parts)
             out = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
