@@ -113,10 +113,13 @@ def slow_min_k_plus_plus(logp: torch.Tensor, tokens: list[int]) -> float:
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 30, 1000])
-def test_memorization_equals_a_plain_loop(models, tokens_per_microbatch):
+def test_memorization_equals_a_plain_loop(models, tokens_per_microbatch, monkeypatch):
     reference, model = models
     assert MIN_K_PERCENT == 20
+    original, graphs = model.logits, []
+    monkeypatch.setattr(model, "logits", lambda h: graphs.append(h.requires_grad) or original(h))
     scores = memorization(model, DOCUMENTS, tokens_per_microbatch)
+    assert graphs and not any(graphs)  # a graph would keep every chunk's logits
     assert list(scores) == ["log_likelihood", "min_k_plus_plus", "continuation_overlap"]
     for i, document in enumerate(DOCUMENTS):
         logp = distributions(reference, document)
