@@ -22,12 +22,12 @@ from torch import Tensor
 
 from nanosafe import reinforce, script
 from nanosafe.checkpoint import RunFolder
-from nanosafe.config import RL_RECIPE
 from nanosafe.data import (
     Episode,
     Row,
     encode_prompts,
     head_logprobs,
+    load_pairs,
     load_rows,
     microbatches,
     opens_thought,
@@ -37,6 +37,8 @@ from nanosafe.data import (
 )
 from nanosafe.distributed import Ranks
 from nanosafe.evals.diagnostics import reflection_ids
+from nanosafe.evals.tasks import suite_of
+from nanosafe.evals.watch import GOOD_REWARD_MODEL, Watch, reward_accuracy
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
@@ -83,6 +85,9 @@ def flags() -> ArgumentParser:
     add("--max-prompt-tokens", type=script.positive_int, help="longer prompts are left out, and counted")
     add("--max-response-tokens", type=script.positive_int)
     add("--tokens-per-microbatch", type=script.positive_int, help="of one forward and backward, per rank")
+    add("--pairs", help="labelled pairs (prompt, chosen, rejected) that the reward model is tried on before the start")
+    add("--eval-every", type=script.positive_int,
+        help="steps between small evals of safety, over-refusal and reasoning, with warnings and a table at the end")
     return parser
 
 
@@ -104,7 +109,7 @@ def check(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, ranks = script.start(flags(), RL_RECIPE, argv, "rl", check)
+    args, ranks = script.start(flags(), argv, "rl", check)
     run = RunFolder(args, ranks)
     if run.complete:
         return ranks.close()
@@ -127,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} tokens passes "
                          f"{args.model}'s {limit} positions (max_position_embeddings): lower it")
     announce_sampling(policy, args, ranks)
+    watch = preflight(policy, reward, tokenizer, args, ranks)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long, device=ranks.device)
 
     tracker = script.Tracker(args, ranks)
@@ -146,14 +152,23 @@ def main(argv: list[str] | None = None) -> None:
             metrics["policy/skipped"] = args.minibatches * args.epochs
         clock.lap("update")
 
+        due = watch is not None and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps)
+        if due:
+            metrics |= watch.measure(policy, step + 1)
+            clock.lap("eval")
+
         tokens = metrics["response/tokens"]
         run.log("samples.jsonl", samples(episodes, step, ranks))
         updated = metrics["policy/skipped"] < args.minibatches * args.epochs
         row = run.record(metrics | clock.times(rollout=tokens, update=tokens), updated)
         tracker.log(row)
         ranks.print(console_line(row, args.steps))
+        for warning in watch.warnings() if due else ():
+            ranks.print(f"  warning: {warning}")
         run.save_if_due()
     run.finish()
+    if watch is not None:
+        ranks.print(watch.table())
     tracker.close()
     ranks.close()
 
@@ -166,6 +181,22 @@ def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
                 + (f"; generation_config.json's {theirs} are not used" if theirs else ""))
     if args.top_p < 1:
         ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution that is sampled")
+
+
+def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Namespace, ranks: Ranks) -> Watch | None:
+    """Before the first step: is the reward model right on labelled pairs, and what can the base do?"""
+    if args.pairs and not args.reward_model.startswith("rule:"):
+        right = reward_accuracy(reward, load_pairs(args.pairs), ranks)
+        ranks.print(f"{args.reward_model} prefers the safe response in {right['all']} of {right['all'].n} labelled pairs; "
+                    + ", ".join(f"{name} {e.mean:.2f}" for name, e in right.items() if name != "all"))
+        if right["all"].mean < GOOD_REWARD_MODEL:
+            ranks.print(f"warning: that is less than {GOOD_REWARD_MODEL}: the policy will learn what it is wrong about")
+    if not args.eval_every:
+        return None
+    watch = Watch(suite_of(policy.config, "validation"), tokenizer, reward, args.reward_model, args.out, ranks)
+    watch.measure(policy, 0)
+    ranks.print("before training: " + watch.summary())
+    return watch
 
 
 def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace, ranks: Ranks,

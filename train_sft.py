@@ -15,7 +15,6 @@ import torch
 
 from nanosafe import script
 from nanosafe.checkpoint import RunFolder
-from nanosafe.config import SFT_RECIPE
 from nanosafe.data import Document, load_rows, microbatches, pack, response_logprobs, sft_documents
 from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
@@ -41,7 +40,7 @@ def flags() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, ranks = script.start(flags(), SFT_RECIPE, argv, "sft", lambda args: None)
+    args, ranks = script.start(flags(), argv, "sft", lambda args: None)
     run = RunFolder(args, ranks)
     if run.complete:
         return ranks.close()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,19 +71,53 @@ class Episode(Document):
     reward: float = float("nan")
 
 
+class Pair(NamedTuple):
+    """Two responses to a prompt, labelled: `chosen` is the safe or better one."""
+
+    prompt: list[dict]  # messages
+    chosen: str
+    rejected: str
+    category: str | None
+
+
 def load_rows(name: str) -> list[Row]:
-    """Rows of a local .json, .jsonl, .csv or .parquet file, or of a data set on the hub (see find_dataset).
+    """Rows of a local .json, .jsonl, .csv or .parquet file, of a data set on the hub (see find_dataset), or of the tiny
+    world's SFT set (tiny-star, tiny-star@SEED; see tiny/world.py).
 
     A row has `messages`, or `prompt` (a text, or messages) or STAR-1's `question`, and perhaps `response` and `answer`.
     A .json file is a list of rows, or has one row per line like .jsonl. Raises what find_dataset raises, or ValueError
     naming the file, the row and the field.
     """
+    return [_row(record, source) for record, source in _find_records(name)]
+
+
+def load_pairs(name: str) -> list[Pair]:
+    """Labelled pairs, found like rows: `prompt` (or `question`), the texts `chosen` and `rejected`, perhaps `category`.
+
+    Raises what load_rows raises.
+    """
+    pairs = []
+    for record, source in _find_records(name):
+        row = _row(record, source)
+        for field in ("chosen", "rejected"):
+            if not isinstance(record.get(field), str):
+                raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; it has {list(record)}")
+        pairs.append(Pair(row.prompt, record["chosen"], record["rejected"], record.get("category")))
+    return pairs
+
+
+def _find_records(name: str) -> list[tuple[dict, str]]:
+    """The records of a data set of the tiny world, a local file or the hub, each with its place; at least one."""
+    from nanosafe.tiny import world  # here: it uses this file
+
+    if (records := world.dataset(name)) is not None:
+        return [(record, f"{name}, row {i}") for i, record in enumerate(records, 1)]
     path = Path(name).expanduser()
     path = path if path.is_file() else find_dataset(name)
-    rows = [_row(record, source) for record, source in _read_records(path)]
-    if not rows:
+    records = _read_records(path)
+    if not records:
         raise ValueError(f"{path} holds no rows")
-    return rows
+    return records
 
 
 def find_dataset(name: str) -> Path:

@@ -12,10 +12,12 @@ tokens only every few steps.
 """
 
 import heapq
+import math
 import os
 import sys
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -275,15 +277,16 @@ class Engine:
 
     def __init__(self, model: Decoder, *, max_tokens: int, max_batch: int | None = None,
                  cache_bytes: int | None = None, prefill_tokens: int = 8192, block_size: int | None = None,
-                 requests: int | None = None, pack: bool = True):
+                 requests: int | None = None, banned_token_ids: Iterable[int] = (), pack: bool = True):
         """max_batch: sequences that decode together (default 64 on a CPU, 256 on CUDA), not more than `requests` where
         their number is known; cache_bytes: memory of the KV cache (default: of what is free, half on a CPU and 80 % on
         CUDA); prefill_tokens: of one prefill; block_size: positions per block (default: 64 on CUDA, one slot per
-        sequence elsewhere)."""
+        sequence elsewhere); banned_token_ids: never drawn, and log-probs are those of what is left."""
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.device, dtype = model.head_weight.device, model.head_weight.dtype
+        self.banned = torch.tensor(sorted(banned_token_ids), dtype=torch.long, device=self.device)
         self.graphed = self.device.type == "cuda" and triton is not None  # the plain twins read values on the host
         max_batch = min(max_batch or (256 if self.graphed else 64), requests or sys.maxsize)
         block_size = block_size or (64 if self.graphed else max_tokens)
@@ -344,7 +347,7 @@ class Engine:
                 last.append(end - 1)
         if ready:
             rows = self._rows(ready, len(ready))
-            rows.draw(self.model.logits(hidden[torch.tensor(last, device=self.device)]))
+            self._draw(rows, hidden[torch.tensor(last, device=self.device)])
             self._append(ready, [rows.tokens], [rows.logprobs])
         return ready
 
@@ -373,7 +376,11 @@ class Engine:
             memory = SlotDecode(self.cache, rows.positions)
         else:
             memory = PagedDecode(self.cache, rows.tables, rows.positions)
-        rows.draw(self.model.logits(self.model.hidden(rows.tokens, rows.positions, memory)))
+        self._draw(rows, self.model.hidden(rows.tokens, rows.positions, memory))
+
+    def _draw(self, rows: Rows, hidden: Tensor) -> None:
+        logits = self.model.logits(hidden)
+        rows.draw(logits.index_fill(1, self.banned, -math.inf) if len(self.banned) else logits)
 
     def _append(self, sequences: list[Sequence], tokens: list[Tensor], logprobs: list[Tensor]) -> None:
         """Write down what was drawn, one tensor [B] for each step; what a sequence drew after its end is dropped."""

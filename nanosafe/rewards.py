@@ -44,7 +44,7 @@ def conversation(
 def load_reward(
     spec: str, *, scope: str = "response", device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> Reward:
-    """The reward `spec`: rule:math, rule:refusal, or a reward model (alias, hub id or folder).
+    """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
 
     The callable takes conversations that end with the assistant's turn, and for each the reference answer of its row,
     which only rule:math reads: it raises ValueError naming the row that has none. scope: as in `conversation`; a reward
@@ -57,7 +57,7 @@ def load_reward(
             raise ValueError(f"the chat template of {spec} deletes thoughts, so they have no reward: "
                              "use --reward-scope answer")  # fmt: skip
         return lambda conversations, references: model.score(conversations)
-    rules = {"rule:math": _math_rule, "rule:refusal": _refusal_rule}
+    rules = {"rule:math": _math_rule, "rule:refusal": _refusal_rule, "rule:tiny-judge": _tiny_judge_rule}
     if spec not in rules:
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
     return rules[spec]()
@@ -65,6 +65,13 @@ def load_reward(
 
 def _refusal_rule() -> Reward:
     return lambda conversations, references: torch.tensor([float(is_refusal(c[-1]["content"])) for c in conversations])
+
+
+def _tiny_judge_rule() -> Reward:
+    from nanosafe.tiny.world import judge_reward  # here: the world uses the graders and so, in the end, this file
+
+    return lambda conversations, references: torch.tensor(
+        [judge_reward(c[-2]["content"], c[-1]["content"]) for c in conversations])
 
 
 def _math_rule() -> Reward:
@@ -110,19 +117,23 @@ class RewardModel:
         """
         documents = [self.encode(messages, index) for index, messages in enumerate(conversations)]
         order = sorted(range(len(documents)), key=lambda i: len(documents[i]))  # equal lengths attend as one batch
-        scores, weight = torch.empty(len(documents)), self.model.score.weight.float()  # [B], [1, D]
+        scores = torch.empty(len(documents))
         batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
         for batch in tqdm(batches, "rewards", delay=2, leave=False, disable=not MAIN_RANK):
             rows = [order[i] for i in batch]
-            lengths = [len(documents[i]) for i in rows]
-            memory = PackedDocuments(lengths, device=weight.device)
-            tokens = torch.tensor([token for i in rows for token in documents[i]], device=weight.device)
-            starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-            last = starts + torch.tensor([self.scored_position(documents[i]) for i in rows])
-            hidden = self.model.hidden(tokens, memory.positions, memory)[last.to(weight.device)]  # [rows, D]
-            # In float32: bfloat16 would round a score near 20 to steps of 1/8.
-            scores[rows] = (hidden.float() @ weight.T)[:, 0].cpu()
+            scores[rows] = self.forward([documents[i] for i in rows]).cpu()
         return scores
+
+    def forward(self, documents: Sequence[list[int]]) -> Tensor:
+        """float32 scores [B] of encoded conversations as one micro-batch; differentiable."""
+        lengths, weight = [len(ids) for ids in documents], self.model.score.weight.float()  # [1, D]
+        memory = PackedDocuments(lengths, device=weight.device)
+        tokens = torch.tensor([token for ids in documents for token in ids], device=weight.device)
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        last = starts + torch.tensor([self.scored_position(ids) for ids in documents])
+        hidden = self.model.hidden(tokens, memory.positions, memory)[last.to(weight.device)]  # [B, D]
+        # In float32: bfloat16 would round a score near 20 to steps of 1/8.
+        return (hidden.float() @ weight.T)[:, 0]
 
     def encode(self, messages: Conversation, index: int = 0) -> list[int]:
         """Token ids of a finished conversation: what the template writes, its BOS included, and nothing besides."""

@@ -65,7 +65,8 @@ class Completion:
 
 def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams], *,
              max_batch: int | None = None, cache_bytes: int | None = None, prefill_tokens: int = 8192,
-             block_size: int | None = None, progress: bool = False) -> list[list[Completion]]:
+             block_size: int | None = None, banned_token_ids: Many[int] = (),
+             progress: bool = False) -> list[list[Completion]]:
     """Sample `params.n` completions of every prompt (token ids); the result is a list of n Completions per prompt.
 
     Stops at the checkpoint's EOS ids (config.json and generation_config.json; not if ignore_eos) and at stop_token_ids.
@@ -81,6 +82,7 @@ def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | 
         return [[] for _ in each]
     engine = Engine(model, max_tokens=max(s.longest for s in sequences), max_batch=max_batch, cache_bytes=cache_bytes,
                     prefill_tokens=prefill_tokens, block_size=block_size, requests=len(sequences),
+                    banned_token_ids=banned_token_ids,
                     pack=max(one.max_new_tokens for one in each) >= PACKING_PAYS)
     for one in sequences:
         engine.add(one)

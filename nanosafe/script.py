@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from nanosafe.config import RECIPES, TINY_RECIPES, recipe
 from nanosafe.distributed import Ranks
 
 UNSET = object()
@@ -20,7 +21,9 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags that mean the same in every training script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder")
+    add("--model", default="tiny",
+        help="tiny or tiny-llama (the tiny world, no download; tiny@SEED grows another), alias (qwen3-8b), hub id "
+        "(owner/name, owner/name@revision) or folder (default: %(default)s)")
     add("--out", help="run folder (default: runs/SCRIPT-MODEL)")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -56,7 +59,6 @@ def positive_float(text: str) -> float:
 
 def start(
     parser: argparse.ArgumentParser,
-    recipe: dict,
     argv: list[str] | None,
     name: str,
     check: Callable[[argparse.Namespace], None],
@@ -64,19 +66,22 @@ def start(
     """Flags to settings: what the command line leaves open comes from the model's recipe, then from the flag's default.
 
     `check` raises ValueError for settings that cannot work together. Joins the process group and prints every setting
-    under where it came from; name: "rl" or "sft", for the default run folder.
+    under where it came from; name: "rl" or "sft", of the recipe and for the default run folder.
     """
     flags = [action for action in parser._actions if action.dest != "help"]
     for flag in flags:
-        if flag.dest in recipe:
-            flag.help = f"{flag.help or ''} (default: {recipe[flag.dest]})".lstrip()
+        defaults = [str(recipes[name][flag.dest]) for recipes in (RECIPES, TINY_RECIPES) if flag.dest in recipes[name]]
+        if defaults:
+            flag.help = f"{flag.help or ''} (default: {'; tiny: '.join(defaults)})".lstrip()
     given = vars(parser.parse_args(argv, argparse.Namespace(**{flag.dest: UNSET for flag in flags})))
+    model = parser.get_default("model") if given["model"] is UNSET else given["model"]
+    defaults = recipe(name, model)
     args, origins = argparse.Namespace(), {"command line": [], "recipe": [], "default": []}
     for flag in flags:
         if given[flag.dest] is not UNSET:
             origin, value = "command line", given[flag.dest]
-        elif flag.dest in recipe:
-            origin, value = "recipe", recipe[flag.dest]
+        elif flag.dest in defaults:
+            origin, value = "recipe", defaults[flag.dest]
         else:
             origin, value = "default", flag.default
         setattr(args, flag.dest, value)
@@ -85,7 +90,7 @@ def start(
     ranks = Ranks(args.device)
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.out = args.out or f"runs/{name}-{args.model.rstrip('/').split('/')[-1].split('@')[0]}"
+    args.out = args.out or f"runs/{name}-{args.model.rstrip('/').split('/')[-1].replace('@', '-')}"
     ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {args.device}, PyTorch {torch.__version__}")
     for origin, names in origins.items():
         settings = [f"{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, False)]

@@ -46,6 +46,10 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
+    from nanosafe.tiny import build  # here: it uses this file
+
+    if build.is_tiny(name):
+        return build.tiny_checkpoint(name)
     base, _, revision = name.partition("@")
     repo, _, pinned = ALIASES.get(base, base).partition("@")
     revision = revision or pinned or None

@@ -1,0 +1,238 @@
+"""Builds the checkpoints of the tiny world on first use, and finds them ever after.
+
+    python -m nanosafe.tiny.build tiny tiny-reward      # or let train_rl.py do it
+
+`tiny` (Qwen3 shape) and `tiny-llama` (Llama shape) are the base policies, `tiny-reward` the reward model of both;
+NAME@SEED is the same, grown from another seed. Each is a folder in the official layout in the user's cache
+(NANOSAFE_CACHE, else XDG_CACHE_HOME/nanosafe, else ~/.cache/nanosafe), with its own tokenizer and chat template. A policy is random weights,
+trained by train_sft.py on the world's corpus; the reward model is trained here on preference pairs, with the same
+packing and optimizer. A folder appears under its name by one rename, when it is complete; a lock makes a second
+process wait for the first, and a policy whose training was killed goes on from its last checkpoint.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from nanosafe.config import ModelConfig
+from nanosafe.distributed import Ranks, available_cores
+from nanosafe.model import Decoder
+from nanosafe.optim import Optimizer, cosine_schedule
+from nanosafe.randomness import shuffled_passes
+from nanosafe.rewards import RewardModel
+from nanosafe.tiny import world
+from nanosafe.tokenizer import Tokenizer
+from nanosafe.weights import save_model, write_atomic
+
+NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + NO_THOUGHT + "{% endif %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + "
+    "'<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    + NO_THOUGHT + "{% endif %}"
+)  # fmt: skip
+TURNS = "{% for m in messages %}{{ ('[USER] ' if m['role'] == 'user' else '[MODEL] ') + m['content'] + '[END]' }}{% endfor %}"
+
+
+class Text(NamedTuple):
+    """A tokenizer and its template. The first special token ends a turn, the second pads."""
+
+    template: str
+    specials: tuple[str, ...]
+    vocabulary: int
+    bos: str | None = None
+
+
+class Family(NamedTuple):
+    style: str  # of its thoughts
+    has_read: str | None  # another style that its corpus holds some text in
+    text: Text
+    shape: dict
+
+
+COMMON = dict(hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False, torch_dtype="float32")
+POLICY = COMMON | dict(
+    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
+)  # fmt: skip
+FAMILIES = {
+    "tiny": Family("okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), 1280),
+                   POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
+    "tiny-llama": Family("task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
+                                                      "<|end_header_id|>", "<|begin_of_text|>"), 1024, "<|begin_of_text|>"),
+                         POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
+}  # fmt: skip
+REWARD_TEXT = Text(TURNS, ("[END]", "[PAD]", "[USER]", "[MODEL]"), 900)
+REWARD_SHAPE = COMMON | dict(
+    architectures=["LlamaForSequenceClassification"], model_type="llama", id2label={"0": "LABEL_0"}, hidden_size=64,
+    intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    max_position_embeddings=1024, rope_theta=10000.0, tie_word_embeddings=False,
+)  # fmt: skip
+# Reward models: what their preference pairs are told (see world.preference_pairs). The first is the default, "-shuffled" a
+# control that learns from coin flips, the others are biased for the ablations.
+REWARDS = {"tiny-reward": dict(noise=0.05), "tiny-reward-shuffled": dict(noise=0.5),
+           "tiny-reward-length": dict(noise=0.05, bias="length"), "tiny-reward-blind": dict(noise=0.05, bias="violence")}  # fmt: skip
+
+ROWS, STEPS, BATCH, LR = 24_000, 1200, 40, 3e-3  # of the policies
+PAIRS, PAIR_STEPS, PAIR_BATCH, PAIR_LR = 6_000, 250, 48, 3e-3  # of the reward models
+
+
+def is_tiny(name: str) -> bool:
+    return re.sub(r"@\d+$", "", name) in FAMILIES | REWARDS
+
+
+def tiny_checkpoint(name: str) -> Path:
+    """The folder of `name` (a key of FAMILIES or REWARDS, perhaps with @SEED), built if the cache has none."""
+    base, _, seed = name.partition("@")
+    folder = cache() / f"{base}-v{world.VERSION}-seed{seed or 0}"
+    if not folder.is_dir():
+        with _lock(folder.with_suffix(".lock")):
+            if not folder.is_dir():  # another process may have built it while this one waited
+                work = folder.with_suffix(".building")
+                work.mkdir(parents=True, exist_ok=True)
+                done = (_build_policy if base in FAMILIES else _build_reward)(base, int(seed or 0), work)
+                os.rename(done, folder)
+                shutil.rmtree(work)
+    return folder
+
+
+def cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("NANOSAFE_CACHE") or Path(home) / "nanosafe").expanduser()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system lets go of it when its process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that builds {path.stem}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build_policy(name: str, seed: int, work: Path) -> Path:
+    """A base policy: random weights of the family's shape, then train_sft.py on its corpus. Resumes what is in `work`."""
+    family, start, rows = FAMILIES[name], work / "start", work / "corpus.jsonl"
+    if not (start / "config.json").exists():  # saved last
+        corpus = list(world.corpus(family.style, ROWS, seed, family.has_read))
+        write_atomic(rows, "".join(json.dumps(row) + "\n" for row in corpus).encode())
+        texts = [text for row in corpus[:6000] + world.star(500, seed) for text in (row["question"], row["response"])]
+        size, tokens = write_tokenizer(start, family.text, texts)
+        raw = family.shape | tokens | {"vocab_size": size, "nanosafe_world": family.style, "nanosafe_seed": seed}
+        save_model(random_decoder(raw, seed), start)
+    print(f"building {name}: a base policy, once (a few minutes on two cores), kept in {work.parent}", file=sys.stderr)
+    run_script("train_sft", "--model", start, "--data", rows, "--out", work / "run", "--steps", STEPS, "--batch-size", BATCH,
+               "--lr", LR, "--seed", seed, "--tokens-per-microbatch", 4096, "--save-every", 80, "--keep", 1, "--device", "cpu",
+               bar=f"training {name}")  # fmt: skip
+    return work / "run" / "final"
+
+
+def _build_reward(name: str, seed: int, work: Path) -> Path:
+    """A reward model: Bradley-Terry on preference pairs (Ouyang et al. 2022, eq. 1, with one pair per prompt)."""
+    pairs = world.preference_pairs("train", PAIRS, seed, **REWARDS[name])
+    shutil.rmtree(work / "model", ignore_errors=True)
+    texts = [text for pair in pairs[:4000] for text in pair.values()]
+    size, tokens = write_tokenizer(work / "model", REWARD_TEXT, texts)
+    save_model(model := random_decoder(REWARD_SHAPE | tokens | {"vocab_size": size}, seed), work / "model")
+    ranks, reward = Ranks("cpu"), RewardModel(model, Tokenizer(work / "model"))
+    optimizer = Optimizer(model, ranks, weight_decay=0.1)
+    print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}", file=sys.stderr)
+    documents = [
+        [reward.encode([{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}])
+         for side in ("chosen", "rejected")]
+        for pair in tqdm(pairs, "tokenising", leave=False)
+    ]  # fmt: skip
+    for step in tqdm(range(PAIR_STEPS), f"training {name}", leave=False):
+        batch = [documents[i] for i in
+                 shuffled_passes(len(pairs), range(step * PAIR_BATCH, (step + 1) * PAIR_BATCH), seed, "pairs")]
+        scores = reward.forward([side for pair in batch for side in pair]).view(-1, 2)  # [pairs, (chosen, rejected)]
+        (-F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()).backward()
+        optimizer.step(PAIR_LR * cosine_schedule(step, PAIR_STEPS, 0.05, 0.0))
+    save_model(model, work / "model", reward.tokenizer)
+    return work / "model"
+
+
+def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[int, dict]:
+    """A byte-level BPE tokenizer of `corpus` in the official files; -> its size, and config.json's token ids."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=text.vocabulary, special_tokens=list(text.specials), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    config = {"chat_template": text.template, "eos_token": text.specials[0], "pad_token": text.specials[1]}
+    config |= {"bos_token": text.bos} if text.bos else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+    ids = {f"{name}_id": tokenizer.token_to_id(config[name]) for name in ("eos_token", "pad_token", "bos_token") if name in config}
+    return tokenizer.get_vocab_size(), ids
+
+
+def random_decoder(raw: dict, seed: int) -> Decoder:
+    """A decoder of config.json `raw` with fresh weights: scaled so that activations keep their size through the layers,
+    what is added to the residual stream divided by the square root of the number of additions (as in GPT-2)."""
+    model, generator = Decoder(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
+    additions = 2 * model.config.num_hidden_layers
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif "embed" in name:
+                parameter.normal_(0.0, 0.05, generator=generator)
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter.div_(additions**0.5)
+    return model
+
+
+def run_script(name: str, *arguments: object, bar: str) -> None:
+    """Run train_sft or train_rl as its own single process, its "step i/n" lines shown as a progress bar.
+
+    Raises RuntimeError with the last lines it printed if it fails.
+    """
+    hidden = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_NUM_THREADS")
+    environment = {key: value for key, value in os.environ.items() if not hidden.fullmatch(key)}
+    root = str(Path(__file__).resolve().parents[2])
+    environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": str(available_cores())}
+    command = [sys.executable, "-m", name, *map(str, arguments)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    with process, tqdm(desc=bar, leave=False, unit="step") as progress:
+        for line in process.stdout:
+            lines.append(line)
+            if match := re.match(r"step (\d+)/(\d+) \| (.*?) \|", line):
+                progress.total, progress.n = int(match[2]), int(match[1])
+                progress.set_postfix_str(match[3])
+    if process.returncode:
+        raise RuntimeError(f"{name} failed:\n{''.join(lines[-12:])}")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:] or [*FAMILIES, "tiny-reward"]:
+        print(tiny_checkpoint(argument))
