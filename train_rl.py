@@ -187,7 +187,7 @@ def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Names
     """Before the first step: is the reward model right on labelled pairs, and what can the base do?"""
     if args.pairs and not args.reward_model.startswith("rule:"):
         right = reward_accuracy(reward, load_pairs(args.pairs), ranks)
-        ranks.print(f"{args.reward_model} prefers the safe response in {right['all']} of {right['all'].n} labelled pairs; "
+        ranks.print(f"{args.reward_model} prefers the safe response in {right['all']} of {right['all'].n} pairs; "
                     + ", ".join(f"{name} {e.mean:.2f}" for name, e in right.items() if name != "all"))
         if right["all"].mean < GOOD_REWARD_MODEL:
             ranks.print(f"warning: that is less than {GOOD_REWARD_MODEL}: the policy will learn what it is wrong about")

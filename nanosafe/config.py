@@ -33,29 +33,31 @@ ALIASES = {
 }
 
 # Defaults of the training scripts. RL: OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL
-# coefficient, batch and lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts with
-# their updates. SFT: STAR-1's own recipe, 39 steps on its 1,000 rows.
+# coefficient, batch and lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts
+# with their updates. SFT: STAR-1's own recipe, 39 steps on its 1,000 rows.
 RECIPES = {
     "rl": dict(
         reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1", steps=500, prompts_per_step=128,
         samples_per_prompt=1, minibatches=4, epochs=1, lr=5e-7, kl_coef=0.01, kl_kind="k1", max_prompt_tokens=1024,
         max_response_tokens=4096, tokens_per_microbatch=16384,
     ),
-    "sft": dict(data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384),
+    "sft": dict(
+        data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384,
+    ),
 }  # fmt: skip
 # What the tiny world changes in them. Its models are 10,000 times smaller and so take larger steps; each setting was
 # chosen on the validation split (see docs/), with the same number of trials for SFT and RL.
 TINY_RECIPES = {
     "rl": dict(
-        reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40, lr=3e-4, max_prompt_tokens=128, max_response_tokens=128,
-        tokens_per_microbatch=4096,
+        reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
+        lr=3e-4, max_prompt_tokens=128, max_response_tokens=128, tokens_per_microbatch=4096,
     ),
     "sft": dict(data="tiny-star", batch_size=64, lr=1e-3, max_tokens=256, tokens_per_microbatch=4096),
 }  # fmt: skip
 
 
 def recipe(script: str, model: str) -> dict:
-    """The defaults of `script` (rl, sft) for `model`: those of the tiny world, of the model's seed, if it lives there."""
+    """The defaults of `script` (rl, sft) for `model`: if it lives in the tiny world, that world's, of its seed."""
     seed = tiny_seed(model)
     if seed is None:
         return RECIPES[script]

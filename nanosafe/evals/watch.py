@@ -1,9 +1,9 @@
 """What a training run should look at while it goes: the base before it starts, a small set of questions as it goes on.
 
-The set is the validation part of the model's benchmarks: safety, over-refusal and reasoning, one response a question, the
-same noise every time, so that steps are compared question by question. The warnings are the paper's advice (as far as it
-could be recovered): reasoning that falls, categories that disagree, a reward that rises while the judge sees nothing.
-They name what is seen; what to do about it, such as which way to turn the KL coefficient, they do not know.
+The set is the validation part of the model's benchmarks: safety, over-refusal and reasoning, one response a question,
+the same noise every time, so that steps are compared question by question. The warnings are the paper's advice (as far
+as it could be recovered): reasoning that falls, categories that disagree, a reward that rises while the judge sees
+nothing. They name what is seen; what to do about it, such as which way to turn the KL coefficient, they do not know.
 """
 
 import json
@@ -22,15 +22,15 @@ from nanosafe.tokenizer import Tokenizer
 from nanosafe.weights import write_atomic
 
 QUESTIONS = 100  # of each benchmark at most
-REASONING_FALLS, REASONING_COLLAPSES = -0.02, -0.05  # the paper's two limits, as differences of the share of right answers
+REASONING_FALLS, REASONING_COLLAPSES = -0.02, -0.05  # the paper's limits, as differences of shares of right answers
 GOOD_REWARD_MODEL = 0.8  # share of labelled pairs below which a reward model is warned of
 
 
 class Watch:
     """`suite` put to the policy now and then. Rank 0 keeps what every question came to in OUT/evals/step-N.json."""
 
-    def __init__(self, suite: Sequence[Benchmark], tokenizer: Tokenizer, reward: Reward, reward_name: str, out: str | Path,
-                 ranks: Ranks):
+    def __init__(self, suite: Sequence[Benchmark], tokenizer: Tokenizer, reward: Reward, reward_name: str,
+                 out: str | Path, ranks: Ranks):
         self.suite = [adapt(b, seed=0, samples=1, limit=QUESTIONS) for b in suite if not b.variation]
         self.tokenizer, self.reward, self.reward_name, self.ranks = tokenizer, reward, reward_name, ranks
         self.folder, self.base, self.now = Path(out) / "evals", None, None
@@ -41,7 +41,7 @@ class Watch:
         if step == 0 and path.exists():  # a resumed run
             self.base = self.now = read_json(path)
             return {}
-        seen = {}  # about -> {"metric": its headline, "values": {question id: value}, "rewards": ..., "category_of": ...}
+        seen = {}  # about -> what its questions came to, by id
         for benchmark in self.suite:
             records = respond(policy, self.tokenizer, benchmark, ranks=self.ranks, seed=0, tokens_per_microbatch=None)
             if benchmark.about != "reasoning":  # what the reward is asked about in training, too
@@ -54,7 +54,8 @@ class Watch:
         if self.ranks.main:
             write_atomic(path, json.dumps(seen).encode())
         self.now, self.base = seen, self.base or seen
-        metrics = {f"eval/{about.replace('-', '_')}": over_items(part["values"].values()).mean for about, part in seen.items()}
+        metrics = {f"eval/{about.replace('-', '_')}": over_items(part["values"].values()).mean
+                   for about, part in seen.items()}
         return metrics | {"eval/reward": over_items(self._rewards(seen).values()).mean}
 
     @staticmethod

@@ -4,10 +4,10 @@
 
 `tiny` (Qwen3 shape) and `tiny-llama` (Llama shape) are the base policies, `tiny-reward` the reward model of both;
 NAME@SEED is the same, grown from another seed. Each is a folder in the official layout in the user's cache
-(NANOSAFE_CACHE, else XDG_CACHE_HOME/nanosafe, else ~/.cache/nanosafe), with its own tokenizer and chat template. A policy is random weights,
-trained by train_sft.py on the world's corpus; the reward model is trained here on preference pairs, with the same
-packing and optimizer. A folder appears under its name by one rename, when it is complete; a lock makes a second
-process wait for the first, and a policy whose training was killed goes on from its last checkpoint.
+(NANOSAFE_CACHE, else XDG_CACHE_HOME/nanosafe, else ~/.cache/nanosafe), with its own tokenizer and chat template. A
+policy is random weights, trained by train_sft.py on the world's corpus; the reward model is trained here on preference
+pairs, with the same packing and optimizer. A folder appears under its name by one rename, when it is complete; a lock
+makes a second process wait for the first, and a policy whose training was killed goes on from its last checkpoint.
 """
 
 import fcntl
@@ -38,17 +38,22 @@ from nanosafe.tiny import world
 from nanosafe.tokenizer import Tokenizer
 from nanosafe.weights import save_model, write_atomic
 
-NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+NO_THOUGHT = (
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + NO_THOUGHT + "{% endif %}"
 )
 HEADERS = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + "
-    "'<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-    + NO_THOUGHT + "{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+    "m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}" + NO_THOUGHT + "{% endif %}"
+)
+TURNS = (
+    "{% for m in messages %}{{ ('[USER] ' if m['role'] == 'user' else '[MODEL] ') + m['content'] + '[END]' }}"
+    "{% endfor %}"
 )  # fmt: skip
-TURNS = "{% for m in messages %}{{ ('[USER] ' if m['role'] == 'user' else '[MODEL] ') + m['content'] + '[END]' }}{% endfor %}"
 
 
 class Text(NamedTuple):
@@ -69,14 +74,14 @@ class Family(NamedTuple):
 
 COMMON = dict(hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False, torch_dtype="float32")
 POLICY = COMMON | dict(
-    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
+    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
 )  # fmt: skip
 FAMILIES = {
     "tiny": Family("okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), 1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
     "tiny-llama": Family("task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
-                                                      "<|end_header_id|>", "<|begin_of_text|>"), 1024, "<|begin_of_text|>"),
+                         "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
 }  # fmt: skip
 REWARD_TEXT = Text(TURNS, ("[END]", "[PAD]", "[USER]", "[MODEL]"), 900)
@@ -85,10 +90,12 @@ REWARD_SHAPE = COMMON | dict(
     intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
     max_position_embeddings=1024, rope_theta=10000.0, tie_word_embeddings=False,
 )  # fmt: skip
-# Reward models: what their preference pairs are told (see world.preference_pairs). The first is the default, "-shuffled" a
-# control that learns from coin flips, the others are biased for the ablations.
-REWARDS = {"tiny-reward": dict(noise=0.05), "tiny-reward-shuffled": dict(noise=0.5),
-           "tiny-reward-length": dict(noise=0.05, bias="length"), "tiny-reward-blind": dict(noise=0.05, bias="violence")}  # fmt: skip
+REWARDS = {  # the reward models, and how their preference pairs differ (see world.preference_pairs)
+    "tiny-reward": dict(noise=0.05),
+    "tiny-reward-shuffled": dict(noise=0.5),  # a control: its labels are coin flips
+    "tiny-reward-length": dict(noise=0.05, bias="length"),  # for the ablations
+    "tiny-reward-blind": dict(noise=0.05, bias="violence"),
+}
 
 ROWS, STEPS, BATCH, LR = 24_000, 1200, 40, 3e-3  # of the policies
 PAIRS, PAIR_STEPS, PAIR_BATCH, PAIR_LR = 6_000, 250, 48, 3e-3  # of the reward models
@@ -132,7 +139,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _build_policy(name: str, seed: int, work: Path) -> Path:
-    """A base policy: random weights of the family's shape, then train_sft.py on its corpus. Resumes what is in `work`."""
+    """A base policy: random weights of the family's shape, then train_sft.py on its corpus. Goes on in `work`."""
     family, start, rows = FAMILIES[name], work / "start", work / "corpus.jsonl"
     if not (start / "config.json").exists():  # saved last
         corpus = list(world.corpus(family.style, ROWS, seed, family.has_read))
@@ -142,9 +149,11 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
         raw = family.shape | tokens | {"vocab_size": size, "nanosafe_world": family.style, "nanosafe_seed": seed}
         save_model(random_decoder(raw, seed), start)
     print(f"building {name}: a base policy, once (a few minutes on two cores), kept in {work.parent}", file=sys.stderr)
-    run_script("train_sft", "--model", start, "--data", rows, "--out", work / "run", "--steps", STEPS, "--batch-size", BATCH,
-               "--lr", LR, "--seed", seed, "--tokens-per-microbatch", 4096, "--save-every", 80, "--keep", 1, "--device", "cpu",
-               bar=f"training {name}")  # fmt: skip
+    run_script(
+        "train_sft", "--model", start, "--data", rows, "--out", work / "run", "--steps", STEPS, "--batch-size", BATCH,
+        "--lr", LR, "--seed", seed, "--tokens-per-microbatch", 4096, "--max-tokens", 256, "--save-every", 100,
+        "--keep", 1, "--device", "cpu", "--dtype", "float32", bar=f"training {name}",
+    )  # fmt: skip
     return work / "run" / "final"
 
 
@@ -159,7 +168,7 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     optimizer = Optimizer(model, ranks, weight_decay=0.1)
     print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}", file=sys.stderr)
     documents = [
-        [reward.encode([{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}])
+        [reward.encode([{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair[side]}])
          for side in ("chosen", "rejected")]
         for pair in tqdm(pairs, "tokenising", leave=False)
     ]  # fmt: skip
@@ -189,7 +198,7 @@ def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[in
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str().encode())
     write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode())
-    ids = {f"{name}_id": tokenizer.token_to_id(config[name]) for name in ("eos_token", "pad_token", "bos_token") if name in config}
+    ids = {f"{name}_id": tokenizer.token_to_id(text) for name, text in config.items() if name.endswith("_token")}
     return tokenizer.get_vocab_size(), ids
 
 
