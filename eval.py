@@ -1,0 +1,237 @@
+"""Measure models on the benchmarks and compare them.
+
+    python eval.py --model tiny                                       # safety, over-refusal, reasoning, diagnostics
+    python eval.py --model tiny runs/sft-tiny/final runs/rl-tiny/final      # the first is the base of the comparison
+    python eval.py --compare evals/tiny evals/rl-tiny-final           # the same, from results that stand
+    python eval.py --compare tiny runs/rl-tiny/checkpoints/*          # also draws safety and reasoning over the steps
+    torchrun --nproc_per_node=2 eval.py --model tiny
+
+OUT holds records.jsonl (every response with its grades, see nanosafe/evals/records.py), result.json and table.md; of
+several models each has its own folder in OUT, and the comparison is OUT's table.md and plots. What was generated is
+kept: the same command goes on where it was stopped, and a complete one only grades again.
+
+result.json: model, label, step and run (of a checkpoint in a run folder, else null), settings (with a fingerprint of
+the weights), memorization (null, or a part) and benchmarks, {name: part}. An estimate is {mean, low, high, n, over}. A
+part has:
+
+    about, headline, shown, variation       of the benchmark (nanosafe/evals/tasks.py)
+    protocol, responses                     how it was sampled and judged; number of responses
+    metrics, diagnostics                    {metric: estimate} of the grader (and pass@k), and of the responses' form
+    categories                              {category: {metric: estimate}}
+    items, category_of                      {metric: {question id: mean}}, {question id: category}, for differences
+    reflection                              a ReflectionSummary (nanosafe/evals/diagnostics.py), with raw entropies
+"""
+
+import json
+import re
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from nanosafe import script
+from nanosafe.config import ModelConfig, read_json
+from nanosafe.data import load_rows, sft_documents
+from nanosafe.distributed import Ranks
+from nanosafe.evals.diagnostics import memorization, reflection_ids
+from nanosafe.evals.harness import add_rewards, over_ranks, protocol, respond, summarize
+from nanosafe.evals.plots import plot_comparison
+from nanosafe.evals.records import RecordFile
+from nanosafe.evals.report import protocols, table
+from nanosafe.evals.statistics import over_items
+from nanosafe.evals.tasks import Benchmark, adapt, tiny_suite
+from nanosafe.model import Decoder
+from nanosafe.rewards import Reward, load_reward
+from nanosafe.tiny import world
+from nanosafe.tokenizer import load_tokenizer
+from nanosafe.weights import find_checkpoint, load_model, write_atomic
+
+CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")  # sections that are printed too
+
+
+def flags() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", nargs="+", default=["tiny"], metavar="NAME",
+        help="alias, hub id or folder; several are compared with the first (default: tiny)")
+    add("--compare", nargs="+", metavar="NAME",
+        help="instead of --model: folders with a result.json, taken as they are, or models, measured first")
+    add("--label", nargs="+", metavar="TEXT", help="names for tables and plots, one for each model")
+    add("--benchmarks", help="of the model's suite, split by commas, with hyphens for spaces and commas, as "
+        "safety,arithmetic-no-thought (default: all); tiny asks any model the tiny world's questions")
+    add("--split", choices=("test", "validation"), default="test", help="of the tiny world (default: %(default)s)")
+    add("--samples", type=script.positive_int, help="responses to each question (default: the benchmark's own)")
+    add("--limit", type=script.positive_int, help="questions of each benchmark, drawn by --seed (default: all)")
+    add("--max-response-tokens", type=script.positive_int, help="(default: the benchmark's own)")
+    add("--reward-model", help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
+    add("--memorization", metavar="FILE", help="SFT data (hub id or file): how well the model knows its responses "
+        "(those of the first --limit rows)")
+    add("--out", help="folder (default: evals/NAME, of several models evals/)")
+    add("--resume", choices=("auto", "never"), default="auto",
+        help="auto: keep the responses that OUT holds (default); never: refuse such a folder")
+    add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="compute type (default: bfloat16 on cuda, float32 on cpu)")
+    add("--tokens-per-microbatch", type=script.positive_int, default=16384,
+        help="of the passes that measure entropies, per process (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    names = args.compare or args.model
+    ready = {name: read_json(Path(name) / "result.json") for name in args.compare or ()
+             if (Path(name) / "result.json").exists()}
+    labels = args.label or [ready[name]["label"] if name in ready else short_name(name) for name in names]
+    if len(labels) != len(names) or len(set(labels)) < len(labels):
+        raise ValueError(f"{len(names)} models need as many different names, found {', '.join(labels)}: use --label")
+    ranks = Ranks(args.device)
+    args.dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+    ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}, PyTorch {torch.__version__}")
+    reward, results = None, []
+    if args.reward_model:
+        with ranks.main_first():
+            reward = load_reward(args.reward_model, device=ranks.device, dtype=getattr(torch, args.dtype))
+    top = Path(args.out or "evals")
+    for name, label in zip(names, labels, strict=True):
+        if name in ready:
+            results.append(ready[name] | {"label": label})
+        else:
+            out = top if args.out and len(names) == 1 else top / short_name(label)
+            results.append(Evaluation(name, label, out, args, ranks).run(reward))
+    if len(results) > 1 or ready:
+        out = top if args.out else top / "comparison"
+        write_table(results, out, ranks)
+        if ranks.main:
+            ranks.print("drew", *plot_comparison(results, out))
+    ranks.print(f"{table(results, CONSOLE)}\n\n{protocols(results)}\n\nall of it is in {out}/table.md")
+    ranks.wait()
+    ranks.close()
+
+
+def short_name(model: str) -> str:
+    """A name for folders and tables: the last part, with the run's for its final/ and checkpoints/."""
+    *parents, last = [part for part in model.split("/") if part not in ("", ".", "..", "checkpoints")] or [model]
+    belongs = parents and re.fullmatch(r"final|step-\d+", last)
+    return re.sub(r"[@/:\\]", "-", f"{parents[-1]}-{last}" if belongs else last)
+
+
+def write_table(results: list[dict], folder: Path, ranks: Ranks) -> None:
+    text = f"{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
+    if ranks.main:
+        write_atomic(folder / "table.md", text.lstrip().encode())
+
+
+class Evaluation:
+    """One model, and the folder of its result."""
+
+    def __init__(self, name: str, label: str, out: Path, args: Namespace, ranks: Ranks):
+        """Load it and open the folder; raises ValueError if that holds the responses of other weights or settings."""
+        self.args, self.ranks, self.out = args, ranks, out
+        with ranks.main_first():
+            folder = find_checkpoint(name)
+        self.suite, style = suite(name, ModelConfig.from_folder(folder), args)
+        self.tokenizer = load_tokenizer(folder)
+        self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
+        checkpoint = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
+        settings = {"world": world.VERSION, "style": style, "split": args.split, "seed": args.seed, "dtype": args.dtype,
+                    "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model)}
+        self.result = {"model": name, "label": label, "run": checkpoint and checkpoint[1],
+                       "step": checkpoint and int(checkpoint[2]), "settings": settings, "memorization": None,
+                       "benchmarks": {}}  # fmt: skip
+        self.records = RecordFile(out / "records.jsonl", ranks)
+        if self.records.rows and args.resume == "never":
+            raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
+        if self.records.rows:
+            old = read_json(out / "result.json") if (out / "result.json").exists() else {}
+            before = old.get("settings", {})
+            changed = [f"{key} was {before.get(key)}, is {settings[key]}" for key in settings
+                       if before.get(key) != settings[key]]  # fmt: skip
+            if changed:
+                raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
+                                 "set another --out, or delete it")
+            self.result |= {key: old[key] for key in ("memorization", "benchmarks")}
+        ranks.wait()  # every rank has read the folder before rank 0 changes it
+
+    def run(self, reward: Reward | None) -> dict:
+        """Measure what --benchmarks and --memorization name; result.json grows by each."""
+        self.save()
+        reflection = reflection_ids(self.tokenizer)
+        for benchmark in self.suite:
+            asked = adapt(benchmark, seed=self.args.seed, samples=self.args.samples, limit=self.args.limit,
+                          max_response_tokens=self.args.max_response_tokens)
+            self.measure(asked, len(benchmark.questions), reflection, reward)
+        if self.args.memorization:
+            self.result["memorization"] = self.memorized()
+            self.save()
+        write_table([self.result], self.out, self.ranks)
+        return self.result
+
+    def measure(self, benchmark: Benchmark, total: int, reflection: list[int], reward: Reward | None) -> None:
+        start, before = time.perf_counter(), len(self.records.rows)
+        records = respond(
+            self.model, self.tokenizer, benchmark, ranks=self.ranks, seed=self.args.seed, saved=self.records.rows,
+            save=self.records.append, tokens_per_microbatch=self.args.tokens_per_microbatch,
+        )  # fmt: skip
+        seconds, new = time.perf_counter() - start, self.records.rows[before:]
+        if reward is not None:
+            add_rewards(records, reward, self.args.reward_model, self.ranks)
+        if reward is not None or len(new) < len(records):  # scored, or graded again
+            self.records.rewrite()
+        part = summarize(benchmark, records, reflection) | {"protocol": protocol(benchmark, self.tokenizer, total)}
+        self.result["benchmarks"][benchmark.name] = part
+        self.save()
+        speed = sum(record["tokens"] for record in new) / seconds
+        done = f"{len(new)} generated at {speed:.0f} tokens/s" if new else "all there already"
+        self.ranks.print(f"{benchmark.name}: {benchmark.headline.replace('_', ' ')} "
+                         f"{part['metrics'][benchmark.headline]['mean']:.3f}, {len(records)} responses, {done}")
+
+    def memorized(self) -> dict:
+        """Scores of the responses in --memorization, as a part of result.json."""
+        rows, limit = load_rows(self.args.memorization), self.model.config.max_position_embeddings
+        documents = [d for row in rows[: self.args.limit] for d in sft_documents(row, self.tokenizer, limit)[0]]
+        if not documents:
+            raise ValueError(f"--memorization {self.args.memorization}: no prompt leaves room for a response in "
+                             f"the model's {limit} positions")  # fmt: skip
+
+        def scores(part: list) -> list[dict[str, float]]:
+            values = memorization(self.model, part, self.args.tokens_per_microbatch)
+            return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+        measured = over_ranks(self.ranks, documents, scores)
+        items = {metric: {str(i): row[metric] for i, row in enumerate(measured)} for metric in measured[0]}
+        return {"about": "memorization", "data": self.args.memorization, "items": items,
+                "metrics": {metric: over_items(v.values())._asdict() for metric, v in items.items()}}  # fmt: skip
+
+    def save(self) -> None:
+        if self.ranks.main:
+            write_atomic(self.out / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
+
+
+def suite(name: str, config: ModelConfig, args: Namespace) -> tuple[list[Benchmark], str]:
+    """The benchmarks of `name` that --benchmarks chooses, and the style of the tiny world that they are written in."""
+    chosen = args.benchmarks.split(",") if args.benchmarks else []
+    style = config.raw.get("nanosafe_world") or ("okay" if "tiny" in chosen else None)
+    if style is None:
+        raise ValueError(f"{name} is no model of the tiny world, and the benchmarks for real models are not built yet; "
+                         "--benchmarks tiny asks it the tiny world's questions")  # fmt: skip
+    found = {re.sub(r"[ ,]+", "-", benchmark.name): benchmark for benchmark in tiny_suite(args.split, style)}
+    if unknown := [slug for slug in chosen if slug not in ("tiny", *found)]:
+        raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are tiny, {', '.join(found)}")
+    return [found[slug] for slug in found if slug in chosen or set(chosen) <= {"tiny"}], style
+
+
+def fingerprint(model: Decoder) -> str:
+    """Of a sample of every tensor: a folder that was trained anew holds another model under the same name."""
+    digest = blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 256)].float().cpu().contiguous()
+        digest.update(bytes(sample.view(torch.uint8).tolist()))
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    with script.readable_errors():
+        main()

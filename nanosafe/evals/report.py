@@ -1,0 +1,158 @@
+"""Results side by side, as markdown tables with paired differences. Results are dicts as in result.json (see eval.py).
+
+The first result is the base, and the others are compared with it question by question. Safety never stands without
+over-refusal beside it: the first table holds both, and reasoning.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nanosafe.evals.statistics import Estimate, paired_difference
+
+SUBJECTS = ("safety", "over-refusal", "reasoning")
+POOLED = {  # values of a ReflectionSummary beside the estimates over questions
+    "entropy_per_token": "reflection entropy, mean over tokens",
+    "entropy_per_response_or_zero": "reflection entropy, mean over responses, 0 without",
+    "all_token_entropy": "entropy, mean over all tokens", "count_per_1000_tokens": "reflection tokens per 1,000",
+}  # fmt: skip
+LABELS = POOLED | {
+    "safe": "safe answer", "harmful": "harmful answer", "thought_gap": "harmful thought minus harmful answer",
+    "harmful_thought_only": "harmful thought, harmless answer", "over_refusal": "over-refusal", "right": "right answer",
+    "reflection_entropy": "reflection entropy, mean over responses", "unclosed_thought": "no </think>",
+    "token_entropy": "entropy, mean over responses", "min_k_plus_plus": "Min-K%++",
+}  # fmt: skip
+NOTE = (
+    "Mean over questions with its 95 % interval. Differences are to the first column, over the questions that both "
+    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each column is one model: "
+    "nothing here says how another training seed would turn out."
+)
+
+
+class Row(NamedTuple):
+    benchmark: str
+    metric: str
+    category: str | None = None
+
+    @property
+    def label(self) -> str:
+        of = f"{self.benchmark} ({self.category})" if self.category else self.benchmark
+        return f"{of}: {LABELS.get(self.metric, self.metric.replace('_', ' '))}"
+
+
+def parts(result: dict) -> dict[str, dict]:
+    """The result's benchmarks by name, and "memorization", which has the same form, where it was measured."""
+    return result["benchmarks"] | ({"memorization": result["memorization"]} if result.get("memorization") else {})
+
+
+def estimate(result: dict, row: Row) -> Estimate | float | None:
+    """What a result says of `row`; a plain number for a pooled value, None where nothing was measured."""
+    part = parts(result).get(row.benchmark, {})
+    if row.metric in POOLED:
+        return part.get("reflection", {}).get(row.metric)
+    of = part.get("categories", {}).get(row.category, {}) if row.category else (
+        part.get("metrics", {}) | part.get("diagnostics", {}))  # fmt: skip
+    return Estimate(**of[row.metric]) if row.metric in of else None
+
+
+def difference(base: dict, result: dict, row: Row) -> Estimate | float | None:
+    """`result` minus `base`, paired by question."""
+    if row.metric in POOLED:
+        before, after = estimate(base, row), estimate(result, row)
+        return None if before is None or after is None else after - before
+    a, b = ({i: value for i, value in part.get("items", {}).get(row.metric, {}).items()
+             if row.category is None or part["category_of"][i] == row.category}
+            for part in (parts(r).get(row.benchmark, {}) for r in (base, result)))  # fmt: skip
+    return paired_difference(a, b) if a.keys() & b.keys() else None
+
+
+def headline(result: dict, about: str) -> Row | None:
+    """The row that stands for `about` (safety, over-refusal, reasoning) in `result`: of its first benchmark."""
+    found = [Row(name, part["headline"]) for name, part in result["benchmarks"].items()
+             if part["about"] == about and not part["variation"]]  # fmt: skip
+    return found[0] if found else None
+
+
+def sections(results: Sequence[dict]) -> dict[str, list[Row]]:
+    """The table's rows by section, in order; a result that lacks some has empty cells there."""
+    known: dict[str, dict] = {}
+    for result in results:
+        known |= {name: part for name, part in parts(result).items() if name not in known}
+    of = [(name, part) for about in SUBJECTS for name, part in known.items() if part["about"] == about]
+    main = [(name, part) for name, part in of if not part["variation"]]
+    variations = [(name, part) for name, part in of if part["variation"]]
+
+    def first(name: str, part: dict) -> list[Row]:
+        passes = [metric for metric in part["metrics"] if metric.startswith("pass@")]
+        return [Row(name, metric) for metric in (part["headline"], *part["shown"], *passes[-1:])]
+
+    found = {
+        "Overview": [row for name, part in main for row in first(name, part)],
+        "By category": [Row(name, p["headline"], c) for name, p in main if len(p["categories"]) > 1
+                        for c in p["categories"]],
+        "Other wordings, attacks, modes": [row for name, part in variations for row in first(name, part)],
+        "Other metrics": [Row(name, metric) for name, part in main for metric in part["metrics"]],
+        "Diagnostics": [Row(name, metric) for name, part in main for metric in (*part["diagnostics"], *POOLED)
+                        if metric not in POOLED or part["reflection"][metric] is not None]
+                       + [Row(name, metric) for name, _ in variations for metric in ("truncated", "unclosed_thought")],
+        "Memorization": [Row("memorization", m) for m in known.get("memorization", {}).get("metrics", ())],
+    }  # fmt: skip
+    found["Other metrics"] = [row for row in found["Other metrics"] if row not in found["Overview"]]
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def table(results: Sequence[dict], titles: Sequence[str] | None = None) -> str:
+    """Markdown: one table a section (all, or those named), a column for each result and one for its difference.
+
+    Raises ValueError for results of different splits or worlds, whose questions share their ids but nothing else.
+    """
+    asked = {f"{r['settings']['split']} (version {r['settings']['world']})": r["label"] for r in results}
+    if len(asked) > 1:
+        found = ", ".join(f"{label} has {split}" for split, label in asked.items())
+        raise ValueError(f"these results answer different questions and cannot be compared: {found}")
+    base, *arms = results
+    header = ["", base["label"], *(name for r in arms for name in (r["label"], f"{r['label']} − {base['label']}")), "n"]
+    lines = []
+    for title, rows in sections(results).items():
+        if titles is None or title in titles:
+            lines += ["", f"**{title}**", "", _line(header), _line(["---"] * len(header))]
+            lines += [_line(_cells(results, row)) for row in rows]
+    return "\n".join([*lines, "", NOTE])
+
+
+def _cells(results: Sequence[dict], row: Row) -> list[str]:
+    spec = ".1f" if row.metric in ("tokens", "count_per_1000_tokens") else ".3f"
+    base, *arms = results
+    estimates = [estimate(result, row) for result in results]
+    cells = [row.label, _cell(estimates[0], f"z{spec}")]
+    for arm, value in zip(arms, estimates[1:], strict=True):
+        change = difference(base, arm, row)
+        mark = " *" if isinstance(change, Estimate) and change.excludes_zero else ""
+        cells += [_cell(value, f"z{spec}"), _cell(change, f"+z{spec}") + mark]
+    counted = [str(e.n) for e in estimates if isinstance(e, Estimate)]
+    return [*cells, "/".join(dict.fromkeys(counted))]
+
+
+def _cell(value: Estimate | float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def protocols(results: Sequence[dict]) -> str:
+    """A line for every protocol, with the benchmarks it was for and, where not for all results, with theirs."""
+    used: dict[tuple[str, str], list[str]] = {}  # (benchmark, protocol) -> results
+    for result in results:
+        for name, part in result["benchmarks"].items():
+            p = part["protocol"]
+            extra = f", {p['template_vars']}" if p["template_vars"] else ""
+            text = (f"{p['questions']} of {p['of']} questions, {p['samples']} sample{'s' * (p['samples'] > 1)} each, "
+                    f"temperature {p['temperature']}, top-p {p['top_p']}, at most {p['max_response_tokens']} tokens"
+                    f"{extra}; {p['judge']}")  # fmt: skip
+            used.setdefault((name, text), []).append(result["label"])
+    lines: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # (protocol, results) -> benchmarks
+    for (name, text), by in used.items():
+        lines.setdefault((text, tuple(by)), []).append(name)
+    return "\n".join(f"- {'; '.join(names)}: {text}" + (f" ({', '.join(by)})" if len(by) < len(results) else "")
+                     for (text, by), names in lines.items())
