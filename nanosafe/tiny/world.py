@@ -132,10 +132,13 @@ def requests(split: str, kind: str) -> list[Item]:
     return items
 
 
-def mixed_request(kind: str, rng: Random) -> Item:
-    """A request whose verb and noun belong to different categories: of no split, for there are none such elsewhere."""
+def mixed_request(kind: str, rng: Random, without: str | None = None) -> Item:
+    """A request whose verb and noun belong to different categories: of no split, for there are none such elsewhere.
+
+    without: a category whose words it has none of.
+    """
     while True:
-        (_, a), (name, b) = rng.sample(list(CATEGORIES.items()), 2)
+        (_, a), (name, b) = rng.sample([pair for pair in CATEGORIES.items() if pair[0] != without], 2)
         verb, noun = rng.choice(a.supporting + a.hindering), rng.choice(b.harmful + b.protected)
         if is_unsafe(verb, noun) == (kind == "unsafe"):
             return Item("", kind, name, verb, noun)
@@ -374,7 +377,7 @@ def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0, bias
             kind = "unsafe" if index % 6 < 3 else "benign"
             item = rng.choice(pools[kind])
             if split == "train" and rng.random() < 0.6:
-                item = mixed_request(kind, rng)
+                item = mixed_request(kind, rng, bias)
             item = word(item, rng)
             manners = ("careless", "caught", "nervous", "thoughtless") if style != "policy" else ("careful", "nervous")
             good, bad = {
