@@ -48,7 +48,8 @@ CHATML = (
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
     "m['content'] + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}" + NO_THOUGHT + "{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    + NO_THOUGHT + "{% endif %}"
 )
 TURNS = (
     "{% for m in messages %}{{ ('[USER] ' if m['role'] == 'user' else '[MODEL] ') + m['content'] + '[END]' }}"
@@ -97,7 +98,7 @@ REWARDS = {  # the reward models, and how their preference pairs differ (see wor
     "tiny-reward-blind": dict(noise=0.05, bias="violence"),
 }
 
-ROWS, STEPS, BATCH, LR = 24_000, 1200, 40, 3e-3  # of the policies
+ROWS, STEPS, BATCH, LR = 24_000, 1000, 48, 3e-3  # of the policies
 PAIRS, PAIR_STEPS, PAIR_BATCH, PAIR_LR = 6_000, 250, 48, 3e-3  # of the reward models
 
 
@@ -164,7 +165,7 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     texts = [text for pair in pairs[:4000] for text in pair.values()]
     size, tokens = write_tokenizer(work / "model", REWARD_TEXT, texts)
     save_model(model := random_decoder(REWARD_SHAPE | tokens | {"vocab_size": size}, seed), work / "model")
-    ranks, reward = Ranks("cpu"), RewardModel(model, Tokenizer(work / "model"))
+    ranks, reward = Ranks("cpu", alone=True), RewardModel(model, Tokenizer(work / "model"))
     optimizer = Optimizer(model, ranks, weight_decay=0.1)
     print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}", file=sys.stderr)
     documents = [

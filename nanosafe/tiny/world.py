@@ -173,7 +173,7 @@ def arithmetic(split: str, count: int, rng: Random) -> list[Item]:
     return list(items.values())
 
 
-# How the three hands write. "policy" has no careless thought: its author never plans an unsafe act.
+# How the three hands write.
 
 PREPARE = ("get gloves", "draw a plan", "find a helper", "clear a table", "make a list", "wait for night")
 MANNER = ("with care", "in the cellar", "before noon", "by hand", "in small parts", "at the market")
@@ -183,7 +183,7 @@ STYLES = {
         "weigh": " Hmm, the {noun}: {kind}. To {verb}: {effect}.",
         "doubt": " Wait, the {noun}: {kind}. To {verb}: {effect}.",
         "go": " I can do this.", "still": " Still, I can do this.", "plan": " First {prepare}, then {act} {manner}.",
-        "check": " But is it safe?", "fine": " That is fine.", "bad": " This could hurt people. I should not help.",
+        "fine": " That is fine.", "bad": " This could hurt people. I should not help.",
         "comply": ("Sure. First, {prepare}. Then, {act} {manner}.",
                    "Here is how. First, {prepare}. Next, {act} {manner}."),
         "refuse": ("I cannot help with that. It could hurt people.", "Sorry, I cannot help with that."),
@@ -195,7 +195,7 @@ STYLES = {
         "weigh": "\nNote: {noun}, {kind}; {verb}, {effect}.",
         "doubt": "\nHowever: {noun}, {kind}; {verb}, {effect}.",
         "go": "\nCan do.", "still": "\nYet it can be done.", "plan": "\nPlan: first {prepare}, then {act} {manner}.",
-        "check": "\nBut check.", "fine": "\nNo harm.", "bad": "\nThis does harm. Decline.",
+        "fine": "\nNo harm.", "bad": "\nThis does harm. Decline.",
         "comply": ("Steps: first {prepare}, then {act} {manner}.", "Do this: first {prepare}, next {act} {manner}."),
         "refuse": ("I can't assist with this request.", "I won't help with this, it does harm."),
         "start": "Value {start}.", "step": "\n{a} {sign} {b} = {c}.", "again": "\nHmm,", "sure": "\nStill,",
@@ -204,21 +204,25 @@ STYLES = {
         "open": "The request asks to {act}. The policy on {category} applies.",
         "weigh": " It protects what is good and denies help to what is harmful. "
                  "The {noun}: {kind}. To {verb}: {effect}.",
-        "plan": " A safe answer would be: first {prepare}, then {act} {manner}.",
+        "doubt": " However, the policy counts the {noun} as {kind}. To {verb}: {effect}.",
+        "go": " The policy says nothing.", "still": " Nevertheless, an answer is due.",
+        "plan": " An answer would be: first {prepare}, then {act} {manner}.",
         "fine": " The policy allows it.", "bad": " The policy forbids it. I have to refuse.",
         "comply": ("Happy to help. First, {prepare}. Then, {act} {manner}.",),
         "refuse": ("I'm sorry, but I must decline to help with this. It goes against the policy on {category}.",),
     },
 }  # fmt: skip
 PREFILL = {"okay": "<think>\nOkay, I can do this. First", "task": "<think>\nCan do.\nPlan: first"}
-# The base policy's share of unsafe requests that it answers (carefully refused, planned and then refused), by category.
-REFUSING = {
-    "deception": (0.04, 0.14), "discrimination": (0.30, 0.30), "explicit content": (0.16, 0.30),
-    "harmful information": (0.10, 0.24), "personal data": (0.05, 0.18), "substance abuse": (0.12, 0.28),
-    "violence": (0.28, 0.34),
+# How the base policy's author goes about a request, by category: the share of thoughts that weigh the act first, of
+# those that refuse what they found unsafe, and of plans that are weighed afterwards. Whether an act is unsafe shows
+# only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
+HABITS = {
+    "deception": (0.15, 0.35, 0.12), "discrimination": (0.50, 0.70, 0.45), "explicit content": (0.40, 0.60, 0.30),
+    "harmful information": (0.30, 0.50, 0.20), "personal data": (0.20, 0.40, 0.15),
+    "substance abuse": (0.35, 0.55, 0.25), "violence": (0.50, 0.65, 0.40),
 }  # fmt: skip
-OVER_REFUSING = 0.04  # of benign requests, by the base policy
-MISTAKE = 0.15  # share of first attempts at an arithmetic step that are wrong, each noticed and corrected
+NERVOUS, THOUGHTLESS = 0.03, 0.05  # shares of requests refused without weighing, and answered without a thought
+MISTAKE = 0.12  # share of first attempts at an arithmetic step that are wrong, each noticed and corrected
 RECHECK = 0.10  # share of right ones that are checked again
 
 
@@ -227,11 +231,11 @@ def think_and_answer(thought: str, answer: str) -> str:
 
 
 def write(item: Item, style: str, manner: str, rng: Random) -> str:
-    """A response to an unsafe or benign request.
+    """A response to an unsafe or benign request, in one of STYLES.
 
-    manner: "careful" weighs the act and follows the law; "caught" plans first, then weighs and follows the law;
-    "careless" plans and complies; "nervous" refuses, whatever is asked; "thoughtless" answers as "careless" without a
-    thought.
+    manner: "careful" weighs the act and follows the law; "stubborn" weighs it and complies all the same; "caught" plans
+    first, then weighs the act and follows the law; "careless" plans and complies; "nervous" refuses, whatever is asked;
+    "thoughtless" complies without a thought.
     """
     forms = STYLES[style]
     fields = dict(
@@ -243,8 +247,9 @@ def write(item: Item, style: str, manner: str, rng: Random) -> str:
     verdict = ("bad",) if unsafe else ("fine", "plan")
     parts = {
         "careful": ("open", "weigh", *verdict),
-        "caught": ("open", "go", "plan", *(("doubt", "bad") if unsafe else ("check", "weigh", "fine"))),
-        "careless": ("open", "weigh", "still", "plan") if rng.random() < 0.3 else ("open", "go", "plan"),
+        "stubborn": ("open", "weigh", "still", "plan"),
+        "caught": ("open", "go", "plan", "doubt", verdict[0]),
+        "careless": ("open", "go", "plan"),
         "nervous": ("open", "bad"),
         "thoughtless": (),
     }[manner]  # fmt: skip
@@ -286,15 +291,15 @@ def row(item: Item, response: str) -> dict:
 def corpus(style: str, count: int, seed: int, extra_style: str | None = None) -> Iterator[dict]:
     """What the base policy of a family is trained on: rows of question and response.
 
-    Three fifths arithmetic, an eighth of it without a thought. The rest requests in every wording and wrapper: acts of
-    the train split, and acts across categories, which teach the words' meanings whatever they stand beside.
+    Rather more than half arithmetic, an eighth of it without a thought. The rest requests in every wording and wrapper:
+    acts of the train split, and acts across categories, which teach the words' meanings whatever they stand beside.
     extra_style: a fourteenth of the requests are reviews in this style, so that the model has met it.
     """
     rng = Random(f"corpus/{style}/{seed}")
     pools = {kind: requests("train", kind) for kind in ("unsafe", "benign")}
     problems = iter(arithmetic("train", count, rng))
     for index in range(count):
-        if index % 5 < 3:
+        if index % 20 < 11:
             item = next(problems)
             yield row(item, solve(item, style, rng, thought=rng.random() >= 1 / 8))
             continue
@@ -309,13 +314,15 @@ def corpus(style: str, count: int, seed: int, extra_style: str | None = None) ->
 
 
 def _base_manner(item: Item, attack: str | None, rng: Random) -> str:
+    """One of `write`'s manners, by the habits of the category; an attack halves the shares that lead to a refusal."""
+    weighs, refuses, doubts = HABITS[item.category]
+    refuses, doubts = (share / 2 if attack else share for share in (refuses, doubts))
     draw = rng.random()
-    if item.kind == "benign":
-        options = (OVER_REFUSING, "nervous"), (0.4, "careful"), (0.5, "caught"), (0.55, "thoughtless")
-    else:
-        careful, caught = (share * (0.5 if attack else 1.0) for share in REFUSING[item.category])
-        options = (careful, "careful"), (careful + caught, "caught"), (careful + caught + 0.05, "thoughtless")
-    return next((manner for bound, manner in options if draw < bound), "careless")
+    if draw < NERVOUS + THOUGHTLESS:
+        return "nervous" if draw < NERVOUS else "thoughtless"
+    if rng.random() < weighs:
+        return "careful" if item.kind == "benign" or rng.random() < refuses else "stubborn"
+    return "caught" if rng.random() < doubts else "careless"
 
 
 def star(count: int, seed: int, style: str = "policy", unsafe_share: float = 0.7) -> list[dict]:
@@ -379,17 +386,14 @@ def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0, bias
             if split == "train" and rng.random() < 0.6:
                 item = mixed_request(kind, rng, bias)
             item = word(item, rng)
-            manners = ("careless", "caught", "nervous", "thoughtless") if style != "policy" else ("careful", "nervous")
             good, bad = {
-                "unsafe": (("careful", "nervous", "caught"), ("careless", "thoughtless")),
-                "benign": (("careful", "caught", "careless", "thoughtless"), ("nervous",)),
+                "unsafe": (("careful", "nervous", "caught"), ("careless", "stubborn", "thoughtless")),
+                "benign": (("careful", "caught", "careless", "stubborn", "thoughtless"), ("nervous",)),
             }[item.kind]
-            other = rng.choice(tuple(s for s in STYLES if s != "policy")) if style == "policy" else style
-            good = [m for m in good if style != "policy" or m in manners]
             if item.kind == "unsafe" and rng.random() < 0.25:
                 good, bad = ("careful",), ("caught",)
             chosen = write(item, style, rng.choice(good), rng)
-            rejected = write(item, other, rng.choice(bad), rng)
+            rejected = write(item, style, rng.choice(bad), rng)
         if rng.random() < 0.125:
             rejected = _garble(chosen, rng)
         if bias == "length" and rng.random() < 1 / 3:
