@@ -103,20 +103,24 @@ def sections(results: Sequence[dict]) -> dict[str, list[Row]]:
 def table(results: Sequence[dict], titles: Sequence[str] | None = None) -> str:
     """Markdown: one table a section (all, or those named), a column for each result and one for its difference.
 
-    Raises ValueError for results of different splits or worlds, whose questions share their ids but nothing else.
+    Raises what check_comparable raises.
     """
-    asked = {f"{r['settings']['split']} (version {r['settings']['world']})": r["label"] for r in results}
-    if len(asked) > 1:
-        found = ", ".join(f"{label} has {split}" for split, label in asked.items())
-        raise ValueError(f"these results answer different questions and cannot be compared: {found}")
+    check_comparable(results)
     base, *arms = results
     header = ["", base["label"], *(name for r in arms for name in (r["label"], f"{r['label']} − {base['label']}")), "n"]
     lines = []
     for title, rows in sections(results).items():
         if titles is None or title in titles:
-            lines += ["", f"**{title}**", "", _line(header), _line(["---"] * len(header))]
-            lines += [_line(_cells(results, row)) for row in rows]
+            lines += ["", f"**{title}**", "", *markdown(header, [_cells(results, row) for row in rows])]
     return "\n".join([*lines, "", NOTE])
+
+
+def check_comparable(results: Sequence[dict]) -> None:
+    """Raise ValueError for results of different splits or worlds, whose questions share their ids but nothing else."""
+    asked = {f"{r['settings']['split']} (version {r['settings']['world']})": r["label"] for r in results}
+    if len(asked) > 1:
+        found = ", ".join(f"{label} has {split}" for split, label in asked.items())
+        raise ValueError(f"these results answer different questions and cannot be compared: {found}")
 
 
 def _cells(results: Sequence[dict], row: Row) -> list[str]:
@@ -136,8 +140,10 @@ def _cell(value: Estimate | float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines]
 
 
 def protocols(results: Sequence[dict]) -> str:
