@@ -222,14 +222,16 @@ def random_decoder(raw: dict, seed: int) -> Decoder:
 
 
 def run_script(name: str, *arguments: object, bar: str) -> None:
-    """Run train_sft or train_rl as its own single process, its "step i/n" lines shown as a progress bar.
+    """Run train_sft as a process of its own, outside the caller's process group; its steps move a progress bar.
 
     Raises RuntimeError with the last lines it printed if it fails.
     """
-    hidden = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_NUM_THREADS")
+    hidden = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
     environment = {key: value for key, value in os.environ.items() if not hidden.fullmatch(key)}
     root = str(Path(__file__).resolve().parents[2])
-    environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": str(available_cores())}
+    environment["PYTHONPATH"] = root
+    if "WORLD_SIZE" in os.environ:  # torchrun sets the threads of each rank; while one builds, the others wait
+        environment["OMP_NUM_THREADS"] = str(available_cores())
     command = [sys.executable, "-m", name, *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
