@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} tokens passes "
                          f"{args.model}'s {limit} positions (max_position_embeddings): lower it")
     announce_sampling(policy, args, ranks)
-    watch = preflight(policy, reward, tokenizer, args, ranks)
+    watch = preflight(policy, reward, tokenizer, args, ranks, run)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long, device=ranks.device)
 
     tracker = script.Tracker(args, ranks)
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             ranks.print(f"  warning: {warning}")
         run.save_if_due()
     run.finish()
-    if watch is not None:
+    if watch is not None and run.state["step"] == args.steps:
         ranks.print(watch.table())
     tracker.close()
     ranks.close()
@@ -183,7 +183,8 @@ def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
         ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution that is sampled")
 
 
-def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Namespace, ranks: Ranks) -> Watch | None:
+def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Namespace, ranks: Ranks,
+              run: RunFolder) -> Watch | None:
     """Before the first step: is the reward model right on labelled pairs, and what can the base do?"""
     if args.pairs and not args.reward_model.startswith("rule:"):
         right = reward_accuracy(reward, load_pairs(args.pairs), ranks)
@@ -194,8 +195,11 @@ def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Names
     if not args.eval_every:
         return None
     watch = Watch(suite_of(policy.config, "validation"), tokenizer, reward, args.reward_model, args.out, ranks)
-    watch.measure(policy, 0)
-    ranks.print("before training: " + watch.summary())
+    if run.resumed:
+        watch.recall(run.state["step"])
+    else:
+        watch.measure(policy, 0)
+    ranks.print(("at the last measurement: " if run.resumed else "before training: ") + watch.summary())
     return watch
 
 

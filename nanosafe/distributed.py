@@ -22,9 +22,11 @@ PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, su
 class Ranks:
     """This process among `world` processes; `main` is rank 0, which writes files and talks to the console."""
 
-    def __init__(self, device: str | None = None):
-        """Join the process group of torchrun's environment, if any. device: cpu, cuda, or None to choose."""
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, device: str | None = None, *, alone: bool = False):
+        """Join the process group of torchrun's environment, if any, unless `alone`, for what one rank does while the
+        others wait. device: cpu, cuda, or None to choose."""
+        environment = {} if alone else os.environ
+        self.rank, self.world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA device is visible to PyTorch; use --device cpu")

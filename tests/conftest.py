@@ -16,3 +16,19 @@ def assets() -> Path:
     if not os.environ.get("NANOSAFE_ASSETS"):
         pytest.skip("NANOSAFE_ASSETS does not name the folder of official files")
     return Path(os.environ["NANOSAFE_ASSETS"])
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory) -> Path:
+    """A cache with the checkpoints tiny and tiny-reward of small_tiny.py, under the names that the builder gives."""
+    from small_tiny import shrink
+
+    from nanosafe.tiny import build
+
+    folder = tmp_path_factory.mktemp("tiny-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.setenv("NANOSAFE_CACHE", str(folder))
+        for name in ("tiny", "tiny-reward"):
+            build.tiny_checkpoint(name)
+    return folder

@@ -36,11 +36,7 @@ class Watch:
         self.folder, self.base, self.now = Path(out) / "evals", None, None
 
     def measure(self, policy: Decoder, step: int) -> dict[str, float]:
-        """Ask the policy after `step` steps; -> eval/* metrics. Step 0 is what all others are compared with."""
-        path = self.folder / f"step-{step:06d}.json"
-        if step == 0 and path.exists():  # a resumed run
-            self.base = self.now = read_json(path)
-            return {}
+        """Ask the policy after `step` steps; -> eval/* metrics. What is measured first, all else is compared with."""
         seen = {}  # about -> what its questions came to, by id
         for benchmark in self.suite:
             records = respond(policy, self.tokenizer, benchmark, ranks=self.ranks, seed=0, tokens_per_microbatch=None)
@@ -52,11 +48,21 @@ class Watch:
                 "rewards": result["items"].get("reward", {}), "category_of": result["category_of"],
             }  # fmt: skip
         if self.ranks.main:
-            write_atomic(path, json.dumps(seen).encode())
+            write_atomic(self._path(step), json.dumps(seen).encode())
         self.now, self.base = seen, self.base or seen
         metrics = {f"eval/{about.replace('-', '_')}": over_items(part["values"].values()).mean
                    for about, part in seen.items()}
         return metrics | {"eval/reward": over_items(self._rewards(seen).values()).mean}
+
+    def recall(self, step: int) -> None:
+        """Of a run that is resumed after `step` steps: its base, and what it measured last."""
+        self.base = self.now = read_json(self._path(0))
+        for path in sorted(self.folder.glob("step-*.json")):
+            if path <= self._path(step):
+                self.now = read_json(path)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.json"
 
     @staticmethod
     def _rewards(seen: dict) -> dict[str, float]:

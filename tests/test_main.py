@@ -1,0 +1,132 @@
+"""The main command, `torchrun train_rl.py` with no flag, on small checkpoints of the tiny world, as users run it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import rows_of, run_forked, run_script, without_clock
+
+import train_rl
+from nanosafe.tokenizer import load_tokenizer
+from nanosafe.weights import load_model
+
+HEAD = "before                  after                   difference, same questions"
+
+
+def table_of(output: str) -> list[str]:
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith(HEAD))
+    return lines[start : start + 5]
+
+
+def flags(out: Path, *more: str) -> list[str]:
+    return ["--steps", "2", "--out", str(out), "--save-every", "1", *more]
+
+
+@pytest.fixture
+def cached(small_cache, monkeypatch):
+    """In this process, names such as tiny are found in the small cache; nothing may be built."""
+    monkeypatch.setenv("NANOSAFE_CACHE", str(small_cache))
+    monkeypatch.setattr("nanosafe.tiny.build._build_policy", None)
+    monkeypatch.setattr("nanosafe.tiny.build._build_reward", None)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(small_cache, tmp_path_factory):
+    """(the run folder, what it printed) of the command under torchrun with two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOSAFE_CACHE", str(small_cache))
+        out = tmp_path_factory.mktemp("main") / "two"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = run_script(*launcher, "train_rl.py", "--steps", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "building" not in done.stderr, "the cache is full"
+    return out, done.stdout
+
+
+def evals_of(run: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in sorted((run / "evals").iterdir())}
+
+
+def test_the_main_command_ends_in_a_table(two_ranks):
+    out, printed = two_ranks
+    assert "tiny-reward@0 prefers the safe response in " in printed and "before training: " in printed
+    assert printed.index(HEAD) > printed.index("done: "), "the table comes last"
+    rows = table_of(printed)[1:]
+    assert [row.split(" ")[0] for row in rows] == ["safety", "over-refusal", "reasoning", "reward"]
+    assert rows[0].startswith("safety (safe)") and rows[1].startswith("over-refusal (over-refusal)")
+    assert all(row.count("[") == 3 for row in rows), "before, after and difference each have an interval"
+    first, last = rows_of(out)
+    assert not any(name.startswith("eval/") for name in first)
+    evals = [json.loads((out / f"evals/step-00000{step}.json").read_text()) for step in (0, 2)]
+    for about in ("safety", "over-refusal", "reasoning"):
+        before, after = (list(seen[about]["values"].values()) for seen in evals)
+        mean = last["eval/" + about.replace("-", "_")]
+        assert mean == pytest.approx(sum(after) / len(after)) and 0 < mean < 1, "the small model does some of each"
+        [row] = [row for row in rows if row.startswith(about)]
+        assert f"{sum(before) / len(before):.3f} [" in row and f"{mean:.3f} [" in row
+    assert f"{last['eval/reward']:.3f} [" in rows[-1]
+    settings = json.loads((out / "args.json").read_text())
+    assert [settings[n] for n in ("model", "reward_model", "prompts", "pairs")] == [
+        "tiny", "tiny-reward@0", "tiny-star@0", "tiny-pairs@0"]  # fmt: skip
+
+
+def test_what_it_trained_loads_in_transformers(two_ranks, small_cache):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final = two_ranks[0] / "final"
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32), load_tokenizer(final)
+    messages = [{"role": "user", "content": "How do I arm the raiders?"}]
+    ids = AutoTokenizer.from_pretrained(final).apply_chat_template(messages, add_generation_prompt=True,
+                                                                   return_dict=False)  # fmt: skip
+    assert ids == tokenizer.encode_chat(messages, add_generation_prompt=True)
+    with torch.no_grad():
+        ours, expected = load_model(final, dtype=torch.float32)(torch.tensor([ids])), theirs(torch.tensor([ids])).logits
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+    [base] = [load_model(folder, dtype=torch.float32) for folder in small_cache.glob("tiny-v*-seed0")]
+    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), theirs.parameters(), strict=True)), "it trained"
+
+
+def close(a: dict, b: dict) -> bool:
+    return a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_one_process_killed_and_resumed_shows_the_table_of_two(two_ranks, cached, tmp_path, capfd):
+    code, writes = run_forked(train_rl, flags(tmp_path / "whole"))
+    assert code == 0
+    whole = rows_of(tmp_path / "whole")
+    for one, two in zip(without_clock(whole), without_clock(rows_of(two_ranks[0])), strict=True):
+        assert close(one, two)
+    evals, theirs = evals_of(tmp_path / "whole"), evals_of(two_ranks[0])
+    assert list(evals) == list(theirs) == ["step-000000.json", "step-000002.json"]
+    for name, one in evals.items():
+        for about in one:
+            assert one[about]["values"] == theirs[name][about]["values"]
+            assert close(one[about]["rewards"], theirs[name][about]["rewards"])
+
+    out = tmp_path / "broken"
+    assert run_forked(train_rl, flags(out), kill_at=2 * writes // 3)[0] == 9
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.name[0] == "s"] == ["step-000001"]
+    capfd.readouterr()
+    train_rl.main(flags(out))
+    printed = capfd.readouterr().out
+    assert "resuming after step 1" in printed and "at the last measurement: safety" in printed
+    assert without_clock(rows_of(out)) == without_clock(whole) and evals_of(out) == evals
+    assert table_of(printed) == table_of(two_ranks[1])
+
+    shutil.rmtree(out / "final")  # as if killed after the last checkpoint
+    train_rl.main(flags(out))
+    assert table_of(capfd.readouterr().out) == table_of(printed)
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_base_to_another(cached, tmp_path, capfd):
+    out = tmp_path / "run"
+    (out / "evals").mkdir(parents=True)
+    empty = {"metric": "safe", "values": {}, "rewards": {}, "category_of": {}}
+    stale = dict.fromkeys(("safety", "over-refusal", "reasoning"), empty)
+    (out / "evals/step-000000.json").write_text(json.dumps(stale))
+    train_rl.main(flags(out, "--prompts-per-step", "4", "--max-response-tokens", "4", "--steps", "1"))
+    assert len(table_of(capfd.readouterr().out)) == 5
+    assert evals_of(out)["step-000000.json"]["safety"]["values"], "it measured its own"
