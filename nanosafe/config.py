@@ -50,7 +50,8 @@ RECIPES = {
 TINY_RECIPES = {
     "rl": dict(
         reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
-        lr=3e-4, max_prompt_tokens=128, max_response_tokens=128, tokens_per_microbatch=4096,
+        prompts_per_step=64, minibatches=2, lr=1e-4, max_prompt_tokens=128, max_response_tokens=128,
+        tokens_per_microbatch=4096,
     ),
     "sft": dict(data="tiny-star", batch_size=64, lr=1e-3, max_tokens=256, tokens_per_microbatch=4096),
 }  # fmt: skip

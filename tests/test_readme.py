@@ -4,9 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
+import eval as evaluation
 import train_rl
 import train_sft
-from nanosafe.config import ALIASES
+from nanosafe import paper
+from nanosafe.config import ALIASES, tiny_seed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,19 +28,23 @@ def test_every_linked_file_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_commands_have_only_flags_and_aliases_that_exist():
-    commands = [line for line in README.replace("\\\n", " ").splitlines() if re.search(r"train_(rl|sft)\.py --", line)]
-    assert len(commands) >= 4
-    for command in commands:
-        script = train_rl if "train_rl.py" in command else train_sft
-        words = shlex.split(command.split("train_rl.py" if script is train_rl else "train_sft.py")[1], comments=True)
-        args = script.flags().parse_args(words)
-        assert args.model in ALIASES or "/" in args.model
+PARSERS = {"train_rl.py": train_rl, "train_sft.py": train_sft, "eval.py": evaluation, "-m nanosafe.paper": paper}
+
+
+def test_commands_have_only_flags_and_models_that_exist():
+    lines = README.replace("\\\n", " ").splitlines()
+    commands = [(script, line.split(script)[1]) for line in lines for script in PARSERS
+                if re.match(rf"(pip .*&& )?(python|torchrun) .*{script}", line)]  # fmt: skip
+    assert {script for script, _ in commands} == set(PARSERS) and len(commands) >= 9
+    for script, words in commands:
+        models = PARSERS[script].flags().parse_args(shlex.split(words, comments=True)).model
+        for model in [models] if isinstance(models, str) else models or []:
+            assert model in ALIASES or "/" in model or tiny_seed(model) is not None, model
 
 
 def test_glossary_names_every_metric():
     source = (ROOT / "train_rl.py").read_text() + (ROOT / "train_sft.py").read_text()
     glossary = README[README.index("## Glossary") :]
-    for name in re.findall(r'"((?:reward|advantage|kl|policy|response|mismatch|reflection|sft)/\w+)"', source):
+    for name in re.findall(r'"((?:reward|advantage|kl|policy|response|mismatch|reflection|sft|eval)/\w+)"', source):
         group, key = name.split("/")
         assert name in glossary or re.search(rf"`{group}/[^|]*`/{key}`", glossary), name
