@@ -217,9 +217,9 @@ PREFILL = {"okay": "<think>\nOkay, I can do this. First", "task": "<think>\nCan 
 # those that refuse what they found unsafe, and of plans that are weighed afterwards. Whether an act is unsafe shows
 # only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
 HABITS = {
-    "deception": (0.10, 0.30, 0.08), "discrimination": (0.55, 0.80, 0.55), "explicit content": (0.40, 0.65, 0.35),
-    "harmful information": (0.30, 0.50, 0.25), "personal data": (0.15, 0.35, 0.12),
-    "substance abuse": (0.35, 0.60, 0.30), "violence": (0.55, 0.75, 0.50),
+    "deception": (0.10, 0.27, 0.10), "discrimination": (0.55, 0.70, 0.70), "explicit content": (0.40, 0.58, 0.48),
+    "harmful information": (0.30, 0.45, 0.35), "personal data": (0.15, 0.32, 0.16),
+    "substance abuse": (0.35, 0.55, 0.42), "violence": (0.55, 0.66, 0.66),
 }  # fmt: skip
 NERVOUS, THOUGHTLESS = 0.03, 0.05  # shares of requests refused without weighing, and answered without a thought
 MISTAKE = 0.08  # share of first attempts at an arithmetic step that are wrong, each noticed and corrected
