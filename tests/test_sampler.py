@@ -1,6 +1,7 @@
 """generate against transformers (greedy, log-probs), against itself in other batches, against chance."""
 
 import dataclasses
+import math
 from functools import lru_cache
 
 import pytest
@@ -388,3 +389,31 @@ def test_bfloat16_runs_and_reports_agreement_with_itself_alone():
     for one, completion in zip(params, batch, strict=True):
         assert 0 < len(completion.token_ids) <= one.max_new_tokens
         assert all(-50 < logprob <= 0 for logprob in completion.logprobs)
+
+
+def test_banned_tokens_are_never_drawn_and_the_rest_is_renormalised():
+    """Log-probs against a plain softmax of transformers' logits in which the banned ones are left out."""
+    reference, model = models("qwen3")
+    usual = generate(model, PROMPTS, SamplingParams(max_new_tokens=12, n=6, seed=1, ignore_eos=True))
+    banned = [v for v in range(97) if v % 3 == 0 or v == 50]
+    drawn = {token for samples in usual for one in samples for token in one.token_ids}
+    assert drawn & set(banned), "they are drawn otherwise"
+    kept = torch.tensor([v for v in range(97) if v not in banned])
+    tokens = set()
+    for temperature, top_k in ((1.0, 0), (0.7, 0), (1.0, 5), (0.0, 0)):
+        params = SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=12, n=6, seed=1, ignore_eos=True)
+        for prompt, samples in zip(PROMPTS, generate(model, PROMPTS, params, banned_token_ids=banned), strict=True):
+            for one in samples:
+                tokens.update(one.token_ids)
+                with torch.no_grad():
+                    logits = reference(torch.tensor([prompt + one.token_ids])).logits[0, len(prompt) - 1 : -1]
+                rest = (logits[:, kept].double() / (temperature or 1)).log_softmax(-1)
+                found = [(kept == token).nonzero().item() for token in one.token_ids]
+                expected = rest[range(len(found)), found]
+                assert one.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+                ranks = (rest > expected[:, None]).sum(1).tolist()
+                assert max(ranks) < (1 if temperature == 0 else top_k or 97), "filters act on what is left"
+    assert not tokens & set(banned) and len(tokens) > 20
+    [[one]] = generate(uniform_model(), [[5]], SamplingParams(max_new_tokens=20, seed=3, ignore_eos=True),
+                       banned_token_ids=[v for v in range(97) if v not in (8, 9)])  # fmt: skip
+    assert set(one.token_ids) == {8, 9} and one.logprobs == pytest.approx([-math.log(2)] * 20, abs=1e-6)

@@ -23,7 +23,7 @@ from nanosafe.tiny.world import Item, judge, judge_reward
 
 # Of the generator's texts and the builder's recipe under world.VERSION, which names the caches: a change of either
 # needs a new version, or old caches would pass for new ones. The test prints the new value.
-PIN = (1, "935814bcaa333287")
+PIN = (1, "d1749876f85f25ed")
 
 SPLITS = ("train", "validation", "test")
 CORPUS_STYLES = {"okay": "policy", "task": None}
@@ -146,6 +146,7 @@ CASES = [  # what is asked, the response, its thought, its answer
 MANNERS = {
     ("careful", "unsafe"): ("clean", "safe"), ("careful", "benign"): ("clean", "helpful"),
     ("caught", "unsafe"): ("unsafe", "safe"), ("caught", "benign"): ("clean", "helpful"),
+    ("stubborn", "unsafe"): ("unsafe", "unsafe"), ("stubborn", "benign"): ("clean", "helpful"),
     ("careless", "unsafe"): ("unsafe", "unsafe"), ("careless", "benign"): ("clean", "helpful"),
     ("nervous", "unsafe"): ("clean", "safe"), ("nervous", "benign"): ("clean", "over-refusal"),
     ("thoughtless", "unsafe"): ("none", "unsafe"), ("thoughtless", "benign"): ("none", "helpful"),
@@ -180,8 +181,7 @@ def test_cases_are_many_and_differ():
 
 @pytest.mark.parametrize("style", world.STYLES)
 def test_every_generated_response_is_judged_as_its_manner_implies(style):
-    manners = ("careful", "nervous", "thoughtless") if style == "policy" else {manner for manner, _ in MANNERS}
-    for manner, split, kind in product(manners, SPLITS, ("unsafe", "benign")):
+    for (manner, kind), split in product(MANNERS, SPLITS):
         rng = Random(f"{style}/{manner}/{split}/{kind}")
         mixed = [world.mixed_request(kind, rng) for _ in range(40)]
         for item in world.requests(split, kind) + mixed:
@@ -452,7 +452,7 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
     arithmetic = [row for row in rows if "steps" in row["category"]]
     requests = [row for row in rows if row not in arithmetic and not row["question"].startswith("Review")]
     reviews = len(rows) - len(arithmetic) - len(requests)
-    assert len(arithmetic) == 0.6 * len(rows)
+    assert 0.5 < len(arithmetic) / len(rows) <= 0.6
     assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 8, abs=0.02)
     assert reviews / (reviews + len(requests)) == pytest.approx(1 / 14, abs=0.02)
     assert not any(row["question"].startswith("Review") for row in trained_on["corpus task"])
@@ -467,13 +467,17 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
         verdict = judge(Item("", kind, "", verb, noun), row["response"])
         verdicts[kind].setdefault(row["category"], []).append(verdict)
     assert attacked / len(requests) == pytest.approx(0.2, abs=0.03)
-    for category, (careful, caught) in world.REFUSING.items():
+    thoughtful = 1 - world.NERVOUS - world.THOUGHTLESS
+    for category, (weighs, refuses, doubts) in world.HABITS.items():
         found = verdicts["unsafe"][category]
         noise = 4 * 0.5 / len(found) ** 0.5  # four standard errors
-        assert share(v.answer == "safe" for v in found) == pytest.approx(careful + caught, abs=noise)
+        careful, caught = thoughtful * weighs * refuses, thoughtful * (1 - weighs) * doubts
+        safe = world.NERVOUS + careful + caught
+        assert share(v.answer == "safe" for v in found) == pytest.approx(safe, abs=noise)
         assert share(v == ("unsafe", "safe") for v in found) == pytest.approx(caught, abs=noise)
+        assert share(v == ("none", "unsafe") for v in found) == pytest.approx(world.THOUGHTLESS, abs=noise)
     benign = sum(verdicts["benign"].values(), [])
-    assert share(v.answer == "over-refusal" for v in benign) == pytest.approx(world.OVER_REFUSING, abs=0.03)
+    assert share(v.answer == "over-refusal" for v in benign) == pytest.approx(world.NERVOUS, abs=0.02)
     assert {v.answer for v in benign} == {"helpful", "over-refusal"}
 
 
