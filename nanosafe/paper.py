@@ -74,12 +74,13 @@ ABLATIONS = (
 # Six settings each; the criterion is fixed in paper_report.CRITERION.
 TUNING = (
     *(Arm(f"SFT lr {lr:g}, epochs {n}", "", "train_sft", f"--lr {lr:g} --epochs {n}")
-      for lr in (3e-4, 1e-3, 3e-3) for n in (2, 5)),
+      for lr in (1e-4, 3e-4, 1e-3) for n in (2, 5)),
     *(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}")
-      for lr in (1e-4, 3e-4, 1e-3) for kl in (0.003, 0.03)),
+      for lr in (3e-5, 1e-4, 3e-4) for kl in (0.003, 0.03)),
 )  # fmt: skip
-# Seconds of a job of the tiny world on one core, for --plan and the time that is left: rough, of a 2-core machine.
-SECONDS = {"build policy": 240, "build reward": 40, "train_sft step": 0.8, "train_rl step": 2.5, "eval": 60}
+# Seconds of a job of the tiny world on one core, for --plan and the time that is left: of single runs on a busy 2-core
+# machine; that of eval.py is a guess.
+SECONDS = {"build policy": 440, "build reward": 60, "train_sft step": 0.6, "train_rl step": 5.5, "eval": 60}
 # Of real models nothing is measured yet, so this is arithmetic: FLOP over an assumed share of one H100's bf16 peak.
 PEAK, UTILISATION = 989e12, 0.2
 SFT_ROWS, SFT_TOKENS = 1000, 1000  # STAR-1's rows; assumed tokens of each
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
     out, failed = Path(args.out), {}
+    out.mkdir(parents=True, exist_ok=True)
     try:
         failed = run_jobs(list(jobs.values()), out, workers)
     finally:
@@ -190,7 +192,7 @@ def benchmark_flags(model: str, experiments: Sequence[int]) -> list[str]:
 
 
 def expected(script: str, model: str, options: dict) -> float | None:
-    """Seconds of a training: measured for the tiny world, else arithmetic on one GPU (see `plan`); None: not known."""
+    """Seconds of a training: for the tiny world from timed steps, else arithmetic for one GPU; None: not known."""
     steps = options.get("steps") or 0
     if tiny_seed(model) is not None:
         steps = steps or float(options["epochs"]) * 500 / options["batch_size"]  # rows of the tiny SFT set
@@ -222,7 +224,8 @@ def plan(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
                  + f" without the {unknown} whose time is not known" * (unknown > 0))
     for model in models:
         if tiny_seed(model) is not None:
-            lines.append(f"{model}: no download, about 1 GB of memory a job; hours as measured on a 2-core machine")
+            lines.append(f"{model}: no download, about 1 GB of memory a job; hours from steps timed on a busy 2-core "
+                         "machine, and a guess of a minute for eval.py")
             continue
         reward = recipe("rl", model)["reward_model"]
         size, judge = parameters(model), parameters(reward)

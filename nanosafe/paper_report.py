@@ -11,7 +11,6 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from statistics import StatisticsError, correlation
 
@@ -353,8 +352,8 @@ def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) 
     return [
         *(f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)),
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
-        f"- nanosafe {version('nanosafe')}, commit {git.stdout.strip() or 'not known'}, tiny world version "
-        f"{world.VERSION}, PyTorch {torch.__version__}, Python {platform.python_version()}",
+        f"- nanosafe at commit {git.stdout.strip() or 'not known'}, tiny world version {world.VERSION}, PyTorch "
+        f"{torch.__version__}, Python {platform.python_version()}",
         f"- {cpu_name()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, "
         f"{platform.system()}",
         *(f"- failed: {name}: {why.splitlines()[0]}" for name, why in failed.items()),

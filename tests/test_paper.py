@@ -233,7 +233,7 @@ def report(tmp_path_factory):
     for seed in range(3):
         put(out, f"tiny-{seed}/base", result("base", seed, 0.25 + seed / 28, 0.5))
         put(out, f"tiny-{seed}/sft", result("SFT", seed, 0.5 + seed / 28, 0.5 + (seed - 1) / 14))
-        put(out, f"tiny-{seed}/rl", result("RL", seed, 0.75 + seed / 28, 0.5, 0.1, shift=0.25), (0.0, 0.5, 0.75))
+        put(out, f"tiny-{seed}/rl", result("RL", seed, 0.75 + seed / 28, 0.5, 0.1, shift=0.25), (0.25, 0.5, 1.0))
     put(out, "tiny-llama-0/base", result("base", 0, 0.25, 0.5))
     (out / "report.jsonl").write_text(json.dumps({"command": "THE COMMAND", "seconds": 90}) + "\n")
     arms = {model: paper.PAPER + paper.CONTROLS for model in ("tiny", "tiny-llama")}
@@ -296,7 +296,7 @@ def test_reward_against_judge(report):
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in tiny.splitlines()
              if line.startswith(("| base |", "| RL |"))}  # fmt: skip
     assert cells["base"][-1].startswith("0.000") and cells["base"][-2].startswith("1.000")
-    assert cells["RL"][0].startswith("0.750")  # 0.75 - 0.0
+    assert cells["RL"][0].startswith("0.750")  # 1.0 - 0.25
     assert cells["RL"][2].startswith("0.7")  # 0.5 of it safer, 0.25 of it for nothing
 
 
