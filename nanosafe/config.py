@@ -45,15 +45,16 @@ RECIPES = {
         data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384,
     ),
 }  # fmt: skip
-# What the tiny world changes in them. Its models are 10,000 times smaller and so take larger steps; each setting was
-# chosen on the validation split (see docs/), with the same number of trials for SFT and RL.
+# What the tiny world changes in them. Its models are 10,000 times smaller and so take larger steps. Learning rate and
+# epochs of SFT, learning rate and KL coefficient of RL are the best of six settings each that were tried on the
+# validation split (docs/tuning.md).
 TINY_RECIPES = {
     "rl": dict(
         reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
-        prompts_per_step=64, minibatches=2, lr=1e-4, max_prompt_tokens=128, max_response_tokens=128,
-        tokens_per_microbatch=4096,
+        prompts_per_step=64, minibatches=2, lr=3e-5, kl_coef=0.03, max_prompt_tokens=128,
+        max_response_tokens=128, tokens_per_microbatch=4096,
     ),
-    "sft": dict(data="tiny-star", batch_size=64, lr=1e-3, max_tokens=256, tokens_per_microbatch=4096),
+    "sft": dict(data="tiny-star", epochs=5, batch_size=64, lr=1e-4, max_tokens=256, tokens_per_microbatch=4096),
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ TUNING = (
     *(Arm(f"SFT lr {lr:g}, epochs {n}", "", "train_sft", f"--lr {lr:g} --epochs {n}")
       for lr in (1e-4, 3e-4, 1e-3) for n in (2, 5)),
     *(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}")
-      for lr in (3e-5, 1e-4, 3e-4) for kl in (0.003, 0.03)),
+      for lr in (3e-5, 1e-4) for kl in (0.003, 0.03, 0.3)),
 )  # fmt: skip
 # Seconds of a job of the tiny world on one core, for --plan and the time that is left: of single runs on a busy 2-core
 # machine; that of eval.py is a guess.
