@@ -13,6 +13,7 @@ import torch
 
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.evals.harness import opened_thought
+from nanosafe.evals.report import markdown
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
 from nanosafe.evals.tasks import Benchmark, tiny_suite
 from nanosafe.rewards import load_reward_model
@@ -83,7 +84,7 @@ def reflection_words(tokenizer: Tokenizer) -> list[int]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["tiny", "tiny-llama"]:
-        seed = name.partition("@")[2] or 0
-        print(f"\n{name}, tiny-reward@{seed}\n")
-        for what, estimate, gate, passed in measure(name, f"tiny-reward@{seed}"):
-            print(f"{'pass' if passed else 'FAIL'}  {what:<44} {estimate!s:<24} {gate}")
+        reward = f"tiny-reward@{name.partition('@')[2] or 0}"
+        rows = [[what, str(estimate), gate, "pass" if passed else "FAIL"]
+                for what, estimate, gate, passed in measure(name, reward)]
+        print("\n".join([f"\n## {name}, {reward}\n", *markdown(["", "measured", "gate", ""], rows)]), flush=True)
