@@ -52,7 +52,7 @@ TINY_RECIPES = {
     "rl": dict(
         reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
         prompts_per_step=64, minibatches=2, lr=1e-4, kl_coef=0.3, max_prompt_tokens=128,
-        max_response_tokens=128, tokens_per_microbatch=4096,
+        max_response_tokens=128, tokens_per_microbatch=4096, save_every=10, keep=4,
     ),
     "sft": dict(data="tiny-star", epochs=5, batch_size=64, lr=1e-4, max_tokens=256, tokens_per_microbatch=4096),
 }  # fmt: skip

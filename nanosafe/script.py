@@ -70,9 +70,9 @@ def start(
     """
     flags = [action for action in parser._actions if action.dest != "help"]
     for flag in flags:
-        defaults = [str(recipes[name][flag.dest]) for recipes in (RECIPES, TINY_RECIPES) if flag.dest in recipes[name]]
-        if defaults:
-            flag.help = f"{flag.help or ''} (default: {'; tiny: '.join(defaults)})".lstrip()
+        for label, recipes in (("default", RECIPES), ("tiny", TINY_RECIPES)):
+            if flag.dest in recipes[name]:
+                flag.help = f"{flag.help or ''} ({label}: {recipes[name][flag.dest]})".lstrip()
     given = vars(parser.parse_args(argv, argparse.Namespace(**{flag.dest: UNSET for flag in flags})))
     model = parser.get_default("model") if given["model"] is UNSET else given["model"]
     defaults = recipe(name, model)

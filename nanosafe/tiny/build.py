@@ -75,7 +75,7 @@ class Family(NamedTuple):
 
 COMMON = dict(hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False, torch_dtype="float32")
 POLICY = COMMON | dict(
-    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     head_dim=32, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
 )  # fmt: skip
 FAMILIES = {
@@ -85,7 +85,7 @@ FAMILIES = {
                          "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
 }  # fmt: skip
-REWARD_TEXT = Text(TURNS, ("[END]", "[PAD]", "[USER]", "[MODEL]"), 900)
+REWARD_TEXT = Text(TURNS, ("[END]", "[PAD]", "[USER]", "[MODEL]"), 1536)
 REWARD_SHAPE = COMMON | dict(
     architectures=["LlamaForSequenceClassification"], model_type="llama", id2label={"0": "LABEL_0"}, hidden_size=64,
     intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -98,8 +98,8 @@ REWARDS = {  # the reward models, and how their preference pairs differ (see wor
     "tiny-reward-blind": dict(noise=0.05, bias="violence"),
 }
 
-ROWS, STEPS, BATCH, LR = 24_000, 1000, 48, 3e-3  # of the policies
-PAIRS, PAIR_STEPS, PAIR_BATCH, PAIR_LR = 6_000, 250, 48, 3e-3  # of the reward models
+ROWS, STEPS, BATCH, LR = 26_000, 1050, 48, 3e-3  # of the policies
+PAIRS, PAIR_STEPS, PAIR_BATCH, PAIR_LR = 8_000, 300, 48, 3e-3  # of the reward models
 
 
 def is_tiny(name: str) -> bool:
@@ -239,8 +239,9 @@ def run_script(name: str, *arguments: object, bar: str) -> None:
         for line in process.stdout:
             lines.append(line)
             if match := re.match(r"step (\d+)/(\d+) \| (.*?) \|", line):
-                progress.total, progress.n = int(match[2]), int(match[1])
-                progress.set_postfix_str(match[3])
+                progress.total = int(match[2])
+                progress.set_postfix_str(match[3], refresh=False)
+                progress.update(int(match[1]) - progress.n)
     if process.returncode:
         raise RuntimeError(f"{name} failed:\n{''.join(lines[-12:])}")
 
