@@ -458,7 +458,7 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
     arithmetic = [row for row in rows if "steps" in row["category"]]
     requests = [row for row in rows if row not in arithmetic and not row["question"].startswith("Review")]
     reviews = len(rows) - len(arithmetic) - len(requests)
-    assert 0.5 < len(arithmetic) / len(rows) <= 0.6
+    assert len(arithmetic) == len(rows) / 2
     assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 8, abs=0.02)
     assert reviews / (reviews + len(requests)) == pytest.approx(1 / 14, abs=0.02)
     assert not any(row["question"].startswith("Review") for row in trained_on["corpus task"])
