@@ -78,9 +78,9 @@ TUNING = (
     *(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}")
       for lr in (3e-5, 1e-4) for kl in (0.003, 0.03, 0.3)),
 )  # fmt: skip
-# Seconds of a job of the tiny world on one core, for --plan and the time that is left: of single runs on a busy 2-core
-# machine; that of eval.py is a guess.
-SECONDS = {"build policy": 440, "build reward": 60, "train_sft step": 0.6, "train_rl step": 5.5, "eval": 60}
+# Seconds of a job of the tiny world on one core, for --plan and the time that is left: of one seed of one family on a
+# 2-core machine, two jobs side by side.
+SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "train_rl step": 1.7, "eval": 32}
 # Of real models nothing is measured yet, so this is arithmetic: FLOP over an assumed share of one H100's bf16 peak.
 PEAK, UTILISATION = 989e12, 0.2
 SFT_ROWS, SFT_TOKENS = 1000, 1000  # STAR-1's rows; assumed tokens of each
@@ -224,8 +224,7 @@ def plan(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
                  + f" without the {unknown} whose time is not known" * (unknown > 0))
     for model in models:
         if tiny_seed(model) is not None:
-            lines.append(f"{model}: no download, about 1 GB of memory a job; hours from steps timed on a busy 2-core "
-                         "machine, and a guess of a minute for eval.py")
+            lines.append(f"{model}: no download, about 1 GB of memory a job; hours as timed on a 2-core machine")
             continue
         reward = recipe("rl", model)["reward_model"]
         size, judge = parameters(model), parameters(reward)
