@@ -57,7 +57,7 @@ CONTROLS = (
         "train_sft", "--data tiny-star-{style}@{seed}"),
     Arm("RL, shuffled labels", "RL with a reward model that was trained on coin flips: must not gain", "train_rl",
         "--reward-model tiny-reward-shuffled@{seed}"),
-    Arm("RL, exact judge", "RL on the rule that judges the evaluation: what RL could reach", "train_rl",
+    Arm("RL, exact judge", "RL on the rule that judges the evaluation, as right or wrong", "train_rl",
         "--reward-model rule:tiny-judge"),
 )  # fmt: skip
 UNCLIPPED = "--clip-low 1 --clip-high 1e9"  # ratios are bounded to [e^-20, e^20], inside (1 - 1, 1 + 1e9)
