@@ -23,7 +23,7 @@ from nanosafe.tiny.world import Item, judge, judge_reward
 
 # Of the generator's texts and the builder's recipe under world.VERSION, which names the caches: a change of either
 # needs a new version, or old caches would pass for new ones. The test prints the new value.
-PIN = (1, "a33da7a341b34d15")
+PIN = (2, "e8e044d2d917afd2")
 
 SPLITS = ("train", "validation", "test")
 CORPUS_STYLES = {"okay": "policy", "task": None}
@@ -459,7 +459,7 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
     requests = [row for row in rows if row not in arithmetic and not row["question"].startswith("Review")]
     reviews = len(rows) - len(arithmetic) - len(requests)
     assert len(arithmetic) == len(rows) / 2
-    assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 8, abs=0.02)
+    assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 25, abs=0.008)
     assert reviews / (reviews + len(requests)) == pytest.approx(1 / 14, abs=0.02)
     assert not any(row["question"].startswith("Review") for row in trained_on["corpus task"])
     verdicts = {"unsafe": {}, "benign": {}}  # kind -> category -> verdicts where nothing attacks
