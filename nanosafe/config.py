@@ -32,6 +32,64 @@ ALIASES = {
     "granite-guardian-3.3-8b": "ibm-granite/granite-guardian-3.3-8b",
 }
 
+# What each alias's config.json says of its shape: enough for --plan and --random-weights to build the model without a
+# download. Values of the official files; for want of the files from model cards and memory: Skywork's (the shape of what
+# each was trained from), Llama-Guard's, Llama-3.3-70B's (no alias: an example of what is too large), Granite Guardian's.
+_LLAMA31 = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336,
+    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+    max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
+    rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=8192),
+    bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
+)  # fmt: skip
+_SCORE = dict(id2label={"0": "LABEL_0"})
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
+    return dict(
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=tied,
+        bos_token_id=151643, eos_token_id=151645,
+    )  # fmt: skip
+
+
+def _r1_qwen(hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> dict:
+    return dict(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+        max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=10000, tie_word_embeddings=False,
+        bos_token_id=151643, eos_token_id=151643,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40, False),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, False),
+    "r1-qwen-1.5b": _r1_qwen(1536, 8960, 12, 2, 151936),
+    "r1-qwen-7b": _r1_qwen(3584, 18944, 28, 4, 152064),
+    "r1-llama-8b": _LLAMA31 | dict(eos_token_id=128001),
+    "llama-3.1-8b": _LLAMA31,
+    "llama-guard-3-8b": _LLAMA31,
+    "llama-3.3-70b": _LLAMA31 | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                                     num_attention_heads=64),
+    "skywork-v2-llama-8b": _LLAMA31 | _SCORE | dict(architectures=["LlamaForSequenceClassification"]),
+    "granite-guardian-3.3-8b": dict(
+        architectures=["GraniteForCausalLM"], model_type="granite", hidden_size=4096, intermediate_size=12800,
+        num_hidden_layers=40, num_attention_heads=32, num_key_value_heads=8, vocab_size=49159,
+        max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=10000000.0, tie_word_embeddings=True,
+        embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    ),
+}  # fmt: skip
+SHAPES |= {f"skywork-v2-{name}": SHAPES[name] | _SCORE | dict(architectures=["Qwen3ForSequenceClassification"])
+           for name in ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")}  # fmt: skip
+
 # Defaults of the training scripts. RL: OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL
 # coefficient, batch and lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts
 # with their updates. SFT: STAR-1's own recipe, 39 steps on its 1,000 rows.

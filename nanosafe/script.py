@@ -41,13 +41,13 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--save-every", type=positive_int, default=50, help="steps between checkpoints (default: %(default)s)")
     add("--keep", type=positive_int, default=2, help="how many checkpoints are kept (default: %(default)s)")
     add("--low-memory", action="store_true",
-        help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 bits; an 8B model then "
-        "takes 6 bytes a parameter instead of 14")
+        help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 bits; a parameter "
+        "then takes 6 bytes instead of 14")
     add("--offload", action="store_true",
         help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a step")
     add("--no-recompute", action="store_true",
-        help="keep all activations of a micro-batch, instead of recomputing each layer's in the backward pass (on CUDA): "
-        "a quarter fewer FLOP, several times the memory")
+        help="keep all activations of a micro-batch instead of recomputing each layer's in the backward pass (on "
+        "CUDA): a quarter fewer FLOP, several times the memory")
     add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     return parser
