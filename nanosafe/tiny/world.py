@@ -218,9 +218,9 @@ PREFILL = {"okay": "<think>\nOkay, I can do this. First", "task": "<think>\nCan 
 # those that refuse what they found unsafe, and of plans that are weighed afterwards. Whether an act is unsafe shows
 # only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
 HABITS = {
-    "deception": (0.10, 0.23, 0.08), "discrimination": (0.55, 0.61, 0.58), "explicit content": (0.40, 0.51, 0.40),
-    "harmful information": (0.30, 0.39, 0.29), "personal data": (0.15, 0.28, 0.13),
-    "substance abuse": (0.35, 0.48, 0.35), "violence": (0.55, 0.57, 0.54),
+    "deception": (0.10, 0.20, 0.07), "discrimination": (0.55, 0.56, 0.53), "explicit content": (0.40, 0.45, 0.36),
+    "harmful information": (0.30, 0.35, 0.26), "personal data": (0.15, 0.25, 0.12),
+    "substance abuse": (0.35, 0.43, 0.31), "violence": (0.55, 0.53, 0.49),
 }  # fmt: skip
 NERVOUS, THOUGHTLESS = 0.03, 0.05  # shares of requests refused without weighing, and answered without a thought
 MISTAKE = 0.09  # share of first attempts at an arithmetic step that are wrong, each noticed and corrected
