@@ -2,7 +2,8 @@
 
 A loss divided by the token count of the whole optimizer step gives gradients that simply add up over micro-batches and
 ranks. They add up in float32, whatever the compute type: in bfloat16 the 64th micro-batch would no longer register.
-With --dtype float32 the model's own parameters are the masters.
+With --dtype float32 the model's own parameters are the masters; with --low-memory no master exists as a tensor, it is
+the bfloat16 parameter and a remainder (split_adam.py).
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosafe.distributed import Ranks
+from nanosafe.split_adam import SplitAdamW
 
 
 def cosine_schedule(step: int, steps: int, warmup_share: float, final_share: float) -> float:
@@ -30,18 +32,18 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) on float32 masters. Weight decay acts on matrices, not on norms and biases."""
 
     def __init__(
-        self, model: nn.Module, ranks: Ranks, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
-    ):
+        self, model: nn.Module, ranks: Ranks, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
+        low_memory=False,
+    ):  # fmt: skip
+        """low_memory: 6.02 bytes per parameter for weights, masters and 8-bit moments together, instead of 14.
+
+        Raises ValueError if low_memory meets several processes or parameters that are not bfloat16.
+        """
         self.ranks, self.max_grad_norm = ranks, max_grad_norm
         self.parameters = dict(model.named_parameters())
-        self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if parameter.dtype == torch.float32:
-                self.masters[name] = parameter
-            else:
-                self.masters[name] = parameter.detach().float()
-                parameter.register_post_accumulate_grad_hook(self._accumulator(self.masters[name]))
-        self.adam = torch.optim.AdamW(
+        # What is updated, and whose .grad, in float32, collects the gradient of the step.
+        self.masters: dict[str, Tensor] = self._split() if low_memory else self._float32_masters()
+        self.adam = (SplitAdamW if low_memory else torch.optim.AdamW)(
             [
                 {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
                 {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
@@ -49,13 +51,40 @@ class Optimizer:
             lr=0.0, betas=betas, eps=eps,
         )  # fmt: skip
 
-    @staticmethod
-    def _accumulator(master: Tensor):
-        def add(parameter: Tensor) -> None:
-            master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
-            parameter.grad = None
+    def _float32_masters(self) -> dict[str, Tensor]:
+        """A float32 copy of each parameter that is not float32 itself."""
 
-        return add
+        def accumulator(master: Tensor):
+            def add(parameter: Tensor) -> None:
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                parameter.grad = None
+
+            return add
+
+        masters = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == torch.float32:
+                masters[name] = parameter
+            else:
+                masters[name] = parameter.detach().float()
+                parameter.register_post_accumulate_grad_hook(accumulator(masters[name]))
+        return masters
+
+    def _split(self) -> dict[str, Tensor]:
+        """The parameters themselves, made to hold float32 gradients."""
+        if self.ranks.world > 1:
+            raise ValueError("--low-memory is for one process: start without torchrun, or leave out --low-memory")
+
+        def widen(parameter: Tensor) -> None:
+            parameter.grad = parameter.grad.float()  # later gradients are added to it in place
+
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.bfloat16:
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise ValueError(f"--low-memory splits bfloat16 weights, but {name} is {kind}: add --dtype bfloat16")
+            parameter.grad_dtype = None  # .grad may be of any type
+            parameter.register_post_accumulate_grad_hook(widen)
+        return self.parameters
 
     def step(self, lr: float) -> float:
         """Add the gradients over the ranks, clip their norm, update. Returns the norm before clipping.
@@ -64,7 +93,7 @@ class Optimizer:
         """
         for master in self.masters.values():
             if master.grad is None:  # this rank had no token, but its part of the sum is still due
-                master.grad = torch.zeros_like(master)
+                master.grad = torch.zeros_like(master, dtype=torch.float32)
             self.ranks.sum_(master.grad)
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
         if math.isfinite(norm):
@@ -84,21 +113,20 @@ class Optimizer:
         return math.nan
 
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs beside the model: moments, step counts and, unless they are the model's own, masters."""
+        """What resuming needs beside the model: AdamW's own state and, unless they are the model's own, masters."""
         tensors = {}
         for name, master in self.masters.items():
-            moments = self.adam.state.get(master, {})
-            tensors |= {f"{key}/{name}": value for key, value in moments.items()}
+            tensors |= {f"{key}/{name}": value for key, value in self.adam.state.get(master, {}).items()}
             if master is not self.parameters[name]:
                 tensors[f"master/{name}"] = master
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`, on an optimizer of the same model."""
-        for name, master in self.masters.items():
-            if f"master/{name}" in tensors:
-                master.copy_(tensors[f"master/{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}/{name}" in tensors:
-                    value = tensors[f"{key}/{name}"]
-                    self.adam.state[master][key] = value if key == "step" else value.to(master.device)
+        for path, value in tensors.items():
+            key, name = path.split("/", 1)
+            master = self.masters[name]
+            if key == "master":
+                master.copy_(value)
+            else:
+                self.adam.state[master][key] = value if key == "step" else value.to(master.device)

@@ -13,7 +13,9 @@ from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
 
-BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+EACH = pytest.mark.parametrize(
+    "dtype, low_memory", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 BETAS, EPS, DECAY, MAX_NORM = (0.9, 0.95), 1e-8, 0.1, 0.5
 
 
@@ -61,15 +63,17 @@ def test_schedule_of_short_runs_and_without_warmup():
         assert all(0 < cosine_schedule(step, steps, 0.03, 0.0) <= 1 for step in range(steps))
 
 
-@BOTH
-def test_steps_equal_clipped_adamw_in_float64(dtype):
+@EACH
+def test_steps_equal_clipped_adamw_in_float64(dtype, low_memory):
     """AdamW, algorithm 2 of arXiv 1711.05101, with gradients of the weights as the model holds them."""
     model = small_model(dtype)
-    optimizer = Optimizer(model, Ranks("cpu"), betas=BETAS, eps=EPS, weight_decay=DECAY, max_grad_norm=MAX_NORM)
+    optimizer = Optimizer(
+        model, Ranks("cpu"), betas=BETAS, eps=EPS, weight_decay=DECAY, max_grad_norm=MAX_NORM, low_memory=low_memory
+    )
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
-    clipped = 0
+    clipped, moved = 0, 0.0
     for t in range(1, 13):
         lr, scale = 0.02 / t, 1.0 if t % 2 else 0.01
         twin = copy.deepcopy(model)  # the same weights, but not those the optimizer watches
@@ -86,13 +90,17 @@ def test_steps_equal_clipped_adamw_in_float64(dtype):
             decay = DECAY if weights[name].ndim == 2 else 0.0
             weights[name] = weights[name] - lr * (update + decay * weights[name])
         assert optimizer.step(lr) == pytest.approx(norm, rel=1e-6)
+        moved += lr
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(optimizer.masters[name].double(), weights[name], rtol=1e-5, atol=1e-6)
+            # 8-bit moments err by a few per cent of the way (test_split_adam.py), and bfloat16 by half its last bit.
+            close = {"rtol": 2**-8, "atol": 0.05 * moved} if low_memory else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(optimizer.masters[name].double(), weights[name], **close)
             assert torch.equal(parameter, optimizer.masters[name].to(dtype))
     assert 0 < clipped < 12
 
 
-def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_steps_too_small_for_bfloat16_add_up_in_the_masters(low_memory):
     def run(step_of):
         weight = nn.Parameter(torch.full((3, 3), 0.02, dtype=torch.bfloat16))
         step = step_of(weight)
@@ -102,7 +110,7 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
         return weight
 
     def masters(weight):
-        optimizer = Optimizer(nn.ParameterList([weight]), Ranks("cpu"))
+        optimizer = Optimizer(nn.ParameterList([weight]), Ranks("cpu"), low_memory=low_memory)
         return lambda: optimizer.step(5e-7)  # equal gradients: AdamW moves each weight by its rate
 
     def none(weight):
@@ -115,25 +123,25 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
     assert (run(masters) < start).all()
 
 
-@BOTH
-def test_gradients_of_many_micro_batches_add_up_in_float32(dtype):
+@EACH
+def test_gradients_of_many_micro_batches_add_up_in_float32(dtype, low_memory):
     """In bfloat16 the sum of ones would end at 256."""
     model = nn.Linear(4, 1, bias=False).to(dtype)
-    optimizer = Optimizer(model, Ranks("cpu"))
+    optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory)
     for _ in range(1000):
         model.weight.sum().backward()
     assert optimizer.step(0.0) == pytest.approx(1000 * 2, rel=1e-6)  # the norm of four 1000s
 
 
-@BOTH
-def test_tied_embeddings_get_both_gradients_and_stay_tied(dtype):
+@EACH
+def test_tied_embeddings_get_both_gradients_and_stay_tied(dtype, low_memory):
     torch.manual_seed(0)
     tied = Decoder(tiny_config("qwen3", tie_word_embeddings=True)).to(dtype)
     untied = Decoder(tiny_config("qwen3")).to(dtype)
     untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.head_weight})
     tokens = torch.arange(12)[None]
     for model in (tied, untied):
-        optimizer = Optimizer(model, Ranks("cpu"), max_grad_norm=1e9)
+        optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory, max_grad_norm=1e9)
         model(tokens).square().sum().backward()
         if model is untied:
             expected = optimizer.masters["model.embed_tokens.weight"].grad + optimizer.masters["lm_head.weight"].grad
@@ -148,11 +156,11 @@ def test_tied_embeddings_get_both_gradients_and_stay_tied(dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 2**-7))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype, low_memory, bad):
     model = small_model(dtype)
-    optimizer = Optimizer(model, Ranks("cpu"), weight_decay=DECAY)
+    optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory, weight_decay=DECAY)
     train(model, optimizer, range(2))
     before = snapshot(model, optimizer)
     (loss_of(model, 2) + bad * model[0].weight[0, 0]).backward()
@@ -160,13 +168,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
     assert_identical(snapshot(model, optimizer), before)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("how", ["discarded", "not finite"])
-def test_a_step_not_taken_leaves_no_gradient_behind(dtype, how):
+def test_a_step_not_taken_leaves_no_gradient_behind(dtype, low_memory, how):
     ends = []
     for spoil in (False, True):
         model = small_model(dtype)
-        optimizer = Optimizer(model, Ranks("cpu"))
+        optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory)
         train(model, optimizer, range(1))
         if spoil:
             (loss_of(model, 9) * (math.inf if how == "not finite" else 1)).backward()
@@ -176,10 +184,10 @@ def test_a_step_not_taken_leaves_no_gradient_behind(dtype, how):
     assert_identical(*ends)
 
 
-@BOTH
-def test_a_restored_optimizer_goes_on_bit_for_bit(dtype, tmp_path):
+@EACH
+def test_a_restored_optimizer_goes_on_bit_for_bit(dtype, low_memory, tmp_path):
     model = small_model(dtype)
-    optimizer = Optimizer(model, Ranks("cpu"), weight_decay=DECAY)
+    optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory, weight_decay=DECAY)
     train(model, optimizer, range(3))
     save_file(optimizer.state(), tmp_path / "optimizer.safetensors")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -187,21 +195,30 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(dtype, tmp_path):
 
     resumed = small_model(dtype, seed=1)
     resumed.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    other = Optimizer(resumed, Ranks("cpu"), weight_decay=DECAY)
+    other = Optimizer(resumed, Ranks("cpu"), low_memory=low_memory, weight_decay=DECAY)
     other.load_state(load_file(tmp_path / "optimizer.safetensors"))
     train(resumed, other, range(3, 6))
     assert_identical(snapshot(resumed, other), snapshot(model, optimizer))
-    assert {name.split("/")[0] for name in other.state()} == {"exp_avg", "exp_avg_sq", "step"} | (
-        {"master"} if dtype == torch.bfloat16 else set()
-    )
+    keys = {"step", "remainder", "ratio", "root", "scale"} if low_memory else {"step", "exp_avg", "exp_avg_sq"}
+    keys |= {"master"} if dtype == torch.bfloat16 and not low_memory else set()
+    assert {name.split("/")[0] for name in other.state()} == keys
 
 
-@BOTH
-def test_only_matrices_decay_and_without_a_gradient_nothing_else_moves(dtype):
+@EACH
+def test_only_matrices_decay_and_without_a_gradient_nothing_else_moves(dtype, low_memory):
     model = small_model(dtype)
     before = copy.deepcopy(model.state_dict())
-    optimizer = Optimizer(model, Ranks("cpu"), weight_decay=DECAY)
+    optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory, weight_decay=DECAY)
     assert optimizer.step(0.5) == 0.0
     for name, parameter in model.named_parameters():
         share = 1 - 0.5 * DECAY if parameter.ndim == 2 else 1.0
         torch.testing.assert_close(parameter, (before[name].float() * share).to(dtype))
+
+
+def test_low_memory_refuses_other_types_and_several_processes():
+    with pytest.raises(ValueError, match="--low-memory .* 0.weight is float32: add --dtype bfloat16"):
+        Optimizer(small_model(torch.float32), Ranks("cpu"), low_memory=True)
+    ranks = Ranks("cpu")
+    ranks.world = 2
+    with pytest.raises(ValueError, match="--low-memory is for one process"):
+        Optimizer(small_model(torch.bfloat16), ranks, low_memory=True)
