@@ -33,8 +33,8 @@ ALIASES = {
 }
 
 # What each alias's config.json says of its shape: enough for --plan and --random-weights to build the model without a
-# download. Values of the official files; for want of the files from model cards and memory: Skywork's (the shape of what
-# each was trained from), Llama-Guard's, Llama-3.3-70B's (no alias: an example of what is too large), Granite Guardian's.
+# download. Values of the official files or, for want of those, of model cards and memory: Skywork's (the shape of what
+# each was trained from), Llama-Guard's, Granite Guardian's, and Llama-3.3-70B's (no alias: what is too big).
 _LLAMA31 = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336,
     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from nanosafe import plan, random_weights
 from nanosafe.config import RECIPES, TINY_RECIPES, recipe
 from nanosafe.distributed import Ranks
+from nanosafe.weights import MAIN_RANK
 
 UNSET = object()
 
@@ -48,6 +50,11 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--no-recompute", action="store_true",
         help="keep all activations of a micro-batch instead of recomputing each layer's in the backward pass (on "
         "CUDA): a quarter fewer FLOP, several times the memory")
+    add("--plan", nargs="?", const="", metavar="NxGB", help="only print what the run needs (memory of each GPU, hours, "
+        "disk, downloads), whether it fits and what helps; nothing is downloaded. 8x80: on 8 GPUs of 80 GB (default: "
+        "the visible ones, else 1x80)")
+    add("--random-weights", action="store_true", help="dry run without a download: the true shape (also of a folder "
+        "with a config.json alone) with random weights, written once to the cache; reward model alike; tiny-star data")
     add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     return parser
@@ -74,7 +81,7 @@ def start(
     """Flags to settings: what the command line leaves open comes from the model's recipe, then from the flag's default.
 
     `check` raises ValueError for settings that cannot work together. Joins the process group and prints every setting
-    under where it came from; name: "rl" or "sft", of the recipe and for the default run folder.
+    under where it came from; name: "rl" or "sft", of the recipe and for the default run folder. --plan ends here.
     """
     flags = [action for action in parser._actions if action.dest != "help"]
     for flag in flags:
@@ -95,6 +102,10 @@ def start(
         setattr(args, flag.dest, value)
         origins[origin].append(flag.dest)
     check(args)
+    if args.plan is not None:
+        if MAIN_RANK:
+            print(plan.report(name, args), flush=True)
+        raise SystemExit
     ranks = Ranks(args.device)
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -103,6 +114,8 @@ def start(
     for origin, names in origins.items():
         settings = [f"{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, False)]
         ranks.print(f"from the {origin}: {', '.join(settings)}")
+    if args.random_weights:
+        random_weights.substitute(args, origins["command line"], ranks)
     return args, ranks
 
 

@@ -111,7 +111,7 @@ def tiny_checkpoint(name: str) -> Path:
     base, _, seed = name.partition("@")
     folder = cache() / f"{base}-v{world.VERSION}-seed{seed or 0}"
     if not folder.is_dir():
-        with _lock(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():  # another process may have built it while this one waited
                 work = folder.with_suffix(".building")
                 work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def cache() -> Path:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Held by one process at a time; the system lets go of it when its process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -204,21 +204,25 @@ def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[in
 
 
 def random_decoder(raw: dict, seed: int) -> Decoder:
-    """A decoder of config.json `raw` with fresh weights: scaled so that activations keep their size through the layers,
-    what is added to the residual stream divided by the square root of the number of additions (as in GPT-2)."""
+    """A decoder of config.json `raw` with fresh weights."""
     model, generator = Decoder(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
-    additions = 2 * model.config.num_hidden_layers
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif "embed" in name:
-                parameter.normal_(0.0, 0.05, generator=generator)
-            else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    parameter.div_(additions**0.5)
+    for name, parameter in model.named_parameters():
+        fill_random(name, parameter, model.config.num_hidden_layers, generator)
     return model
+
+
+@torch.no_grad()
+def fill_random(name: str, parameter: torch.Tensor, layers: int, generator: torch.Generator) -> None:
+    """Fresh values for the parameter `name`, scaled so that activations keep their size through the layers: what is
+    added to the residual stream is divided by the square root of the number of additions (as in GPT-2)."""
+    if parameter.ndim < 2:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif "embed" in name:
+        parameter.normal_(0.0, 0.05, generator=generator)
+    else:
+        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.div_((2 * layers) ** 0.5)
 
 
 def run_script(name: str, *arguments: object, bar: str) -> None:
