@@ -26,7 +26,7 @@ CHUNK = 2**23  # elements updated at once, whole blocks: bounds the temporary me
 OCTAVE = 255 / 20  # codes of r per factor of two: 256 codes reach down to 2**-20 of the block's largest r
 SPREAD = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1  # whose multiples modulo 1 spread evenly, also as pairs
 ELEMENTWISE = ("remainder", "ratio", "root")  # what has the shape of the parameter
-TINY = torch.finfo(torch.float32).tiny  # keeps log2 and division from zeros
+TINY = torch.finfo(torch.float32).tiny  # what a zero is divided by instead of another
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def encode(first: Tensor, second: Tensor, bound: float, step: int) -> tuple[Tens
     scale = r.amax(1)
     count = torch.arange(step, step + BLOCK, device=r.device, dtype=torch.float64)
     of_root, of_ratio = (count.mul(number).frac().float() for number in SPREAD)
-    code = 255 + OCTAVE * (r.clamp_min(TINY) / scale.clamp_min(TINY)[:, None]).log2()
+    code = 255 + OCTAVE * (r / scale.clamp_min(TINY)[:, None]).log2()  # -inf for 0: the lowest code
     code = code.add_(of_root).floor_().clamp_(0, 255)
     ratio = m.div(_root(code, scale[:, None]).clamp_min(TINY)).mul_(127 / bound)
     ratio = ratio.add_(of_ratio * ratio.sign()).trunc_().clamp_(-127, 127)  # alike for both signs: no drift
