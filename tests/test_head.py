@@ -1,12 +1,17 @@
-"""The head's log-probs, entropies and gradients against plain log-softmax in float64, and its memory."""
+"""The head's log-probs, entropies and gradients against plain log-softmax in float64, and its memory.
 
-import weakref
+This is the plain twin; interpreted_head.py has the Triton kernels.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nanosafe.kernels.head import token_logprob_entropy
 
@@ -20,10 +25,16 @@ def inputs(N: int, scale: float = 1.0, vocab: int = V, seed: int = 0):
     return hidden, weight, torch.randint(vocab, (N,), generator=generator)
 
 
-def plain(hidden, weight, targets, temperature=1.0):
-    """All logits at once, by the definitions: log p(target) and -sum p log p."""
-    logp = (F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature).log_softmax(-1)
+def by_definition(logits, targets):
+    """log p(target) and -sum p log p."""
+    logp = logits.log_softmax(-1)
     return logp[torch.arange(len(targets)), targets], -(logp.exp() * logp).sum(-1)
+
+
+def plain(hidden, weight, targets, temperature=1.0):
+    """All logits at once."""
+    logits = F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
+    return by_definition(logits, targets)
 
 
 def with_gradients(function, hidden, weight, targets, upstream, dtype=torch.float64, **options):
@@ -46,7 +57,7 @@ def upstream(N: int, kinds: str):
 def test_values_and_gradients_equal_plain_log_softmax(kinds, temperature, chunk_rows):
     case = (*inputs(11), upstream(11, kinds))
     truth = with_gradients(plain, *case, temperature=temperature)
-    options = dict(temperature=temperature, chunk_bytes=4 * V * chunk_rows)
+    options = dict(temperature=temperature, chunk_bytes=8 * V * chunk_rows)
     for a, b in zip(with_gradients(token_logprob_entropy, *case, **options), truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -56,7 +67,7 @@ def test_analytic_gradient_agrees_with_finite_differences():
     arguments = [x.double().requires_grad_() for x in (hidden, weight)]
 
     def function(h, w):
-        return token_logprob_entropy(h, w, targets, 0.7, chunk_bytes=4 * 7 * 2)
+        return token_logprob_entropy(h, w, targets, 0.7, chunk_bytes=8 * 7 * 2)
 
     assert function(*arguments)[0].dtype == torch.float64
     assert torch.autograd.gradcheck(function, arguments, eps=1e-6, atol=1e-9, rtol=1e-7)
@@ -65,12 +76,12 @@ def test_analytic_gradient_agrees_with_finite_differences():
 @pytest.mark.parametrize("offset", [-1e4, -1e3, 1e4])
 def test_a_large_offset_common_to_all_logits_costs_no_precision(offset):
     hidden, weight, targets = inputs(9)
-    hidden = torch.cat([hidden, torch.full((9, 1), offset)], 1)
-    weight = torch.cat([weight, torch.ones(V, 1)], 1)
-    logits = F.linear(hidden, weight)  # rounded to steps of 1e-3 already: the truth is that of these logits
-    truth = plain(logits.double(), torch.eye(V, dtype=torch.float64), targets)
-    for a, b in zip(token_logprob_entropy(hidden, weight, targets), truth, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+    logits = F.linear(hidden, weight) + offset  # rounded to steps of 1e-3: the truth is that of these logits
+    case = (logits, torch.eye(V), targets, upstream(9, "logprob and entropy"))
+    *ours, _ = with_gradients(token_logprob_entropy, *case, dtype=torch.float32)
+    *truth, _ = with_gradients(plain, *case)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_peaked_and_uniform_rows():
@@ -106,7 +117,7 @@ def test_a_tied_weight_gets_both_gradients():
     _, weight, targets = inputs(8)
     tokens = targets.flip(0)
     ours, truth = (weight.double().requires_grad_() for _ in range(2))
-    token_logprob_entropy(ours[tokens], ours, targets, chunk_bytes=4 * V * 3)[0].sum().backward()
+    token_logprob_entropy(ours[tokens], ours, targets, chunk_bytes=8 * V * 3)[0].sum().backward()
     plain(truth[tokens], truth, targets)[0].sum().backward()
     torch.testing.assert_close(ours.grad, truth.grad)
 
@@ -116,13 +127,13 @@ def test_hidden_states_that_are_not_contiguous():
     case = (weight, targets, upstream(11, "logprob and entropy"))
     wide = hidden.double().T.contiguous().T  # column-major, as a selection from a transposed tensor may be
     assert not wide.is_contiguous()
-    ours = with_gradients(token_logprob_entropy, wide, *case, chunk_bytes=4 * V * 4)
+    ours = with_gradients(token_logprob_entropy, wide, *case, chunk_bytes=8 * V * 4)
     for a, b in zip(ours, with_gradients(plain, hidden, *case), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_chunks_are_no_further_from_the_truth_than_all_logits_at_once(dtype):
+@pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2**-8), (torch.float32, 2**-20)])
+def test_chunks_are_no_further_from_the_truth_than_all_logits_at_once(dtype, unit):
     """Adding up the weight's gradient in bfloat16 would be: each chunk rounds the sum of those before it once more."""
     N = 1024
     hidden, weight, targets = inputs(N, scale=0.5)
@@ -130,7 +141,9 @@ def test_chunks_are_no_further_from_the_truth_than_all_logits_at_once(dtype):
     truth = with_gradients(plain, *case)
     eager = with_gradients(plain, *case, dtype=dtype)
     ours = with_gradients(token_logprob_entropy, *case, dtype=dtype, chunk_bytes=4 * V * 16)
-    for a, b, t in zip(ours, eager, truth, strict=True):
+    # The addends of the weight's gradient, 64 of them, are of half precision where torch has no wider products.
+    for a, b, t, tolerance in zip(ours, eager, truth, (1e-5, 1e-5, unit, 4 * unit), strict=True):
+        assert ((a - t).abs() <= (b - t).abs() + tolerance * (1 + t.abs())).all()
         assert (a - t).norm() <= 1.2 * (b - t).norm()
         assert (a - t).abs().max() <= 1.5 * (b - t).abs().max()
 
@@ -148,39 +161,49 @@ def test_a_logit_that_overflows_shows_as_a_loss_that_is_not_finite():
     assert hidden.grad.isfinite().all()
 
 
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor storage made inside the block while it lives."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                self.live += (size := storage.nbytes())
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self.free, size)
-        return result
-
-    def free(self, size: int) -> None:
-        self.live -= size
+@pytest.mark.parametrize("target", [-100, V])
+def test_a_target_outside_the_vocabulary_is_an_error(target):
+    hidden, weight, _ = inputs(1)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        token_logprob_entropy(hidden, weight, torch.tensor([target]))
+    with pytest.raises(ValueError, match=r"targets \[2\] are not one per row of hidden states \[1, 12\]"):
+        token_logprob_entropy(hidden, weight, torch.tensor([0, 0]))
 
 
-def peak_bytes(function, *arguments, **options) -> int:
-    with PeakBytes() as count:
-        logprobs, entropies = function(*arguments, **options)
+def report_peak(name: str, dtype: str, N: int, D: int, V: int, **options) -> None:
+    """Print the bytes by which memory grows, at the most, in forward and backward."""
+    hidden = torch.randn(N, D).to(getattr(torch, dtype)).requires_grad_()
+    weight = torch.randn(V, D).to(hidden.dtype).requires_grad_()
+    targets = torch.randint(V, (N,))
+
+    def status(key: str) -> int:
+        return 1024 * int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    def run(rows: int) -> None:
+        logprobs, entropies = globals()[name](hidden[:rows], weight, targets[:rows], **options)
         (logprobs.sum() + entropies.sum()).backward()
-    return count.peak
+
+    run(8)  # so that what libraries set up once is there
+    hidden.grad = weight.grad = None
+    before = status("VmRSS")
+    run(N)
+    print(status("VmHWM") - before)
 
 
-def test_peak_memory_is_a_few_chunks_and_the_gradients():
-    N, vocab, rows = 512, 5000, 16
-    hidden, weight, targets = inputs(N, vocab=vocab)
-    hidden.requires_grad_(), weight.requires_grad_()
-    chunk, logits, gradients = 4 * rows * vocab, 4 * N * vocab, 2 * 4 * D * vocab  # a sum and a chunk's addend
-    assert peak_bytes(plain, hidden, weight, targets) > 2 * logits  # the measure sees what it should
-    peak = peak_bytes(token_logprob_entropy, hidden, weight, targets, chunk_bytes=chunk)
-    assert chunk < peak < 5 * chunk + gradients + 2 * 4 * D * N < logits / 4
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory where Linux has it")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_the_budget_and_the_gradients(dtype):
+    N, D, V, budget, slack = 2048, 192, 2**15, 64 << 20, 16 << 20  # 512 rows of float32 fill the budget
+
+    def peak(name: str, options: str = "") -> int:
+        """In a process of its own, whose maximum no other test has raised."""
+        call = f"import test_head; test_head.report_peak({name!r}, {dtype!r}, {N}, {D}, {V}{options})"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        run = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    assert peak("plain") > 2 * 4 * N * V  # the measure sees what it should
+    gradients = (N + V) * D * getattr(torch, dtype).itemsize
+    if dtype == "bfloat16":
+        gradients += V * D * 4  # the weight's, as it adds up
+    assert peak("token_logprob_entropy", f", chunk_bytes={budget}") <= budget + gradients + slack

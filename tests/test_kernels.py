@@ -11,7 +11,7 @@ import torch
 from test_decode import paged_case
 from test_draw import settings
 
-from nanosafe.kernels import decode
+from nanosafe.kernels import decode, head
 from nanosafe.kernels.draw import triton_draw
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
@@ -80,3 +80,14 @@ def test_decode_kernels_compile_for_sm_90(compiled, dtype):
 def test_the_drawing_kernel_compiles_for_sm_90(compiled):
     triton_draw(torch.zeros(2, 151_936), *settings(2))
     assert [kernel.metadata.name for kernel in compiled] == ["_draw_row"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_kernels_compile_for_sm_90(compiled, dtype):
+    logits, targets, columns = torch.zeros(2, 151_936), torch.zeros(2, dtype=torch.int64), torch.zeros(6, 2)
+    head.triton_row_statistics(logits, targets, 0.6, *columns[:4])
+    head.triton_row_gradients(logits, 0.6, dtype, targets, *columns[1:])
+    assert [kernel.metadata.name for kernel in compiled] == ["_row_statistics", "_row_gradients"]
+    for kernel in compiled:
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]  # 16 bytes a thread
