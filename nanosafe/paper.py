@@ -71,19 +71,16 @@ ABLATIONS = (
     Arm("blind reward", "its reward model has never seen the category violence", "train_rl",
         "--reward-model tiny-reward-blind@{seed}"),
 )  # fmt: skip
-# Six settings each; the criterion is fixed in paper_report.CRITERION.
+# Twelve settings each; the criterion is fixed in paper_report.CRITERION.
 TUNING = (
     *(Arm(f"SFT lr {lr:g}, epochs {n}", "", "train_sft", f"--lr {lr:g} --epochs {n}")
-      for lr in (1e-4, 3e-4, 1e-3) for n in (2, 5)),
+      for lr in (1e-4, 2e-4, 3e-4, 1e-3) for n in (2, 5, 10)),
     *(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}")
-      for lr in (3e-5, 1e-4) for kl in (0.003, 0.03, 0.3)),
+      for lr in (3e-5, 1e-4, 3e-4) for kl in (0.003, 0.03, 0.3, 1)),
 )  # fmt: skip
 # Seconds of a job of the tiny world on one core, for --plan and the time that is left: of one seed of one family on a
 # 2-core machine, two jobs side by side.
 SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "train_rl step": 1.7, "eval": 32}
-# Of real models nothing is measured yet, so this is arithmetic: FLOP over an assumed share of one H100's bf16 peak.
-PEAK, UTILISATION = 989e12, 0.2
-SFT_ROWS, SFT_TOKENS = 1000, 1000  # STAR-1's rows; assumed tokens of each
 
 
 def flags() -> ArgumentParser:
