@@ -266,7 +266,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         }
 
     if script == "sft":
-        return Plan({"update": update(args.max_tokens)}, machine, 0, 0, _refusal(size, s, machine))
+        return Plan({"update": update(args.max_tokens)}, machine, 0, 0, None)
     longest = args.max_prompt_tokens + args.max_response_tokens
     forward = max(args.tokens_per_microbatch, longest) * forward_bytes(config, s)
     frozen = {}
@@ -298,15 +298,13 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     free = machine.usable - sum(phases["rollout"].values())
     blocks, width, block = kv_pool(config, s, free, rows, longest, machine.kind)
     phases["rollout"]["KV pool"] = (max(blocks, width) + 1) * block  # the least that it needs; one more is scratch
-    return Plan(phases, machine, blocks, width, _refusal(size, s, machine))
-
-
-def _refusal(size: Sizes, s: int, machine: Machine) -> str | None:
-    """A rollout has all weights on each GPU, however many there are."""
-    if s * size.total <= machine.usable:
-        return None
-    return (f"refused: sampling needs all weights on one GPU, {gb(s * size.total)} GB in --dtype, "
-            f"and each has {gb(machine.usable)} usable: only a larger card or a smaller model helps")
+    refused = None
+    # A rollout has all weights on each GPU, however many there are.
+    least = s * size.total + phases["rollout"]["activations"] + (width + 1) * block
+    if least > machine.usable:
+        refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in --dtype, {gb(least)} "
+                   f"with one sequence), and each has {gb(machine.usable)}: only a larger card or a smaller model helps")
+    return Plan(phases, machine, blocks, width, refused)
 
 
 def bytes_of(args: Namespace) -> int:

@@ -238,10 +238,11 @@ def test_every_remedy_fits_and_none_is_offered_in_vain():
 
 
 def test_70b_is_refused_plainly_whatever_the_number_of_gpus():
-    args = plan.settings("rl", "llama-3.3-70b", plan="64x80", device=None)
-    text = plan.report("rl", args)
-    assert "FITS: NO" in text and "refused: sampling needs all weights on one GPU, 141.1 GB" in text
-    assert "no setting that was tried" in text
+    for machine in ("64x80", "1x141"):
+        text = plan.report("rl", plan.settings("rl", "llama-3.3-70b", plan=machine, device=None))
+        assert "FITS: NO" in text and "refused: sampling needs all weights on one GPU (141.1 GB" in text
+        assert "no setting that was tried" in text
+    assert plan.make("rl", plan.settings("rl", "qwen3-32b"), plan.Machine(1, plan.card_bytes(80))).refused is None
 
 
 def test_hours_by_hand():

@@ -1,0 +1,88 @@
+"""The plan of RL with the default recipe for five models on three machines, as docs/plan.md.
+
+    python benchmarks/plan.py                  # no GPU, no download: formulas of nanosafe/plan.py
+    python benchmarks/plan.py --print          # leaves docs/plan.md as it is
+
+Where the default flags do not fit, the settings with the fewest changes that do are shown. Prints one JSON line last.
+"""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanosafe import plan  # noqa: E402
+
+MODELS = ("qwen3-8b", "r1-qwen-7b", "r1-llama-8b", "qwen3-32b", "llama-3.3-70b")
+MACHINES = ((1, 80), (1, 141), (8, 80))
+HEADER = ("model", "GPUs", "fits", "flags", "peak GB of usable", "KV pool: sequences", "hours", "GB per checkpoint")
+ABOUT = """# What RL of each model needs
+
+Made by `python benchmarks/plan.py` from the formulas of `nanosafe/plan.py`: **nothing here is measured**. REINFORCE++
+with the default recipe (reward model skywork-v2-llama-8b, 500 steps of 128 prompts, responses up to 4,096 tokens) in
+bfloat16; `train_rl.py --model MODEL --plan COUNTxGB` prints the same in full. Where the default flags do not fit, the
+fewest changes that do are shown.
+
+- GB are 10^9 bytes. A card sold as 80 (141) GB gives 78 (139) GiB, of which 3 % and 1 GB are taken off.
+- The peak is that of tensors, the KV pool included, which takes 80 % of what is left. Sequences: how many of full
+  length it holds at once on each GPU.
+- Hours are an estimate.
+"""
+
+
+def row(model: str, count: int, card: int) -> dict:
+    machine, args = plan.Machine(count, plan.card_bytes(card)), plan.settings("rl", model)
+    fits = plan.make("rl", args, machine).fits
+    found = list(plan.remedies("rl", args, machine))
+    here = next((change for other, change in found if other == machine), None)
+    args = Namespace(**vars(args) | (here or {}))
+    made = plan.make("rl", args, machine)
+    size = plan.sizes(plan.find_config(model)[0])
+    out = {"model": model, "gpus": f"{count}x{card}", "fits": made.fits, "by_default": fits, "flags": here,
+           "peak_gb": round(made.peak / 1e9, 1), "usable_gb": round(machine.usable / 1e9, 1),
+           "sequences": made.blocks // made.table_width,
+           "checkpoint_gb": round(plan.checkpoint_bytes(size, 2, args.low_memory) / 1e9)}
+    if made.fits:
+        out["hours"] = round(plan.hours("rl", args, machine, made), 1)
+    else:
+        out["refused"] = made.refused
+        out["instead"] = [f"{other.count}x{141 if other.bytes > 100e9 else card} {plan.as_flags(change)}"
+                          for other, change in found]  # fmt: skip
+    return out
+
+
+def cells(r: dict) -> list[str]:
+    peak, disk = f"{r['peak_gb']:.1f} of {r['usable_gb']:.1f}", str(r["checkpoint_gb"])
+    if r["fits"]:
+        flags = plan.as_flags(r["flags"]) if r["flags"] else "default"
+        return [r["model"], r["gpus"], "yes", flags, peak, str(r["sequences"]), f"{r['hours']:.0f}", disk]
+    instead = "instead: " + "; ".join(r["instead"]) if r["instead"] else "nothing that was tried helps"
+    why = "refused, a GPU must hold all weights to sample; " * bool(r["refused"])
+    return [r["model"], r["gpus"], "**no**", why + instead, peak, "-", "-", disk]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--print", action="store_true", help="do not write docs/plan.md")
+    args = parser.parse_args()
+    rows = [row(model, *machine) for model in MODELS for machine in MACHINES]
+    example = plan.Machine(8, plan.card_bytes(80))
+    defaults = plan.settings("rl", MODELS[0])
+    assumed = plan.time_lines("rl", defaults, example, plan.make("rl", defaults, example))[1:]
+    lines = [ABOUT.rstrip(), *(f"- {line.strip()}" for line in assumed), "", f"| {' | '.join(HEADER)} |",
+             "|" + "---|" * len(HEADER)]  # fmt: skip
+    lines += [f"| {' | '.join(cells(r))} |" for r in rows]
+    lines += ["| granite-4.0-tiny | | not yet built | | | | | |", ""]
+    text = "\n".join(lines)
+    print(text)
+    if not args.print:
+        path = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
+        path.write_text(text)
+        print(f"wrote {path}")
+    print(json.dumps({"benchmark": "plan", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
