@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe import paper_report
+from nanosafe import paper_report, plan
 from nanosafe.config import ALIASES, recipe, tiny_seed
 from nanosafe.distributed import available_cores
 from nanosafe.evals.tasks import tiny_suite
@@ -71,12 +71,12 @@ ABLATIONS = (
     Arm("blind reward", "its reward model has never seen the category violence", "train_rl",
         "--reward-model tiny-reward-blind@{seed}"),
 )  # fmt: skip
-# Twelve settings each; the criterion is fixed in paper_report.CRITERION.
+# Twenty settings each; the criterion is fixed in paper_report.CRITERION.
 TUNING = (
     *(Arm(f"SFT lr {lr:g}, epochs {n}", "", "train_sft", f"--lr {lr:g} --epochs {n}")
-      for lr in (1e-4, 2e-4, 3e-4, 1e-3) for n in (2, 5, 10)),
+      for lr in (1e-4, 2e-4, 3e-4, 1e-3) for n in (2, 3, 5, 7, 10)),
     *(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}")
-      for lr in (3e-5, 1e-4, 3e-4) for kl in (0.003, 0.03, 0.3, 1)),
+      for lr in (3e-5, 1e-4, 2e-4, 3e-4, 1e-3) for kl in (0.003, 0.03, 0.3, 1)),
 )  # fmt: skip
 # Seconds of a job of the tiny world on one core, for --plan and the time that is left: of one seed of one family on a
 # 2-core machine, two jobs side by side.
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     arms = {model: arms_of(model, args) for model in args.model}
     jobs = {job.name: job for seed in seeds for model in args.model for job in jobs_of(model, seed, arms[model], args)}
     workers = args.jobs or (1 if real or torch.cuda.is_available() else available_cores())
-    print(plan(list(jobs.values()), args.model, workers))
+    print(overview(list(jobs.values()), args.model, workers))
     if args.plan:
         return
     out, failed = Path(args.out), {}
@@ -189,29 +189,27 @@ def benchmark_flags(model: str, experiments: Sequence[int]) -> list[str]:
 
 
 def expected(script: str, model: str, options: dict) -> float | None:
-    """Seconds of a training: for the tiny world from timed steps, else arithmetic for one GPU; None: not known."""
-    steps = options.get("steps") or 0
+    """Seconds of a training: for the tiny world from timed steps, else by plan.py; None: not known."""
     if tiny_seed(model) is not None:
-        steps = steps or float(options["epochs"]) * 500 / options["batch_size"]  # rows of the tiny SFT set
+        steps = options.get("steps") or float(options["epochs"]) * 500 / options["batch_size"]  # rows of tiny-star
         return steps * SECONDS[f"{script} step"]
-    size = parameters(model)
-    if size is None:
+    if not is_known(model, options):
         return None
-    if script == "train_sft":
-        flop = 6 * size * options["epochs"] * SFT_ROWS * SFT_TOKENS
-    else:  # sampling 2, two log-probs 4, update 6; half the longest response is assumed
-        tokens = options["prompts_per_step"] * options["samples_per_prompt"] * options["max_response_tokens"] / 2
-        flop = steps * tokens * (12 * size + 2 * (parameters(options["reward_model"]) or size))
-    return flop / (PEAK * UTILISATION)
+    name = script.removeprefix("train_")
+    args = plan.settings(name, model, **options)
+    for machine, change in plan.remedies(name, args, plan.find_machine("", None, False)):
+        args = Namespace(**vars(args) | change)
+        return 3600 * plan.hours(name, args, machine, plan.make(name, args, machine))
+    return None
 
 
-def parameters(model: str) -> float | None:
-    """By the model's name, as qwen3-8b; None if it does not say."""
-    found = re.search(r"(\d+(?:\.\d+)?)b\b", model.lower())
-    return float(found[1]) * 1e9 if found else None
+def is_known(model: str, options: dict) -> bool:
+    """Whether the shapes of a model and of its reward model are there without a download."""
+    judge = options.get("reward_model", "rule:")
+    return all(name.startswith("rule:") or plan.known_config(name) for name in (model, judge))
 
 
-def plan(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
+def overview(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
     """What is going to run and what it needs, as far as that is known."""
     unknown = sum(job.seconds is None for job in jobs)
     lines = [f"{job.name} ({'?' if job.seconds is None else format(job.seconds / 3600, '.2f')} h): "
@@ -222,18 +220,27 @@ def plan(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
     for model in models:
         if tiny_seed(model) is not None:
             lines.append(f"{model}: no download, about 1 GB of memory a job; hours as timed on a 2-core machine")
-            continue
-        reward = recipe("rl", model)["reward_model"]
-        size, judge = parameters(model), parameters(reward)
-        lines.append(f"{model}: hours are not measured, but FLOP at {UTILISATION:.0%} of one H100's peak, responses of "
-                     "half the longest length; those of eval.py are not known")
-        lines.append("  downloads in bf16: " + ", ".join(
-            f"{ALIASES.get(n, n).partition('@')[0]} {f'about {2 * s / 1e9:.0f} GB' if s else '(size not known)'}"
-            for n, s in ((model, size), (reward, judge))) + "; data sets (sizes not known)")
-        lines.append("  memory of each GPU, activations and caches not counted: " + (
-            f"SFT {18 * size / 1e9:.0f} GB, RL {20 * size / 1e9:.0f} + {2 * judge / 1e9:.0f} GB of the reward model"
-            if size and judge else "not known, for a name says nothing of the size"))
+        elif not is_known(model, recipe("rl", model)):
+            lines.append(f"{model}: memory, hours and downloads are not known without its config.json; "
+                         f"train_rl.py --model {model} --plan fetches that")
+        else:
+            lines += [f"{model}: hours are estimates of train_rl.py --plan, not measured; eval.py's are not known",
+                      *needs(model)]
     return "\n".join(lines)
+
+
+def needs(model: str) -> list[str]:
+    """Memory and downloads of a real model whose shape is known."""
+    machine, lines = plan.find_machine("", None, False), []
+    for script in ("sft", "rl"):
+        args = plan.settings(script, model)
+        found = next(plan.remedies(script, args, machine), None)
+        lines.append(f"  {script.upper()} on {machine}: peak {plan.gb(plan.make(script, args, machine).peak)} GB; " + (
+            f"fits on {found[0]} with {plan.as_flags(found[1])}" if found else "no setting that was tried makes it fit"))
+    sizes = {name: plan.download_bytes(name, plan.find_config(name)[0]) for name in (model, args.reward_model)}
+    lines.append("  downloads: " + ", ".join(f"{ALIASES.get(name, name).partition('@')[0]} {plan.gb(size)} GB"
+                                             for name, size in sizes.items()) + "; data sets (sizes not known)")
+    return lines
 
 
 if __name__ == "__main__":
