@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanosafe.kernels.head import token_logprob_entropy
+from nanosafe.kernels.head import BLOCK_BYTES, token_logprob_entropy
 
 D, V = 12, 101  # no multiple of anything
 
@@ -92,6 +92,13 @@ def test_peaked_and_uniform_rows():
     assert logprobs.tolist() == [-1200.0, pytest.approx(-torch.log(torch.tensor(float(V))).item())]
     assert entropies.tolist() == [0.0, pytest.approx(torch.log(torch.tensor(float(V))).item())]
     torch.testing.assert_close(hidden.grad[0], torch.full((D,), -100.0))  # all of p lies on token 0, not on the target
+
+
+def test_a_chunk_of_several_blocks_of_rows():
+    N = 2 * BLOCK_BYTES // (4 * 3001) + 1
+    case = (*inputs(N, vocab=3001), upstream(N, "logprob and entropy"))
+    for a, b in zip(with_gradients(token_logprob_entropy, *case), with_gradients(plain, *case), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("N", [0, 1])
