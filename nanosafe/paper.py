@@ -236,7 +236,7 @@ def needs(model: str) -> list[str]:
         args = plan.settings(script, model)
         found = next(plan.remedies(script, args, machine), None)
         lines.append(f"  {script.upper()} on {machine}: peak {plan.gb(plan.make(script, args, machine).peak)} GB; " + (
-            f"fits on {found[0]} with {plan.as_flags(found[1])}" if found else "no setting that was tried makes it fit"))
+            f"fits on {found[0]} with {plan.as_flags(found[1])}" if found else "no setting tried makes it fit"))
     sizes = {name: plan.download_bytes(name, plan.find_config(name)[0]) for name in (model, args.reward_model)}
     lines.append("  downloads: " + ", ".join(f"{ALIASES.get(name, name).partition('@')[0]} {plan.gb(size)} GB"
                                              for name, size in sizes.items()) + "; data sets (sizes not known)")

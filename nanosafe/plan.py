@@ -303,7 +303,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     least = s * size.total + phases["rollout"]["activations"] + (width + 1) * block
     if least > machine.usable:
         refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in --dtype, {gb(least)} "
-                   f"with one sequence), and each has {gb(machine.usable)}: only a larger card or a smaller model helps")
+                   f"with one sequence), each has {gb(machine.usable)}: only a larger card or a smaller model helps")
     return Plan(phases, machine, blocks, width, refused)
 
 

@@ -17,7 +17,7 @@ import pytest
 import eval as eval_script
 import train_rl
 import train_sft
-from nanosafe import paper, paper_report
+from nanosafe import paper, paper_report, plan
 from nanosafe.evals.harness import summarize
 from nanosafe.evals.report import Row
 from nanosafe.evals.tasks import adapt, tiny_suite
@@ -112,10 +112,25 @@ def test_the_plan_of_a_real_model_says_what_is_known_and_what_not(capsys, tmp_pa
     paper.main(["--model", "qwen3-8b", "--seeds", "1", "--plan", "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "python -m train_rl --model qwen3-8b --seed 0" in text and "tiny" not in text
-    assert "Qwen/Qwen3-8B about 16 GB" in text and "sizes not known" in text
-    assert "SFT 144 GB, RL 160 + 16 GB" in text  # the README's 18 and 18 + 2 bytes a parameter, the reward model's 2
+    assert "Qwen/Qwen3-8B 16.4 GB, Skywork/Skywork-Reward-V2-Llama-3.1-8B 15.0 GB" in text and "not known" in text
+    assert "SFT on 1 GPU of 83.8 GB" in text and "RL on 1 GPU of 83.8 GB" in text and "fits on 2 GPUs" in text
     assert "not measured" in text and "5 jobs" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_model_that_only_the_hub_knows_says_so(capsys, tmp_path):
+    paper.main(["--model", "some/model-8b", "--seeds", "1", "--plan", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "not known without its config.json" in text and "(? h): python -m train_rl" in text
+
+
+def test_hours_are_those_of_the_scripts_plan():
+    options = plan.recipe("rl", "qwen3-8b")
+    seconds = paper.expected("train_rl", "qwen3-8b", options)
+    machine, change = next(plan.remedies("rl", plan.settings("rl", "qwen3-8b"), plan.find_machine("", None, False)))
+    args = plan.settings("rl", "qwen3-8b", **change)
+    assert seconds == pytest.approx(3600 * plan.hours("rl", args, machine, plan.make("rl", args, machine)))
+    assert 3600 < seconds < 100 * 3600
 
 
 @pytest.mark.parametrize("flags, message", [
