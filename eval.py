@@ -36,7 +36,7 @@ from nanosafe.config import ModelConfig, read_json
 from nanosafe.data import load_rows, sft_documents
 from nanosafe.distributed import Ranks
 from nanosafe.evals.diagnostics import memorization, reflection_ids
-from nanosafe.evals.harness import add_rewards, over_ranks, protocol, respond, summarize
+from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
 from nanosafe.evals.plots import plot_comparison
 from nanosafe.evals.records import RecordFile
 from nanosafe.evals.report import protocols, table
@@ -200,7 +200,7 @@ class Evaluation:
             values = memorization(self.model, part, self.args.tokens_per_microbatch)
             return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
-        measured = over_ranks(self.ranks, documents, scores)
+        measured = self.ranks.spread(documents, scores)
         items = {metric: {str(i): row[metric] for i, row in enumerate(measured)} for metric in measured[0]}
         return {"about": "memorization", "data": self.args.memorization, "items": items,
                 "metrics": {metric: over_items(v.values())._asdict() for metric, v in items.items()}}  # fmt: skip

@@ -7,35 +7,22 @@ One step: the policy answers a batch of prompts, the reward model scores the con
 model is taken off token by token, returns are normalised over the whole rollout (advantages without a critic), and a
 few mini-batches of clipped policy-gradient steps follow. The formulas are in nanosafe/reinforce.py. Defaults are
 OpenRLHF's where the paper (arXiv 2512.01848) is silent: its learning rate, KL coefficient, batch and lengths are not
-known. Each rank works on its own rows and every number is a sum over all of them, so that any number of processes
-computes the same step.
+known. Every rank knows the whole rollout and all its numbers; only the work is shared out (sampling, scoring, forward
+and backward passes), so that any number of processes computes the same step.
 """
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections import defaultdict
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanosafe import reinforce, script
+from nanosafe.batches import Packed, head_logprobs, own_microbatches, pack, response_hidden, response_logprobs
 from nanosafe.checkpoint import RunFolder
-from nanosafe.data import (
-    Episode,
-    Row,
-    encode_prompts,
-    head_logprobs,
-    load_pairs,
-    load_rows,
-    microbatches,
-    opens_thought,
-    pack,
-    response_hidden,
-    response_logprobs,
-)
-from nanosafe.distributed import Ranks
+from nanosafe.data import Episode, Row, encode_prompts, load_pairs, load_rows, opens_thought
+from nanosafe.distributed import Ranks, gathered, visiting
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.evals.tasks import suite_of
 from nanosafe.evals.watch import GOOD_REWARD_MODEL, Watch, reward_accuracy
@@ -119,11 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.main_first():
         base = find_checkpoint(args.model)
         rows = load_rows(args.prompts)
-        reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device, dtype=dtype)
-    policy = load_model(run.resumed or base, device=ranks.device, dtype=dtype)
-    reference = load_model(base, device=ranks.device, dtype=dtype).requires_grad_(False) if args.kl_coef else None
+        reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device, dtype=dtype,
+                             offload=args.offload)
+    policy = load_model(run.resumed or base, device=ranks.device, dtype=dtype, ranks=ranks)
+    policy.recompute(ranks.device.type == "cuda" and not args.no_recompute)
+    home = "cpu" if args.offload else ranks.device
+    reference = load_model(base, device=home, dtype=dtype).requires_grad_(False) if args.kl_coef else None
     tokenizer = load_tokenizer(base)
-    optimizer = Optimizer(policy, ranks)
+    optimizer = Optimizer(policy, low_memory=args.low_memory)
     run.attach(policy, tokenizer, optimizer)
     prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
     ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
@@ -133,20 +123,20 @@ def main(argv: list[str] | None = None) -> None:
                          f"{args.model}'s {limit} positions (max_position_embeddings): lower it")
     announce_sampling(policy, args, ranks)
     watch = preflight(policy, reward, tokenizer, args, ranks, run)
-    reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long, device=ranks.device)
+    reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long)
 
     tracker = script.Tracker(args, ranks)
     for step in run.steps(args.steps):
         clock = script.Clock(ranks)
         episodes = rollout(policy, tokenizer, prompts, args, ranks, step)
         clock.lap("rollout")
-        score(episodes, reward, tokenizer, args)
+        score(episodes, reward, tokenizer, args, ranks)
         clock.lap("reward")
         batch = evaluate(policy, reference, episodes, reflection, args, ranks)
-        metrics = summarize(batch, ranks)
+        metrics = summarize(batch)
         clock.lap("logprobs")
-        if all(math.isfinite(row.reward) for row in batch.rows):
-            metrics |= set_advantages(batch, args, ranks)
+        if all(math.isfinite(e.reward) for e in episodes):
+            metrics |= set_advantages(batch, args)
             metrics |= update(policy, optimizer, batch, args, ranks, step)
         else:  # a reward that is not a number says nothing about the policy: no rank updates
             metrics["policy/skipped"] = args.minibatches * args.epochs
@@ -154,11 +144,12 @@ def main(argv: list[str] | None = None) -> None:
 
         due = watch is not None and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps)
         if due:
-            metrics |= watch.measure(policy, step + 1)
+            with gathered(policy, dtype) as asked:
+                metrics |= watch.measure(asked, step + 1)
             clock.lap("eval")
 
         tokens = metrics["response/tokens"]
-        run.log("samples.jsonl", samples(episodes, step, ranks))
+        run.log("samples.jsonl", samples(episodes, step))
         updated = metrics["policy/skipped"] < args.minibatches * args.epochs
         row = run.record(metrics | clock.times(rollout=tokens, update=tokens), updated)
         tracker.log(row)
@@ -198,24 +189,25 @@ def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Names
     if run.resumed:
         watch.recall(run.state["step"])
     else:
-        watch.measure(policy, 0)
+        with gathered(policy, getattr(torch, args.dtype)) as asked:
+            watch.measure(asked, 0)
     ranks.print(("at the last measurement: " if run.resumed else "before training: ") + watch.summary())
     return watch
 
 
 def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace, ranks: Ranks,
             step: int) -> list[Episode]:
-    """Sample the step's rollout; -> this rank's rows. Row r is sample r % n of the step's prompt r // n."""
+    """Sample the step's rollout. Row r is sample r % n of the step's prompt r // n."""
     P, n = args.prompts_per_step, args.samples_per_prompt
     drawn = shuffled_passes(len(prompts), range(step * P, (step + 1) * P), args.seed, "prompts")
     rows = range(P * n)
     params = [SamplingParams(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_response_tokens,
                              seed=derive_seed(args.seed, "rollout", step, row)) for row in rows]
     prompt_of = [prompts[drawn[row // n]] for row in rows]
-    outputs = generate_over_ranks(policy, [ids for _, ids in prompt_of], params, ranks, progress=ranks.main)
+    with gathered(policy, getattr(torch, args.dtype)) as sampler:
+        outputs = generate_over_ranks(sampler, [ids for _, ids in prompt_of], params, ranks, progress=ranks.main)
     episodes = []
-    for row in ranks.own(rows):
-        (source, prompt_ids), [completion] = prompt_of[row], outputs[row]
+    for row, ((source, prompt_ids), [completion]) in enumerate(zip(prompt_of, outputs, strict=True)):
         truncated = completion.finish_reason == "length"
         content = completion.token_ids if truncated else completion.token_ids[:-1]
         episodes.append(Episode(
@@ -225,35 +217,27 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
     return episodes
 
 
-def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: Namespace) -> None:
+def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: Namespace, ranks: Ranks) -> None:
     """Set each episode's reward: the reward model reads the text of the conversation, never the policy's ids."""
-    conversations = [
-        conversation(e.source.prompt, e.text, opened_thought=opens_thought(tokenizer, e.prompt_ids),
-                     scope=args.reward_scope)
-        for e in episodes
-    ]
-    values = reward(conversations, [e.source.answer for e in episodes]).tolist()
-    for episode, value in zip(episodes, values, strict=True):
+
+    def values(part: list[Episode]) -> list[float]:
+        conversations = [
+            conversation(e.source.prompt, e.text, opened_thought=opens_thought(tokenizer, e.prompt_ids),
+                         scope=args.reward_scope)
+            for e in part
+        ]
+        return reward(conversations, [e.source.answer for e in part]).tolist()
+
+    for episode, value in zip(episodes, ranks.spread(episodes, values), strict=True):
         fixed = episode.truncated and isinstance(args.truncated, float)
         episode.reward = args.truncated if fixed else value
 
 
-class RowSummary(NamedTuple):
-    """What every rank knows of each row of the rollout, whichever rank it lies on."""
-
-    row: int
-    reward: float
-    tokens: int
-    loss_tokens: int  # 0 for a truncated row under --truncated mask
-    truncated: bool
-
-
 @dataclass
 class Batch:
-    """This rank's share of a rollout; tensors are [B, T], right-padded."""
+    """A rollout, whole on every rank; tensors are [B, T], right-padded."""
 
     episodes: list[Episode]
-    rows: list[RowSummary]  # of all ranks, in order
     mask: Tensor  # response tokens that count in the loss
     written: Tensor  # all response tokens
     sampler_logprobs: Tensor
@@ -268,49 +252,51 @@ class Batch:
 @torch.no_grad()
 def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode], reflection: Tensor, args: Namespace,
              ranks: Ranks) -> Batch:
-    """The trainer's and the reference's log-probs of every response token of this rank's episodes."""
-    columns: dict[str, list[Tensor]] = defaultdict(list)  # name -> one tensor [length] per episode
-    for indices in script.progress(microbatches(episodes, args.tokens_per_microbatch), "log-probs", ranks):
+    """The trainer's and the reference's log-probs of every response token, each rank having run its share."""
+    mine = own_microbatches(episodes, args.tokens_per_microbatch, policy.config, ranks)
+    found: list[dict[str, Tensor]] = [{} for _ in episodes]  # name -> [length], of the rows that this rank runs
+
+    def keep(indices: list[int], packed: Packed, **columns: Tensor) -> None:
+        for name, flat in columns.items():
+            for i, part in zip(indices, flat.cpu().split(packed.lengths), strict=True):
+                found[i][name] = part.clone()  # sent to another rank, a part would take the whole micro-batch along
+
+    for indices in script.progress(mine, "log-probs", ranks):
         packed = pack([episodes[i] for i in indices], ranks.device)
         hidden = response_hidden(policy, packed)
         logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
-        values = {"logprobs": logprobs, "entropies": entropies, "reflecting": torch.isin(packed.targets, reflection),
-                  "reflection_entropies": entropies}
-        if args.temperature != 1:
-            values["reflection_entropies"] = head_logprobs(policy, hidden, packed, 1.0)[1]
-        if reference is not None:
-            values["ref_logprobs"] = response_logprobs(reference, packed, args.temperature)[0]
-        for name, flat in values.items():
-            columns[name] += flat.split(packed.lengths)
-    for e in episodes:
-        written = torch.ones(len(e.response_ids), dtype=torch.bool, device=ranks.device)
-        columns["written"].append(written)
-        columns["mask"].append(written & (not (e.truncated and args.truncated == "mask")))
-        columns["sampler_logprobs"].append(torch.tensor(e.sampler_logprobs, device=ranks.device))
-
-    def padded(name: str) -> Tensor:
-        if episodes:
-            return torch.nn.utils.rnn.pad_sequence(columns[name], batch_first=True)
-        kind = torch.bool if name in ("written", "mask", "reflecting") else torch.float32
-        return torch.zeros(0, 0, dtype=kind, device=ranks.device)  # a rank may have no row
-
-    rows = [RowSummary(e.row, e.reward, len(m), int(m.sum()), e.truncated)
-            for e, m in zip(episodes, columns["mask"], strict=True)]
-    absent = {"episodes", "rows", "advantages"} | ({"ref_logprobs"} if reference is None else set())
-    tensors = {field.name: padded(field.name) for field in fields(Batch) if field.name not in absent}
-    return Batch(episodes, sorted(ranks.gather(rows)), **tensors)
+        at_one = entropies if args.temperature == 1 else head_logprobs(policy, hidden, packed, 1.0)[1]
+        keep(indices, packed, logprobs=logprobs, entropies=entropies, reflection_entropies=at_one)
+    if reference is not None:
+        with visiting(reference, ranks.device):
+            for indices in script.progress(mine, "reference", ranks):
+                packed = pack([episodes[i] for i in indices], ranks.device)
+                keep(indices, packed, ref_logprobs=response_logprobs(reference, packed, args.temperature)[0])
+    of_row = dict(ranks.gather([(i, columns) for i, columns in enumerate(found) if columns]))
+    rows = [
+        of_row[i] | {
+            "sampler_logprobs": torch.tensor(e.sampler_logprobs),
+            "reflecting": torch.isin(torch.tensor(e.response_ids), reflection),
+            "written": torch.ones(len(e.response_ids), dtype=torch.bool),
+            "mask": torch.full((len(e.response_ids),), not (e.truncated and args.truncated == "mask")),
+        }
+        for i, e in enumerate(episodes)
+    ]  # fmt: skip
+    return Batch(episodes, **{
+        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True).to(ranks.device)
+        for name in rows[0]})
 
 
-def set_advantages(batch: Batch, args: Namespace, ranks: Ranks) -> dict[str, float]:
-    """Rewards to advantages, normalised over the whole rollout of all ranks. Returns their moments before that."""
-    rewards = torch.tensor([e.reward for e in batch.episodes], dtype=torch.float64, device=ranks.device)
-    group = torch.tensor([e.group for e in batch.episodes], dtype=torch.long, device=ranks.device)
+def set_advantages(batch: Batch, args: Namespace) -> dict[str, float]:
+    """Rewards to advantages, normalised over the whole rollout. Returns their moments before that."""
+    device = batch.mask.device
+    rewards = torch.tensor([e.reward for e in batch.episodes], dtype=torch.float64, device=device)
+    group = torch.tensor([e.group for e in batch.episodes], dtype=torch.long, device=device)
     returns = reinforce.advantages(
         rewards, batch.logprobs, batch.ref_logprobs, batch.mask, kl_coef=args.kl_coef, gamma=args.gamma, group=group,
         estimator=args.estimator, reward_clip=args.reward_clip, kl_kind=args.kl_kind, normalize=False,
-        all_reduce=ranks.sum_,
     )
-    mean, variance = reinforce.global_moments(returns, batch.mask, ranks.sum_)
+    mean, variance = reinforce.global_moments(returns, batch.mask)
     batch.advantages = returns if args.no_normalize else reinforce.standardize(returns, batch.mask, mean, variance)
     return {"advantage/mean": mean.item(), "advantage/std": variance.sqrt().item()}
 
@@ -319,15 +305,15 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
            step: int) -> dict[str, float]:
     """The clipped policy-gradient steps of one rollout: `epochs` passes over its rows in `minibatches` parts each."""
     lr = args.lr * cosine_schedule(step, args.steps, WARMUP_SHARE, FINAL_LR_SHARE)
-    position = {e.row: i for i, e in enumerate(batch.episodes)}
     totals, losses, norms, M = dict.fromkeys(LOSS_SUMS, 0.0), [], [], args.minibatches
+    loss_tokens = batch.mask.sum(1).tolist()
     for epoch in range(args.epochs):
-        order = permutation(len(batch.rows), args.seed, "minibatches", step, epoch)
+        order = permutation(len(batch.episodes), args.seed, "minibatches", step, epoch)
         for part in script.progress(range(M), "updates", ranks):
             rows = order[part * len(order) // M : (part + 1) * len(order) // M]
-            counts = [batch.rows[row].loss_tokens for row in rows]  # over all ranks
+            counts = [loss_tokens[row] for row in rows]
             denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
-            sums = backward(policy, batch, [position[row] for row in ranks.own(rows)], denominator, args, ranks)
+            sums = backward(policy, batch, rows, denominator, args, ranks)
             loss = sums["loss_sum"] / max(denominator, 1)
             norm = optimizer.step(lr) if denominator and math.isfinite(loss) else optimizer.discard()
             if math.isfinite(norm):
@@ -345,12 +331,13 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
     }
 
 
-def backward(policy: Decoder, batch: Batch, mine: list[int], denominator: int, args: Namespace,
+def backward(policy: Decoder, batch: Batch, minibatch: list[int], denominator: int, args: Namespace,
              ranks: Ranks) -> dict[str, float]:
-    """Gradients of one mini-batch from this rank's part of it, `mine` (indices into the batch); sums over all ranks."""
+    """Gradients of one mini-batch (rows of the batch), each rank having run its share; the sums are over all ranks."""
     sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=ranks.device)
-    for part in microbatches([batch.episodes[i] for i in mine], args.tokens_per_microbatch):
-        rows = [mine[i] for i in part]
+    episodes = [batch.episodes[row] for row in minibatch]
+    for indices in own_microbatches(episodes, args.tokens_per_microbatch, policy.config, ranks):
+        rows = [minibatch[i] for i in indices]
         packed = pack([batch.episodes[i] for i in rows], ranks.device)
         logprobs = packed.pad(response_logprobs(policy, packed, args.temperature)[0])  # [b, T']
         T = logprobs.shape[1]
@@ -367,49 +354,44 @@ def backward(policy: Decoder, batch: Batch, mine: list[int], denominator: int, a
     return dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))
 
 
-def summarize(batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """What the rollout looks like over all ranks; the README's glossary explains each name."""
-    rewards = torch.tensor([row.reward for row in batch.rows], dtype=torch.float64)
-    tokens, rows = sum(row.tokens for row in batch.rows), len(batch.rows)
-    truncated = sum(row.truncated for row in batch.rows) / rows
+def summarize(batch: Batch) -> dict[str, float]:
+    """What the rollout looks like; the README's glossary explains each name."""
+    rewards = torch.tensor([e.reward for e in batch.episodes], dtype=torch.float64)
+    lengths = [len(e.response_ids) for e in batch.episodes]
+    tokens, truncated = sum(lengths), sum(e.truncated for e in batch.episodes) / len(batch.episodes)
     mismatch = reinforce.gap_stats(batch.sampler_logprobs, batch.logprobs, batch.written)
-    sums = {
-        "policy/entropy": batch.entropies[batch.written].double().sum(),
-        "mismatch/mean": mismatch["abs_sum"],
-        "mismatch/k3": mismatch["k3_sum"],
-        "reflection/entropy": batch.reflection_entropies[batch.reflecting].double().sum(),
-        "reflection/per_1000": 1000 * batch.reflecting.double().sum(),
+    metrics = {
+        "reward/mean": rewards.mean(),
+        "reward/std": rewards.std(correction=0),
+        "reward/min": rewards.min(),
+        "reward/max": rewards.max(),
+        "policy/entropy": batch.entropies[batch.written].double().mean(),
+        "reflection/entropy": batch.reflection_entropies[batch.reflecting].double().mean(),  # NaN without such tokens
+        "reflection/per_1000": 1000 * batch.reflecting.double().sum() / tokens,
+        "mismatch/mean": mismatch["abs_sum"] / tokens,
+        "mismatch/k3": mismatch["k3_sum"] / tokens,
+        "mismatch/max": mismatch["abs_max"],
     }
     if batch.ref_logprobs is not None:
         kl = reinforce.gap_stats(batch.logprobs, batch.ref_logprobs, batch.written)
-        sums |= {"kl/k1": kl["k1_sum"], "kl/k3": kl["k3_sum"]}
-    means = (ranks.sum_(torch.stack(list(sums.values()))) / tokens).tolist()
-    metrics = dict(zip(sums, means, strict=True))
-    share = metrics["reflection/per_1000"] / 1000  # reflection tokens among all tokens
-    metrics["reflection/entropy"] = metrics["reflection/entropy"] / share if share else math.nan
-    return metrics | {
-        "mismatch/max": ranks.max_(mismatch["abs_max"]).item(),
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(correction=0).item(),
-        "reward/min": rewards.min().item(),
-        "reward/max": rewards.max().item(),
+        metrics |= {"kl/k1": kl["k1_sum"] / tokens, "kl/k3": kl["k3_sum"] / tokens}
+    return {name: value.item() for name, value in metrics.items()} | {
         "response/tokens": tokens,
-        "response/length_mean": tokens / rows,
-        "response/length_max": max(row.tokens for row in batch.rows),
+        "response/length_mean": tokens / len(lengths),
+        "response/length_max": max(lengths),
         "response/truncated": truncated,
         "response/eos": 1 - truncated,
     }
 
 
-def samples(episodes: list[Episode], step: int, ranks: Ranks) -> list[dict]:
+def samples(episodes: list[Episode], step: int) -> list[dict]:
     """The step's first episodes as rows of samples.jsonl."""
-    rows = [
+    return [
         {"step": step + 1, "row": e.row, "prompt": e.source.prompt, "response": e.text,
          "reward": e.reward if math.isfinite(e.reward) else None,
          "tokens": len(e.response_ids), "truncated": e.truncated}
-        for e in episodes if e.row < SAMPLES_PER_STEP
+        for e in episodes[:SAMPLES_PER_STEP]
     ]
-    return sorted(ranks.gather(rows), key=lambda row: row["row"])
 
 
 def console_line(row: dict, steps: int) -> str:

@@ -14,8 +14,9 @@ from argparse import ArgumentParser
 import torch
 
 from nanosafe import script
+from nanosafe.batches import own_microbatches, pack, response_logprobs
 from nanosafe.checkpoint import RunFolder
-from nanosafe.data import Document, load_rows, microbatches, pack, response_logprobs, sft_documents
+from nanosafe.data import Document, load_rows, sft_documents
 from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
@@ -48,9 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.main_first():
         base = find_checkpoint(args.model)
         rows = load_rows(args.data)
-    model = load_model(run.resumed or base, device=ranks.device, dtype=getattr(torch, args.dtype))
+    model = load_model(run.resumed or base, device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks)
+    model.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     tokenizer = load_tokenizer(base)
-    optimizer = Optimizer(model, ranks, weight_decay=WEIGHT_DECAY)
+    optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
     run.attach(model, tokenizer, optimizer)
     parts = [sft_documents(row, tokenizer, args.max_tokens) for row in script.progress(rows, "tokenising", ranks)]
     documents = [document for part, _ in parts for document in part]
@@ -84,15 +86,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int, ranks: Ranks) -> dict[str, float]:
-    """Gradients of the mean negative log-likelihood over all response tokens of `batch`, from this rank's documents.
+    """Gradients of the mean negative log-likelihood over all response tokens of `batch`; each rank runs its share.
 
     Returns loss and entropy (nats per token) over all ranks.
     """
     tokens = sum(len(d.response_ids) for d in batch)
-    mine = [batch[i] for i in ranks.own(range(len(batch)))]
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for indices in microbatches(mine, tokens_per_microbatch):
-        logprobs, entropies = response_logprobs(model, pack([mine[i] for i in indices], ranks.device))
+    for indices in own_microbatches(batch, tokens_per_microbatch, model.config, ranks):
+        logprobs, entropies = response_logprobs(model, pack([batch[i] for i in indices], ranks.device))
         (-logprobs.sum() / tokens).backward()
         sums += torch.stack([-logprobs.detach().double().sum(), entropies.detach().double().sum()])
     loss, entropy = (ranks.sum_(sums) / tokens).tolist()

@@ -17,14 +17,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError
 
 from nanosafe.config import read_json
 from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer
 from nanosafe.tokenizer import Tokenizer
-from nanosafe.weights import save_model, sync, write_atomic
+from nanosafe.weights import StoredTensors, save_model, save_tensors, staged, sync, write_atomic
 
 # Flags that may differ between a run and its continuation: none of them changes a computed number.
 FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device"}
@@ -37,6 +38,7 @@ class RunFolder:
     def __init__(self, args: Namespace, ranks: Ranks):
         """Open or make the folder. Raises ValueError if it holds a run that `args` do not continue."""
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
+        self.dtype = getattr(torch, args.dtype)  # of the weights in the files; what is finer is the optimizer's
         self.requested = self.stopping = False
         found = self.checkpoints()
         if found and args.resume == "never":
@@ -72,7 +74,7 @@ class RunFolder:
         """What is to be saved. If the run is resumed (`model` from `resumed`), restores the optimizer."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         if self.resumed is not None:
-            optimizer.load_state(load_file(self.resumed / "trainer" / "optimizer.safetensors"))
+            optimizer.load_state(StoredTensors(self.resumed / "trainer", "optimizer"))
             self.ranks.print(f"resuming after step {self.state['step']} from {self.resumed}")
 
     def steps(self, total: int) -> Iterator[int]:
@@ -125,13 +127,19 @@ class RunFolder:
 
     def save(self) -> None:
         """Write checkpoints/step-N, then delete all but the newest `--keep`."""
-        if self.ranks.main:
-            folder = self.out / "checkpoints" / f"step-{self.state['step']:06d}"
-            partial = folder.with_name(f".partial-{folder.name}")
-            save_model(self.model, partial, self.tokenizer)
-            tensors = self.optimizer.state()
-            write_atomic(partial / "trainer" / "optimizer.safetensors", lambda path: save_file(tensors, path))
-            write_atomic(partial / "trainer" / "state.json", (json.dumps(self.state, indent=2) + "\n").encode())
+        folder = self.out / "checkpoints" / f"step-{self.state['step']:06d}"
+        partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
+        try:
+            save_model(self.model, partial, self.tokenizer, dtype=self.dtype, writes=main)
+            with staged(partial / "trainer", main) as new:
+                save_tensors(self.optimizer.state(), new, "optimizer")
+                if main:
+                    (new / "state.json").write_text(json.dumps(self.state, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:  # the latter when the disk is full
+            kept = [path.name for path in self.checkpoints()]
+            raise OSError(f"saving {folder} failed ({error}); kept: {', '.join(kept) or 'none'}. Make room, and the "
+                          "same command goes on from there") from error
+        if main:
             os.rename(partial, folder)
             sync(folder.parent)
             sync(self.out)
@@ -143,8 +151,8 @@ class RunFolder:
         """After the last step: write final/, unless the run was stopped before it."""
         if self.state["step"] < self.total:
             return self.ranks.print(f"stopped after step {self.state['step']}; the same command goes on from there")
+        save_model(self.model, self.out / ".partial-final", self.tokenizer, dtype=self.dtype, writes=self.ranks.main)
         if self.ranks.main:
-            save_model(self.model, self.out / ".partial-final", self.tokenizer)
             os.rename(self.out / ".partial-final", self.out / "final")
             sync(self.out)
         self.ranks.print(f"done: {self.out}/final")

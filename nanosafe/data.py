@@ -1,4 +1,4 @@
-"""Datasets to conversations, conversations to token ids, token ids to packed micro-batches.
+"""Datasets to conversations, conversations to token ids.
 
 A row becomes a prompt (what the policy is asked) and, for SFT, a response. Both are tokenised once, apart: the prompt
 as the chat template renders it with its generation prompt, the response as the model would have generated it, so that
@@ -9,19 +9,13 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from nanosafe.kernels.head import token_logprob_entropy
-from nanosafe.memory import PackedDocuments
-from nanosafe.model import Decoder
 from nanosafe.tokenizer import Tokenizer
 from nanosafe.weights import hub_errors_explained
 
@@ -306,65 +300,3 @@ def turn_end(tokenizer: Tokenizer) -> int:
         f"the chat template of {tokenizer.folder} ends an assistant turn with none of the EOS ids {tokenizer.eos_ids}: "
         "add the id that does to generation_config.json's eos_token_id"
     )
-
-
-@dataclass
-class Packed:
-    """Documents one behind the other, N tokens; R of them are response tokens."""
-
-    tokens: Tensor  # [N]
-    memory: PackedDocuments
-    predicts: Tensor  # [R] positions in the pack whose hidden state predicts a response token
-    targets: Tensor  # [R] those tokens
-    lengths: list[int]  # response tokens of each document
-
-    def pad(self, values: Tensor) -> Tensor:
-        """[R] -> [documents, longest response], right-padded with 0."""
-        if not self.lengths:
-            return values.reshape(0, 0)
-        return torch.nn.utils.rnn.pad_sequence(values.split(self.lengths), batch_first=True)
-
-
-def pack(documents: Sequence[Document], device: torch.device) -> Packed:
-    predicts, start = [], 0
-    for d in documents:
-        first = start + len(d.prompt_ids) - 1  # the prompt's last token predicts the response's first
-        predicts += range(first, first + len(d.response_ids))
-        start += len(d)
-    return Packed(
-        tokens=torch.tensor(
-            [t for d in documents for t in d.prompt_ids + d.response_ids], dtype=torch.long, device=device
-        ),
-        memory=PackedDocuments([len(d) for d in documents], device),
-        predicts=torch.tensor(predicts, dtype=torch.long, device=device),
-        targets=torch.tensor([t for d in documents for t in d.response_ids], dtype=torch.long, device=device),
-        lengths=[len(d.response_ids) for d in documents],
-    )
-
-
-def microbatches(documents: Sequence[Sized], max_tokens: int) -> list[list[int]]:
-    """Indices of documents, in order, in runs of at most `max_tokens` tokens; a longer document goes alone."""
-    batches: list[list[int]] = []
-    filled = 0
-    for i, document in enumerate(documents):
-        if not batches or filled + len(document) > max_tokens:
-            batches.append([])
-            filled = 0
-        batches[-1].append(i)
-        filled += len(document)
-    return batches
-
-
-def response_logprobs(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs [R] and entropies [R] (nats, float32) of a pack's response tokens at `temperature`."""
-    return head_logprobs(model, response_hidden(model, packed), packed, temperature)
-
-
-def response_hidden(model: Decoder, packed: Packed) -> Tensor:
-    """The hidden states [R, D] that predict response tokens, selected before the head: prompts never reach it."""
-    return model.hidden(packed.tokens, packed.memory.positions, packed.memory)[packed.predicts]
-
-
-def head_logprobs(model: Decoder, hidden: Tensor, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
-    """`response_logprobs` from hidden states that are there already, for a second temperature."""
-    return token_logprob_entropy(hidden, model.head_weight, packed.targets, temperature * model.config.logits_scaling)

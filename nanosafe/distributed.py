@@ -1,19 +1,24 @@
 """Several processes as one: who does what, and the few exchanges between them. With one process every call is local.
 
-Plain data parallel: each rank holds a whole copy of the model and its own rows, and sums of gradients and statistics
-are added over the ranks. gloo on CPU, nccl on CUDA; started by torchrun, or as plain `python` for one process.
+Each rank runs its own micro-batches through a model of which it keeps 1/world of every weight, gradient and moment
+(`shard`: FSDP2, arXiv 2304.11277); the weights of a layer are gathered just before it computes. For a rollout they are
+gathered once (`gathered`). gloo on CPU, nccl on CUDA; started by torchrun, or as plain `python` for one process.
 """
 
+import heapq
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
@@ -44,9 +49,15 @@ class Ranks:
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def own(self, rows: Iterable[int]) -> list[int]:
-        """The rows, numbered over all ranks, that this rank works on."""
-        return [row for row in rows if row % self.world == self.rank]
+    def balance(self, costs: Sequence[float]) -> list[list[int]]:
+        """The items, numbered as in `costs`, of each rank: the dearest are dealt first, to whoever has least."""
+        parts: list[list[int]] = [[] for _ in range(self.world)]
+        loads = [(0.0, rank) for rank in range(self.world)]
+        for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            load, rank = heapq.heappop(loads)
+            parts[rank].append(item)
+            heapq.heappush(loads, (load + costs[item], rank))
+        return [sorted(part) for part in parts]
 
     def share(self, costs: Sequence[float]) -> range:
         """This rank's part of a list that is cut into one run for each rank, of nearly equal cost, in rank order."""
@@ -55,6 +66,11 @@ class Ranks:
         owners = [int((end - cost / 2) / total * self.world)
                   for end, cost in zip(accumulate(costs), costs, strict=True)]
         return range(bisect_left(owners, self.rank), bisect_right(owners, self.rank))
+
+    def spread(self, items: Sequence, work: Callable[[Sequence], list], cost: Callable = len) -> list:
+        """`work` of all items, in order, each rank having done its share of them."""
+        mine = self.share([cost(item) for item in items])
+        return self.gather(work(items[mine.start : mine.stop]))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over the ranks, in place."""
@@ -100,6 +116,69 @@ class Ranks:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Spread a decoder's parameters over the ranks, in place: each keeps its rows of every one and computes in `dtype`.
+
+    The parameters become DTensors in the type they have (float32: they are the masters). Gradients arrive in them as
+    float32 sums over the ranks. Every rank must run equally many forward and backward passes: each is an exchange.
+    """
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    # cast_forward_inputs would turn RoPE's cos and sin into bfloat16.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # The head is read after the forward pass, outside it: what belongs to no layer stays gathered until the backward.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # a sum, not a mean: losses have one global denominator
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that `tensor` is, or is this rank's part of. Of a part, every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(read: Callable[[slice], Tensor], like: DTensor) -> DTensor:
+    """A tensor spread over the ranks as `like` is, each of which reads only its rows: read(rows) -> [rows, ...]."""
+    mesh, count = like.device_mesh, like.to_local().shape[0]
+    start = min(mesh.get_local_rank() * -(-like.shape[0] // mesh.size()), like.shape[0])  # cut as torch.chunk does
+    part = read(slice(start, start + count)).to(like.device)
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+@contextmanager
+@torch.no_grad()
+def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """The model to sample with: a copy of a sharded one, whole and in `dtype`, that is gone afterwards; else itself."""
+    if not isinstance(model, FSDPModule):
+        yield model
+        return
+    model.reshard()
+    with torch.device("meta"):
+        copy = type(model)(model.config)  # a plain decoder: the class that FSDP gives a sharded one makes those
+    copy.load_state_dict({name: whole(part.to(dtype)) for name, part in model.state_dict().items()}, assign=True)
+    yield copy.requires_grad_(False)
+
+
+@contextmanager
+def visiting(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """`model` on `device` for a turn, then where it was before; nothing moves if that is the same.
+
+    Only for models that do not change: what comes back is what went.
+    """
+    home = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device)
+    try:
+        yield model
+    finally:
+        for parameter, data in zip(model.parameters(), home, strict=True):
+            parameter.data = data
 
 
 def available_cores() -> int:

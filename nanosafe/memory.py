@@ -6,28 +6,35 @@ never see each other. `KVCache` holds the keys and values of sampling in blocks;
 `SlotDecode` are the memories that fill and read it.
 """
 
+from inspect import signature
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from nanosafe.config import ModelConfig
 from nanosafe.kernels.decode import paged_attention
+
+# PyTorch 2.11's wants as many key heads as query heads.
+VARLEN_GROUPS_HEADS = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class PackedDocuments:
     """Causal attention within each of several documents packed into one run of N = sum(lengths) tokens.
 
-    A loop of SDPA over documents: no mask is ever built, so nothing grows with N^2. Neighbours of equal length go as
-    one batch.
+    No mask is ever built, so nothing grows with N^2. In half precision on CUDA all documents go through one kernel;
+    elsewhere they go one by one, neighbours of equal length as one batch.
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         lengths = lengths or [0]  # no documents are one empty one, so that every weight still gets its (zero) gradient
         # [N], from 0 in each document
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        self.longest = max(lengths)
+        self.ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # [documents + 1]
         self.runs: list[tuple[int, int]] = []  # (documents, length of each)
         for length in lengths:
             if self.runs and self.runs[-1][1] == length:
@@ -36,6 +43,11 @@ class PackedDocuments:
                 self.runs.append((1, length))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if varlen_works(q) and self.longest:
+            if not VARLEN_GROUPS_HEADS:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            return varlen_attn(q, k, v, self.ends, self.ends, self.longest, self.longest, scale=scale,
+                               window_size=(-1, 0), **VARLEN_GROUPS_HEADS)  # (-1, 0): causal
         # split, not slices: the gradient of each slice would be a tensor of zeros as long as all N tokens.
         sizes, outputs = [documents * length for documents, length in self.runs], []
         for run, *parts in zip(self.runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
@@ -44,6 +56,11 @@ class PackedDocuments:
             out = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
+
+
+def varlen_works(q: Tensor) -> bool:
+    """Whether PyTorch's kernel for packed documents takes such queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 class KVCache:

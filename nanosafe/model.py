@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanosafe.config import ModelConfig, Rope
 from nanosafe.memory import PackedDocuments
@@ -68,6 +69,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    recompute = False  # in training: keep only the layer's input, and compute what is inside anew in the backward pass
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
@@ -77,6 +80,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.block, x, cos, sin, memory, use_reentrant=False)
+        return self.block(x, cos, sin, memory)
+
+    def block(self, x: Tensor, cos: Tensor, sin: Tensor, memory) -> Tensor:
         x = x.add(self.self_attn(self.input_layernorm(x), cos, sin, memory), alpha=self.residual_multiplier)
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
 
@@ -107,6 +115,11 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, D]: the language-model head, which is the embedding itself in a tied model."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def recompute(self, on: bool) -> None:
+        """Whether backward passes compute the activations inside each layer anew instead of keeping them."""
+        for layer in self.model.layers:
+            layer.recompute = on
 
     def hidden(self, tokens: Tensor, positions: Tensor, memory) -> Tensor:
         """tokens [N], positions [N] (from 0 in each document) -> hidden states [N, D] after the final norm."""

@@ -10,9 +10,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from nanosafe.distributed import Ranks
+from nanosafe.distributed import whole
 from nanosafe.split_adam import SplitAdamW
+from nanosafe.weights import StoredTensors
 
 
 def cosine_schedule(step: int, steps: int, warmup_share: float, final_share: float) -> float:
@@ -32,14 +34,14 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) on float32 masters. Weight decay acts on matrices, not on norms and biases."""
 
     def __init__(
-        self, model: nn.Module, ranks: Ranks, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
+        self, model: nn.Module, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
         low_memory=False,
     ):  # fmt: skip
         """low_memory: 6.02 bytes per parameter for weights, masters and 8-bit moments together, instead of 14.
 
-        Raises ValueError if low_memory meets several processes or parameters that are not bfloat16.
+        It is for a model that is whole on this device; raises ValueError for parameters that are not bfloat16.
         """
-        self.ranks, self.max_grad_norm = ranks, max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self.parameters = dict(model.named_parameters())
         # What is updated, and whose .grad, in float32, collects the gradient of the step.
         self.masters: dict[str, Tensor] = self._split() if low_memory else self._float32_masters()
@@ -72,9 +74,6 @@ class Optimizer:
 
     def _split(self) -> dict[str, Tensor]:
         """The parameters themselves, made to hold float32 gradients."""
-        if self.ranks.world > 1:
-            raise ValueError("--low-memory is for one process: start without torchrun, or leave out --low-memory")
-
         def widen(parameter: Tensor) -> None:
             parameter.grad = parameter.grad.float()  # later gradients are added to it in place
 
@@ -87,15 +86,11 @@ class Optimizer:
         return self.parameters
 
     def step(self, lr: float) -> float:
-        """Add the gradients over the ranks, clip their norm, update. Returns the norm before clipping.
+        """Clip the norm of the gradients, over all ranks, and update. Returns the norm before clipping.
 
-        A norm that is not finite (on every rank alike, since it is taken after the sum) leaves the weights untouched.
+        A norm that is not finite (on every rank alike) leaves the weights untouched.
         """
-        for master in self.masters.values():
-            if master.grad is None:  # this rank had no token, but its part of the sum is still due
-                master.grad = torch.zeros_like(master, dtype=torch.float32)
-            self.ranks.sum_(master.grad)
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)).item()
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -113,19 +108,21 @@ class Optimizer:
         return math.nan
 
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs beside the model: AdamW's own state and, unless they are the model's own, masters."""
+        """What resuming needs beside the model's files: AdamW's own state, and masters that may be finer than those."""
         tensors = {}
         for name, master in self.masters.items():
             tensors |= {f"{key}/{name}": value for key, value in self.adam.state.get(master, {}).items()}
-            if master is not self.parameters[name]:
+            if master is not self.parameters[name] or isinstance(master, DTensor):
                 tensors[f"master/{name}"] = master
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`, on an optimizer of the same model."""
-        for path, value in tensors.items():
+    @torch.no_grad()
+    def load_state(self, stored: StoredTensors) -> None:
+        """The inverse of `state`, on an optimizer of the same model, whatever number of processes saved it."""
+        for path in stored:
             key, name = path.split("/", 1)
             master = self.masters[name]
+            value = stored.read(path, like=master)
             if key == "master":
                 master.copy_(value)
             else:

@@ -24,7 +24,7 @@ from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.plan import find_config
 from nanosafe.randomness import derive_seed
-from nanosafe.weights import INDEX, sync
+from nanosafe.weights import MODEL_INDEX, sync
 
 SHARD_BYTES = 2 * 10**9  # what is in memory at a time
 VOCABULARY = 1024  # of the stand-in tokenizer, or less where the model has fewer
@@ -116,6 +116,6 @@ def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
     # The stand-in's ids replace the official ones, or its end of a turn would not end a response.
     raw = {key: value for key, value in config.raw.items() if key != "bos_token_id"} | ids | {"torch_dtype": "bfloat16"}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    for file, content in (("config.json", raw), (INDEX, index)):
+    for file, content in (("config.json", raw), (MODEL_INDEX, index)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
         sync(folder / file)

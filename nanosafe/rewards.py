@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanosafe.batches import microbatches
 from nanosafe.config import ModelConfig
-from nanosafe.data import END_THINK, THINK, microbatches
+from nanosafe.data import END_THINK, THINK
+from nanosafe.distributed import visiting
 from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder
@@ -42,16 +44,24 @@ def conversation(
 
 
 def load_reward(
-    spec: str, *, scope: str = "response", device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    spec: str,
+    *,
+    scope: str = "response",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    offload: bool = False,
 ) -> Reward:
     """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
+
+    offload: the reward model stays in CPU memory and is on `device` only while it scores.
 
     The callable takes conversations that end with the assistant's turn, and for each the reference answer of its row,
     which only rule:math reads: it raises ValueError naming the row that has none. scope: as in `conversation`; a reward
     model whose template deletes thoughts cannot score "response" and is refused with a ValueError.
     """
     if not spec.startswith("rule:"):
-        model = load_reward_model(spec, device=device, dtype=dtype)
+        model = load_reward_model(spec, device="cpu" if offload else device, dtype=dtype)
+        model.device = torch.device(device)
         probe = conversation([{"role": "user", "content": "?"}], f"probe{END_THINK}!", opened_thought=True)
         if scope == "response" and "probe" not in model.tokenizer.render(probe):
             raise ValueError(f"the chat template of {spec} deletes thoughts, so they have no reward: "
@@ -107,6 +117,7 @@ class RewardModel:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        self.device = model.score.weight.device  # where it scores
 
     @torch.no_grad()
     def score(self, conversations: Sequence[Conversation], *, tokens_per_microbatch: int = 16384) -> Tensor:
@@ -119,9 +130,10 @@ class RewardModel:
         order = sorted(range(len(documents)), key=lambda i: len(documents[i]))  # equal lengths attend as one batch
         scores = torch.empty(len(documents))
         batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
-        for batch in tqdm(batches, "rewards", delay=2, leave=False, disable=not MAIN_RANK):
-            rows = [order[i] for i in batch]
-            scores[rows] = self.forward([documents[i] for i in rows]).cpu()
+        with visiting(self.model, self.device):
+            for batch in tqdm(batches, "rewards", delay=2, leave=False, disable=not MAIN_RANK):
+                rows = [order[i] for i in batch]
+                scores[rows] = self.forward([documents[i] for i in rows]).cpu()
         return scores
 
     def forward(self, documents: Sequence[list[int]]) -> Tensor:

@@ -109,6 +109,9 @@ def start(
     ranks = Ranks(args.device)
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
+        raise ValueError("--low-memory is for one process that computes in bfloat16: several spread the masters over "
+                         "their GPUs, so leave it out; for one, add --dtype bfloat16")
     args.out = args.out or f"runs/{name}-{args.model.rstrip('/').split('/')[-1].replace('@', '-')}"
     ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {args.device}, PyTorch {torch.__version__}")
     for origin, names in origins.items():

@@ -2,7 +2,8 @@
 
 Only safetensors and JSON are read, never pickle. A load is a strict copy: every tensor of the model must be in the
 checkpoint with its shape, and nothing else may be. On the CPU, in the dtype of the file, a parameter is the
-memory-mapped file itself: a model starts without copying its weights. Simplified: one process reads one model whole.
+memory-mapped file itself: a model starts without copying its weights. Of a model that is spread over several ranks,
+each reads its own rows, and the files are written from the ranks' rows one at a time.
 """
 
 import json
@@ -19,13 +20,18 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from nanosafe.config import ALIASES, ModelConfig, read_json
+from nanosafe.distributed import Ranks, own_part, shard, whole
 from nanosafe.model import Decoder
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"  # of a stem: "model", or what else lies in a folder
+MODEL, MODEL_INDEX = SINGLE.format("model"), INDEX.format("model")
+MAX_SHARD_BYTES = 5 * 10**9
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]  # fmt: skip
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
@@ -63,8 +69,8 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
     if not MAIN_RANK:
         utils.disable_progress_bars()
     with hub_errors_explained(repo, revision, "config and tokenizer"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + [INDEX] * weights))
-    files = sorted(set(_read_index(folder).values())) if (folder / INDEX).exists() else [SINGLE]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + [MODEL_INDEX] * weights))
+    files = sorted(set(_read_index(folder / MODEL_INDEX).values())) if (folder / MODEL_INDEX).exists() else [MODEL]
     for file in ["config.json"] + files * weights:
         with hub_errors_explained(repo, revision, file):
             hf_hub_download(repo, file, revision=folder.name)  # the commit: no request for what is in the cache
@@ -93,7 +99,7 @@ def hub_errors_explained(repo: str, revision: str | None, file: str) -> Iterator
             "network and point HF_HOME to that cache, or give a local folder"
         ) from None
     except errors.EntryNotFoundError:
-        pickles = "; pickle files (.bin, .pt, .pth) are not read, because they can run code" if file == SINGLE else ""
+        pickles = "; pickle files (.bin, .pt, .pth) are not read, because they can run code" if file == MODEL else ""
         raise FileNotFoundError(f"{repo} holds no {file} at revision {revision or 'main'}{pickles}") from None
     except Exception as error:  # the HTTP client's own classes change with the library's version
         cure = "mend that and start again, finished files are kept"
@@ -101,20 +107,27 @@ def hub_errors_explained(repo: str, revision: str | None, file: str) -> Iterator
 
 
 def load_model(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    ranks: Ranks | None = None,
 ) -> Decoder:
     """The language model `name_or_path` (see find_checkpoint) on `device` in `dtype`, in eval mode.
 
+    ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype` (distributed.shard).
     Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
     """
     folder = find_checkpoint(name_or_path)
     if ModelConfig.from_folder(folder).num_labels:
         raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
-    return load_checkpoint(folder, device, dtype)
+    return load_checkpoint(folder, device, dtype, ranks)
 
 
-def load_checkpoint(folder: str | Path, device: str | torch.device, dtype: torch.dtype) -> Decoder:
-    """The model in `folder`, whichever head it has, on `device` in `dtype`, in eval mode.
+def load_checkpoint(
+    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None
+) -> Decoder:
+    """The model in `folder`, whichever head it has, on `device` in `dtype`, in eval mode; ranks: as in load_model.
 
     On the CPU, tensors already in `dtype` are views of a private (copy-on-write) mapping: changing them never changes
     the file. All others are converted one by one: peak memory is the model and its largest stored tensor.
@@ -123,10 +136,18 @@ def load_checkpoint(folder: str | Path, device: str | torch.device, dtype: torch
     folder, device = Path(folder), torch.device(device)
     with torch.device("meta"), _NoInit():
         model = Decoder(ModelConfig.from_folder(folder))
-    stored = _read_headers(folder)
+    stored = StoredTensors(folder, "model")
     names = _check_tensors(model, stored, folder)
+    progress = tqdm(names, f"loading {folder.name}", unit="tensor", delay=2, disable=not MAIN_RANK)
+    if ranks is not None and ranks.world > 1:
+        shard(model, ranks, dtype)
+        parameters = dict(model.to_empty(device=device).named_parameters())
+        with torch.no_grad():
+            for name in progress:
+                parameters[name].copy_(stored.read(name, like=parameters[name]))
+        return model.eval()
     tensors, opened = {}, None
-    for name in tqdm(names, f"loading {folder.name}", unit="tensor", delay=2, disable=not MAIN_RANK):
+    for name in progress:
         if stored[name].path != opened:
             opened = stored[name].path
             file = _open(opened)
@@ -153,35 +174,43 @@ class Stored(NamedTuple):
     shape: list[int]
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+class StoredTensors(dict[str, Stored]):
+    """The tensors of FOLDER/STEM.safetensors, or of shards and their index; none is read until it is asked for."""
+
+    def __init__(self, folder: Path, stem: str):
+        single, index = folder / SINGLE.format(stem), folder / INDEX.format(stem)
+        if single.exists() or not index.exists():  # transformers, too, prefers the single file
+            weight_map, files = {}, [single.name]
+        else:
+            weight_map = _read_index(index)
+            files = sorted(set(weight_map.values()))
+        for path in [folder / file for file in files]:
+            file = _open(path)
+            for name in file.keys():
+                if weight_map.get(name, path.name) == path.name:
+                    header = file.get_slice(name)
+                    self[name] = Stored(path, header.get_dtype(), header.get_shape())
+        if lacking := [f"{name} in {file}" for name, file in weight_map.items() if name not in self]:
+            raise ValueError(f"{index} is wrong, download the model again: there is no {', no '.join(lacking)}")
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """The tensor `name`; if `like`, of its shape, is spread over the ranks, this rank's rows of it, spread so."""
+        file = _open(self[name].path)
+        if isinstance(like, DTensor) and self[name].shape == list(like.shape):
+            return own_part(file.get_slice(name).__getitem__, like)
+        return file.get_tensor(name)
+
+
+def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX}: field 'weight_map' must be an object that maps tensor names to file names")
+        raise ValueError(f"{path}: field 'weight_map' must be an object that maps tensor names to file names")
     for name, file in weight_map.items():
         # The name becomes a path and is fetched: a slash or ".." would reach beyond the model's own folder.
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise ValueError(f"{folder / INDEX}: {name!r} is in {file!r}, which is not a plain *.safetensors file name")
+            raise ValueError(f"{path}: {name!r} is in {file!r}, which is not a plain *.safetensors file name")
     return weight_map
-
-
-def _read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint, file by file; no tensor is read."""
-    if (folder / SINGLE).exists() or not (folder / INDEX).exists():  # transformers, too, prefers the single file
-        weight_map, files = {}, [SINGLE]
-    else:
-        weight_map = _read_index(folder)
-        files = sorted(set(weight_map.values()))
-    stored = {}
-    for path in [folder / file for file in files]:
-        file = _open(path)
-        for name in file.keys():
-            if weight_map.get(name, path.name) == path.name:
-                header = file.get_slice(name)
-                stored[name] = Stored(path, header.get_dtype(), header.get_shape())
-    if lacking := [f"{name} in {file}" for name, file in weight_map.items() if name not in stored]:
-        raise ValueError(f"{folder / INDEX} is wrong, download the model again: there is no {', no '.join(lacking)}")
-    return stored
 
 
 def _open(path: Path) -> safe_open:
@@ -194,7 +223,7 @@ def _open(path: Path) -> safe_open:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): {cure}") from None
 
 
-def _check_tensors(model: Decoder, stored: dict[str, Stored], folder: Path) -> list[str]:
+def _check_tensors(model: Decoder, stored: StoredTensors, folder: Path) -> list[str]:
     """The tensors to load. One error for all that does not fit; a tied model's spare head must equal the embedding."""
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     tied = model.config.tie_word_embeddings
@@ -220,55 +249,96 @@ def _check_tensors(model: Decoder, stored: dict[str, Stored], folder: Path) -> l
     return [name for name in stored if name in expected]
 
 
-def save_model(model: Decoder, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5 * 10**9) -> None:
+def save_model(
+    model: Decoder,
+    folder: str | Path,
+    tokenizer=None,
+    *,
+    dtype: torch.dtype | None = None,
+    writes: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write `model` (and `tokenizer`) to `folder` in the official layout, which transformers loads too.
 
+    dtype: of the weights in the files (default: as they are). A model that is spread over ranks is saved by all of them
+    together; only the one that `writes` touches the folder.
     One `model.safetensors`, or, beyond `max_shard_bytes`, shards and their index. All files are written and synced
     before the first is renamed into place, and what is left of an earlier save is deleted last: an error leaves an
     earlier model as it was, and a model may be saved over the files it is mapped from. The renames together are not one
     atomic step: whoever needs that saves to a new folder and renames it, as checkpoint.py does.
     """
-    folder, shards, size = Path(folder), [{}], 0
-    for name, tensor in model.state_dict().items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else [SINGLE]
+    folder, dtype = Path(folder), dtype or model.model.embed_tokens.weight.dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     config = dict(model.config.raw)
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers renamed it, and reads both
-        config[key] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        config[key] = str(dtype).removeprefix("torch.")
     jsons = {"config.json": config, "generation_config.json": model.config.generation}
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in sorted(shard)}
-        jsons[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    with _staged(folder) as new:
-        for file, shard in zip(files, shards, strict=True):
-            save_file(shard, new / file, metadata={"format": "pt"})
+    with staged(folder, writes) as new:
+        written = save_tensors(tensors, new, "model", max_shard_bytes)
         for file, content in jsons.items():
-            if content is not None:
+            if writes and content is not None:
                 (new / file).write_text(json.dumps(content, indent=2) + "\n")
+    if not writes:
+        return
     ours = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for old in folder.iterdir():
-        if ours.fullmatch(old.name) and old.name not in files + list(jsons):
+        if ours.fullmatch(old.name) and old.name not in written:
             old.unlink()
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
+def save_tensors(
+    tensors: dict[str, Tensor], folder: Path | None, stem: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[str]:
+    """Write FOLDER/STEM.safetensors or, beyond `max_shard_bytes`, shards and their index; -> the names of the files.
+
+    Tensors that are spread over ranks are made whole one file at a time: all ranks call, those without a folder only
+    to give their rows.
+    """
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else [SINGLE.format(stem)]
+    for file, names in zip(files, shards, strict=True):
+        content = {}
+        for name in names:
+            tensor = whole(tensors[name])
+            if folder is not None:
+                content[name] = tensor.cpu()
+        if folder is not None:
+            save_file(content, folder / file, metadata={"format": "pt"})
+    if len(shards) == 1:
+        return files
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    if folder is not None:
+        (folder / INDEX.format(stem)).write_text(json.dumps(index, indent=2) + "\n")
+    return [*files, INDEX.format(stem)]
+
+
 def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write `content`, or let it write to the path it is given; `path` is always wholly old or wholly new."""
     path = Path(path)
-    with _staged(path.parent) as new:
+    with staged(path.parent) as new:
         content(new / path.name) if callable(content) else (new / path.name).write_bytes(content)
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder`; its files are synced, then renamed into `folder`, or after an error deleted."""
+def staged(folder: Path, writes: bool = True) -> Iterator[Path | None]:
+    """A new folder inside `folder`; its files are synced, then renamed into `folder`, or after an error deleted.
+
+    None for a rank that does not write.
+    """
+    if not writes:
+        yield None
+        return
     folder.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:

@@ -8,19 +8,18 @@ import pytest
 import torch
 from hub import StandInHub
 from tiny import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 from world import CHATML, write_tokenizer
 
 import train_sft
+from nanosafe.batches import microbatches, own_microbatches, pack, response_logprobs, work
 from nanosafe.data import (
     Document,
     Row,
     encode_prompts,
     find_dataset,
     load_rows,
-    microbatches,
     opens_thought,
-    pack,
-    response_logprobs,
     sft_documents,
     turn_end,
 )
@@ -289,6 +288,34 @@ def test_microbatches_keep_order_and_budget_and_lose_nothing():
     assert microbatches(documents, 1) == [[i] for i in range(8)]
     assert microbatches(documents, 1000) == [list(range(8))]
     assert microbatches([], 10) == []
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 20])
+def test_ranks_get_equally_many_microbatches_that_hold_every_document_once(world):
+    documents = [Document([0] * n, [0]) for n in (3, 2, 9, 1, 4, 4, 20, 1, 30, 2)]
+    config, ranks, seen = tiny_config("qwen3"), Ranks("cpu"), []
+    for ranks.rank in range(world):
+        ranks.world = world
+        batches = own_microbatches(documents, 10, config, ranks)
+        assert all(sum(len(documents[i]) for i in batch) <= 10 or len(batch) == 1 for batch in batches)
+        seen.append(batches)
+    assert len({len(batches) for batches in seen}) == 1
+    assert sorted(i for batches in seen for batch in batches for i in batch) == list(range(len(documents)))
+    if world == 1:
+        assert seen == [microbatches(documents, 10)]
+    assert any(batches[-1] for batches in seen), "no more of them than needed"
+    assert own_microbatches([], 10, config, ranks) == []
+
+
+def test_predicted_work_counts_the_multiply_adds_of_a_forward_pass():
+    config, tokens = tiny_config("qwen3"), 24
+    with FlopCounterMode(display=False) as counter:
+        Decoder(config)(torch.zeros(1, tokens, dtype=torch.long))
+    head = tokens * config.hidden_size * config.vocab_size
+    heads = config.num_attention_heads * config.head_dim
+    # The counter does not know the CPU's attention: of tokens^2 / 2 pairs, each once for a score, once for a value.
+    attention = config.num_hidden_layers * heads * 2 * tokens**2 // 2
+    assert work(config, tokens) == counter.get_total_flops() // 2 - head + attention
 
 
 def test_sft_loss_and_gradient_are_the_mean_over_all_response_tokens_however_they_are_split():

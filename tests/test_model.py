@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from tiny import FAMILIES, LLAMA3_ROPE, decoder_like, random_checkpoint, random_reference, tiny_config, tiny_raw
+from torch import nn
 
+from nanosafe import memory
 from nanosafe.config import ModelConfig
 from nanosafe.memory import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model import Decoder, rope_frequencies, rope_tables
@@ -310,6 +312,59 @@ def test_no_documents_still_give_every_weight_a_zero_gradient(case):
     assert hidden.shape == (0, 32)
     hidden.sum().backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in model.model.parameters())
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_one_kernel_for_all_documents_gets_what_the_loop_computes(groups, pair, monkeypatch):
+    """PyTorch's packed attention runs on CUDA alone: here a stand-in by its documentation, in dense float64."""
+
+    def stand_in(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
+        assert ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and window_size == (-1, 0)
+        assert longest_q == longest_k == max(LENGTHS) and enable_gqa == groups == (q.shape[1] != k.shape[1])
+        document = torch.bucketize(torch.arange(len(q)), ends_q, right=True)
+        seen = (document[:, None] == document) & torch.ones(len(q), len(q)).tril().bool()
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype)
+
+    model, documents = pair("qwen3")[1], random_documents()
+    expected = [model(document[None])[0] for document in documents]
+    monkeypatch.setattr(memory, "varlen_works", lambda q: True)
+    monkeypatch.setattr(memory, "varlen_attn", stand_in)
+    monkeypatch.setattr(memory, "VARLEN_GROUPS_HEADS", {"enable_gqa": True} if groups else {})
+    packed = PackedDocuments(LENGTHS)
+    found = model.logits(model.hidden(torch.cat(documents), packed.positions, packed)).split(LENGTHS)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "granite"])
+def test_recomputing_layers_gives_equal_gradients_from_less_memory(family, pair):
+    model, documents = pair(family)[1], random_documents()
+
+    def run(recompute: bool) -> tuple[list[torch.Tensor], int]:
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes * (not isinstance(tensor, nn.Parameter))
+            return tensor
+
+        model.recompute(recompute)
+        packed = PackedDocuments(LENGTHS)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.hidden(torch.cat(documents), packed.positions, packed).square().sum()
+        model.zero_grad()
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], kept
+
+    (plain, whole), (again, less) = run(False), run(True)
+    model.recompute(False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert less < whole / 5
+    with torch.no_grad():
+        model(documents[0][None])  # nothing to recompute
 
 
 @pytest.mark.parametrize(

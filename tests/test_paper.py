@@ -82,7 +82,7 @@ def test_the_arms_of_the_paper_and_their_flags():
 def test_tuning_gives_both_methods_as_many_settings_on_other_questions_and_another_seed():
     found = jobs("--tune", "--model", "tiny")
     for script in ("train_sft", "train_rl"):
-        assert len({job.command for job in found if job.command[0] == script}) == 6
+        assert len({job.command for job in found if job.command[0] == script}) == 20
     for job in found:
         if job.command[0] == "eval":
             assert "validation" in job.command and "test" not in job.command and "100" in job.command

@@ -16,7 +16,6 @@ import train_sft
 from nanosafe import model as model_file
 from nanosafe import plan
 from nanosafe.config import ALIASES, SHAPES, ModelConfig
-from nanosafe.distributed import Ranks
 from nanosafe.engine import Engine
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder, Layer, rope_tables
@@ -134,7 +133,7 @@ def test_activations_of_a_layer_are_the_bytes_that_live(alias, monkeypatch):
 def test_the_state_of_one_process_is_what_model_and_optimizer_hold():
     for dtype, low_memory in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         model = Decoder(tiny_config("qwen3", vocab_size=2048, hidden_size=256)).to(dtype)
-        optimizer = Optimizer(model, Ranks("cpu", alone=True), low_memory=low_memory)
+        optimizer = Optimizer(model, low_memory=low_memory)
         for master in optimizer.masters.values():
             master.grad = torch.zeros_like(master, dtype=torch.float32)
         optimizer.step(1e-3)

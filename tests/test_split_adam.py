@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanosafe import split_adam
-from nanosafe.distributed import Ranks
 from nanosafe.optim import Optimizer
 from nanosafe.split_adam import BLOCK, OCTAVE, SplitAdamW, decode, encode, join, ratio_bound, split
 
@@ -241,7 +240,7 @@ def test_learns_a_noisy_quadratic_as_float32_moments_do():
         with torch.no_grad():
             model.weight.zero_()
         target = noise(-1, 32, 64) * torch.logspace(-1, 1, 64)
-        optimizer = Optimizer(model, Ranks("cpu"), low_memory=low_memory)
+        optimizer = Optimizer(model, low_memory=low_memory)
         for step in range(300):
             x = noise(step, 16, 64) * torch.logspace(1, -2, 64)  # gradients of three orders of magnitude
             difference = model.weight.float() - target

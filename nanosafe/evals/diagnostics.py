@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanosafe.data import Document, Packed, microbatches, pack, response_hidden, response_logprobs
+from nanosafe.batches import Packed, microbatches, pack, response_hidden, response_logprobs
+from nanosafe.data import Document
 from nanosafe.kernels.head import CHUNK_BYTES
 from nanosafe.model import Decoder
 from nanosafe.sampler import SamplingParams, generate

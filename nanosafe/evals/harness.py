@@ -68,7 +68,7 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
                 values=benchmark.grade(question, text)) | ({"token_ids": ids} if sample == 0 else {}))
         first = [record for record in new if "token_ids" in record and tokens_per_microbatch]
         documents = [Document(prompts[record["id"]], record["token_ids"]) for record in first]
-        scores = over_ranks(ranks, documents, lambda part: response_entropies(model, part, tokens_per_microbatch))
+        scores = ranks.spread(documents, lambda part: response_entropies(model, part, tokens_per_microbatch))
         for record, (_, entropies) in zip(first, scores, strict=True):
             record["entropies"] = [round(entropy, 5) for entropy in entropies.tolist()]
         return new
@@ -109,14 +109,8 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
         texts = [conversation(record["prompt"], record["response"], opened_thought=False) for record in part]
         return reward(texts, [None] * len(part)).tolist()
 
-    for record, value in zip(todo, over_ranks(ranks, todo, score, cost=lambda r: len(r["response"]) + 1), strict=True):
+    for record, value in zip(todo, ranks.spread(todo, score, cost=lambda r: len(r["response"]) + 1), strict=True):
         record |= {"reward": value, "reward_model": name}
-
-
-def over_ranks(ranks: Ranks, items: Sequence, work: Callable[[Sequence], list], cost: Callable = len) -> list:
-    """`work` of all items, in order, each rank having done its share of them."""
-    mine = ranks.share([cost(item) for item in items])
-    return ranks.gather(work(items[mine.start : mine.stop]))
 
 
 def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequence[int] = ()) -> dict:

@@ -116,9 +116,12 @@ class Watch:
 
 def reward_accuracy(reward: Reward, pairs: Sequence[Pair], ranks: Ranks) -> dict[str, Estimate]:
     """Share of labelled pairs in which the reward prefers the safe response: "all", and per category."""
-    mine = pairs[ranks.rank :: ranks.world]
-    texts = [[*p.prompt, {"role": "assistant", "content": text}] for p in mine for text in (p.chosen, p.rejected)]
-    scores = reward(texts, [None] * len(texts)).view(-1, 2).tolist()
-    right = ranks.gather([(pair.category, float(a > b)) for pair, (a, b) in zip(mine, scores, strict=True)])
+
+    def prefers_chosen(part: Sequence[Pair]) -> list[tuple[str | None, float]]:
+        texts = [[*p.prompt, {"role": "assistant", "content": text}] for p in part for text in (p.chosen, p.rejected)]
+        scores = reward(texts, [None] * len(texts)).view(len(part), 2).tolist()
+        return [(pair.category, float(a > b)) for pair, (a, b) in zip(part, scores, strict=True)]
+
+    right = ranks.spread(pairs, prefers_chosen, cost=lambda pair: len(pair.chosen) + len(pair.rejected))
     names = ["all", *sorted({category for category, _ in right if category})]
     return {name: over_items([value for category, value in right if name in ("all", category)]) for name in names}

@@ -29,7 +29,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from nanosafe.config import ModelConfig
-from nanosafe.distributed import Ranks, available_cores
+from nanosafe.distributed import available_cores
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
 from nanosafe.randomness import shuffled_passes
@@ -165,8 +165,8 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     texts = [text for pair in pairs[:4000] for text in pair.values()]
     size, tokens = write_tokenizer(work / "model", REWARD_TEXT, texts)
     save_model(model := random_decoder(REWARD_SHAPE | tokens | {"vocab_size": size}, seed), work / "model")
-    ranks, reward = Ranks("cpu", alone=True), RewardModel(model, Tokenizer(work / "model"))
-    optimizer = Optimizer(model, ranks, weight_decay=0.1)
+    reward = RewardModel(model, Tokenizer(work / "model"))
+    optimizer = Optimizer(model, weight_decay=0.1)
     print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}", file=sys.stderr)
     documents = [
         [reward.encode([{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair[side]}])
