@@ -23,6 +23,7 @@ from nanosafe.config import ALIASES, SHAPES, ModelConfig, recipe, tiny_seed
 from nanosafe.kernels.head import CHUNK_BYTES
 from nanosafe.memory import KVCache
 from nanosafe.model import Decoder, Layer
+from nanosafe.split_adam import CHUNK
 from nanosafe.weights import find_checkpoint, hub_errors_explained
 
 GIB = 1 << 30
@@ -177,8 +178,16 @@ def training_state(size: Sizes, s: int, world: int, low_memory: bool) -> dict[st
 
 
 def gradients(size: Sizes, world: int) -> float:
-    """They add up in float32, sharded like the masters, and are freed after each step. (AdamW fused: no more.)"""
+    """They add up in float32, sharded like the masters, and are freed after each step."""
     return 4 * size.total / world
+
+
+def optimizer_workspace(size: Sizes, world: int, low_memory: bool, kind: str) -> float:
+    """torch's AdamW on CUDA makes all square roots of the second moments at once; split_adam.py goes by chunks, and a
+    CPU by tensors."""
+    if low_memory:
+        return 10 * 4 * CHUNK
+    return 4 * size.total / world if kind == "cuda" else 4 * size.head
 
 
 def forward_bytes(config: ModelConfig, s: int) -> float:
@@ -262,7 +271,9 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         return base | {
             "gradients": gradients(size, world),
             "shard buffers": sharding_buffers(size, s, world, True),
-            "activations": training_activations(config, size, s, tokens, recompute, world),
+            # The optimizer's turn comes when activations are gone.
+            "activations": max(training_activations(config, size, s, tokens, recompute, world),
+                               optimizer_workspace(size, world, args.low_memory, machine.kind)),
         }
 
     if script == "sft":

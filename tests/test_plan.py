@@ -167,6 +167,14 @@ def test_several_gpus_share_masters_moments_and_gradients_and_gather_for_a_rollo
     assert phases["update"]["shard buffers"] == 2 * root + (2 * 2 + 2 + 4) * layer
 
 
+def test_the_optimizers_own_memory_counts_where_it_exceeds_the_activations():
+    machine = plan.Machine(1, plan.card_bytes(141))
+    found = plan.make("sft", plan.settings("sft", "qwen3-4b"), machine).phases["update"]
+    assert found["activations"] == 4 * 4_022_468_096  # a square root of each second moment
+    low = plan.make("sft", plan.settings("sft", "qwen3-4b", low_memory=True), machine).phases["update"]
+    assert low["activations"] < found["activations"] / 1.5
+
+
 def test_offloaded_models_are_there_in_their_turn_only():
     machine = plan.Machine(1, plan.card_bytes(141))
     phases = plan.make("rl", plan.settings("rl", "qwen3-0.6b", offload=True), machine).phases
@@ -185,6 +193,13 @@ def test_the_pool_is_the_engines(rows):
     blocks, width, block = plan.kv_pool(config, 4, free, rows, longest, "cuda")
     assert (blocks, width) == (engine.scheduler.pool.total, engine.table_width)
     assert (blocks + 1) * block == engine.cache.keys.nbytes + engine.cache.values.nbytes
+
+
+def test_a_run_whose_pool_is_shorter_than_a_sequence_does_not_fit():
+    machine = plan.Machine(1, 10 * 10**9)
+    assert plan.Plan({"rollout": {"weights": 8e9}}, machine, blocks=5, table_width=5, refused=None).fits
+    assert not plan.Plan({"rollout": {"weights": 8e9}}, machine, blocks=4, table_width=5, refused=None).fits
+    assert not plan.Plan({"rollout": {"weights": 9e9}}, machine, blocks=5, table_width=5, refused=None).fits
 
 
 def test_activations_follow_the_budget_the_longest_response_and_recomputation():
