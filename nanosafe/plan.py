@@ -38,7 +38,6 @@ PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9  # 
 COMPUTE_SHARE, MEMORY_SHARE = 0.4, 0.6  # assumed: what training reaches of the one, decoding of the other
 PROMPT_TOKENS, SFT_ROWS, SFT_TOKENS = 128, 1000, 1000  # assumed mean prompt; STAR-1's rows; assumed tokens of each
 HEADS_STORED = ("qwen3-0.6b", "qwen3-1.7b")  # tied, but their files hold the head too
-RL_PHASES = ("rollout", "reward", "log-probs", "update")
 
 
 class Machine(NamedTuple):
@@ -66,7 +65,7 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    phases: dict[str, dict[str, float]]  # phase -> part -> bytes on each GPU
+    phases: dict[str, dict[str, float]]  # phase -> part -> bytes on each GPU; "step" is the optimizer's
     machine: Machine
     blocks: int  # of the KV pool
     table_width: int  # blocks of the longest sequence
@@ -266,18 +265,19 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     base = training_state(size, s, world, args.low_memory)
     recompute = machine.kind == "cuda" and not args.no_recompute
 
+    step = base | {"gradients": gradients(size, world),
+                   "optimizer": optimizer_workspace(size, world, args.low_memory, machine.kind)}
+
     def update(longest: int) -> dict[str, float]:
         tokens = max(args.tokens_per_microbatch, longest)  # a longer document goes alone
         return base | {
             "gradients": gradients(size, world),
             "shard buffers": sharding_buffers(size, s, world, True),
-            # The optimizer's turn comes when activations are gone.
-            "activations": max(training_activations(config, size, s, tokens, recompute, world),
-                               optimizer_workspace(size, world, args.low_memory, machine.kind)),
+            "activations": training_activations(config, size, s, tokens, recompute, world),
         }
 
     if script == "sft":
-        return Plan({"update": update(args.max_tokens)}, machine, 0, 0, None)
+        return Plan({"update": update(args.max_tokens), "step": step}, machine, 0, 0, None)
     longest = args.max_prompt_tokens + args.max_response_tokens
     forward = max(args.tokens_per_microbatch, longest) * forward_bytes(config, s)
     frozen = {}
@@ -305,6 +305,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
             "shard buffers": sharding_buffers(size, s, world, False), "activations": forward + CHUNK_BYTES,
         },
         "update": resident("update") | update(longest),
+        "step": resident("step") | step,
     }  # fmt: skip
     free = machine.usable - sum(phases["rollout"].values())
     blocks, width, block = kv_pool(config, s, free, rows, longest, machine.kind)
