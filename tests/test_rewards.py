@@ -11,6 +11,7 @@ from tiny import random_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from world import write_reward_model
 
+from nanosafe.distributed import visiting
 from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
 from nanosafe.rewards import conversation, load_reward, load_reward_model
 
@@ -343,3 +344,19 @@ def test_reward_model_whose_template_deletes_thoughts_is_refused_for_whole_respo
     assert load_reward(str(folder), scope="answer", dtype=torch.float32)
     keeps = write_reward_model(tmp_path / "keeps")
     assert load_reward(str(keeps), dtype=torch.float32)
+
+
+def test_an_offloaded_reward_model_visits_for_its_turn_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Without a GPU the move is a copy: inside, weights lie elsewhere, after it, also by an error, where they were."""
+    write_reward_model(tmp_path)
+    model = load_reward_model(tmp_path, dtype=torch.float32).model
+    home = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())
+    with pytest.raises(KeyError), visiting(model, torch.device("cpu")) as visitor:
+        assert visitor is model and all(p.data_ptr() != home[name] for name, p in model.named_parameters())
+        raise KeyError
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == home
+    monkeypatch.undo()
+    conversations = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": t}] for t in ("a", "bc")]
+    here, away = (load_reward(str(tmp_path), dtype=torch.float32, offload=offload) for offload in (False, True))
+    assert torch.equal(here(conversations, [None, None]), away(conversations, [None, None]))
