@@ -5,6 +5,7 @@ No model is trained here: results are made up, so that what the report must say 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,7 +114,8 @@ def test_the_plan_of_a_real_model_says_what_is_known_and_what_not(capsys, tmp_pa
     text = capsys.readouterr().out
     assert "python -m train_rl --model qwen3-8b --seed 0" in text and "tiny" not in text
     assert "Qwen/Qwen3-8B 16.4 GB, Skywork/Skywork-Reward-V2-Llama-3.1-8B 15.0 GB" in text and "not known" in text
-    assert "SFT on 1 GPU of 83.8 GB" in text and "RL on 1 GPU of 83.8 GB" in text and "fits on 2 GPUs" in text
+    assert "SFT on 1 GPU of 83.8 GB" in text and "RL on 1 GPU of 83.8 GB" in text
+    assert len(re.findall(r"fits on \d GPUs", text)) == 2
     assert "not measured" in text and "5 jobs" in text
     assert not (tmp_path / "out").exists()
 
