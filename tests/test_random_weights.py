@@ -57,8 +57,10 @@ def test_the_folder_loads_and_is_written_once_in_shards(shapes):
 def test_another_shape_is_another_folder_and_half_a_folder_is_begun_again(shapes, tmp_path):
     folder = random_checkpoint(shapes["policy"])
     half = folder.rename(folder.with_name(f"{folder.name}.building"))
-    (half / "config.json").unlink()
-    assert random_checkpoint(shapes["policy"]) == folder and (folder / "config.json").exists() and not half.exists()
+    names = {file.name for file in half.iterdir()}
+    (half / "config.json").rename(half / "model-00001-of-00009.safetensors")  # of other shards
+    assert random_checkpoint(shapes["policy"]) == folder and not half.exists()
+    assert {file.name for file in folder.iterdir()} == names
     (tmp_path / "policy" / "config.json").write_text(json.dumps(SHAPES["qwen3-8b"] | SMALL | {"hidden_size": 32}))
     assert random_checkpoint(shapes["policy"]) != folder
 
