@@ -104,15 +104,15 @@ RECIPES = {
     ),
 }  # fmt: skip
 # What the tiny world changes in them. Its models are 10,000 times smaller and so take larger steps. Learning rate and
-# epochs of SFT, learning rate and KL coefficient of RL are the best of six settings each that were tried on the
-# validation split (docs/tuning.md).
+# epochs of SFT, learning rate and KL coefficient of RL were chosen among twenty settings each, tried on the validation
+# split (docs/tuning.md).
 TINY_RECIPES = {
     "rl": dict(
         reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
         prompts_per_step=64, minibatches=2, lr=1e-4, kl_coef=0.3, max_prompt_tokens=128,
         max_response_tokens=128, tokens_per_microbatch=4096, save_every=10, keep=4,
     ),
-    "sft": dict(data="tiny-star", epochs=5, batch_size=64, lr=1e-4, max_tokens=256, tokens_per_microbatch=4096),
+    "sft": dict(data="tiny-star", epochs=7, batch_size=64, lr=1e-4, max_tokens=256, tokens_per_microbatch=4096),
 }  # fmt: skip
 
 
