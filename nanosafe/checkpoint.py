@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from nanosafe.config import read_json
 from nanosafe.distributed import Ranks
@@ -135,7 +134,7 @@ class RunFolder:
                 save_tensors(self.optimizer.state(), new, "optimizer")
                 if main:
                     (new / "state.json").write_text(json.dumps(self.state, indent=2) + "\n")
-        except (OSError, SafetensorError) as error:  # the latter when the disk is full
+        except OSError as error:
             kept = [path.name for path in self.checkpoints()]
             raise OSError(f"saving {folder} failed ({error}); kept: {', '.join(kept) or 'none'}. Make room, and the "
                           "same command goes on from there") from error

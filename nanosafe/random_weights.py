@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from nanosafe.config import ModelConfig
@@ -24,7 +23,7 @@ from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.plan import find_config
 from nanosafe.randomness import derive_seed
-from nanosafe.weights import MODEL_INDEX, sync
+from nanosafe.weights import MODEL_INDEX, cut_into_files, sync, write_safetensors
 
 SHARD_BYTES = 2 * 10**9  # what is in memory at a time
 VOCABULARY = 1024  # of the stand-in tokenizer, or less where the model has fewer
@@ -83,7 +82,8 @@ def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
 
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
-    total = 2 * sum(map(torch.Size.numel, shapes.values()))  # bfloat16
+    nbytes = {name: 2 * shape.numel() for name, shape in shapes.items()}  # bfloat16
+    total = sum(nbytes.values())
     if (free := shutil.disk_usage(folder.parent).free) < total:
         raise OSError(f"{folder.parent} has {free / 1e9:.1f} GB free, the random weights take {total / 1e9:.1f}: set "
                       "NANOSAFE_CACHE to a folder with more room")
@@ -93,14 +93,7 @@ def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
         raise ValueError(f"field 'vocab_size' = {config.vocab_size}: the stand-in tokenizer needs {least + 2}")
     _, ids = build.write_tokenizer(folder, text._replace(vocabulary=room), CORPUS)
 
-    shards, size = [[]], 0
-    for name, shape in shapes.items():
-        if shards[-1] and size + 2 * shape.numel() > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += 2 * shape.numel()
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files, index = cut_into_files(nbytes, "model", shard_bytes)
 
     def fresh(name: str) -> torch.Tensor:
         tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
@@ -109,13 +102,11 @@ def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
         return tensor
 
     with ThreadPoolExecutor() as pool:  # torch fills a tensor with one thread
-        for file, names in tqdm(list(zip(files, shards, strict=True)), "random weights", delay=2, unit="shard"):
-            save_file(dict(zip(names, pool.map(fresh, names), strict=True)), folder / file, metadata={"format": "pt"})
+        for file, names in tqdm(files.items(), "random weights", delay=2, unit="shard"):
+            write_safetensors(dict(zip(names, pool.map(fresh, names), strict=True)), folder / file)
             sync(folder / file)
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     # The stand-in's ids replace the official ones, or its end of a turn would not end a response.
     raw = {key: value for key, value in config.raw.items() if key != "bos_token_id"} | ids | {"torch_dtype": "bfloat16"}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    for file, content in (("config.json", raw), (MODEL_INDEX, index)):
+    for file, content in (("config.json", raw), *([(MODEL_INDEX, index)] if index else [])):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
         sync(folder / file)

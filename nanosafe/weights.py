@@ -296,31 +296,43 @@ def save_tensors(
     Tensors that are spread over ranks are made whole one file at a time: all ranks call, those without a folder only
     to give their rows.
     """
-    shards, size = [[]], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else [SINGLE.format(stem)]
-    for file, names in zip(files, shards, strict=True):
+    files, index = cut_into_files({name: tensor.nbytes for name, tensor in tensors.items()}, stem, max_shard_bytes)
+    for file, names in files.items():
         content = {}
         for name in names:
             tensor = whole(tensors[name])
             if folder is not None:
                 content[name] = tensor.cpu()
         if folder is not None:
-            save_file(content, folder / file, metadata={"format": "pt"})
-    if len(shards) == 1:
-        return files
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    if folder is not None:
+            write_safetensors(content, folder / file)
+    if folder is not None and index:
         (folder / INDEX.format(stem)).write_text(json.dumps(index, indent=2) + "\n")
-    return [*files, INDEX.format(stem)]
+    return [*files, INDEX.format(stem)] if index else list(files)
+
+
+def cut_into_files(sizes: dict[str, int], stem: str, max_shard_bytes: int) -> tuple[dict[str, list[str]], dict | None]:
+    """Tensors of `sizes` bytes, in order, to file names and the tensors of each; and the index, if there are several
+    files."""
+    shards, size = [[]], 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    if len(shards) == 1:
+        return {SINGLE.format(stem): shards[0]}, None
+    files = {f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return files, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError where safetensors has an error of its own, as on a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"writing {path} failed: {error}") from None
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
