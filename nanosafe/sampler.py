@@ -100,9 +100,12 @@ def generate_over_ranks(model: Decoder, prompts: Many[Many[int]], params: Many[S
     Each rank takes a run of neighbours, so that equal prompts meet in one engine, of about the same number of tokens:
     those of the prompts, and as many new ones as may come. The ranks meet only at the end.
     """
-    lengths = [one.n * (len(prompt) + one.max_new_tokens) for prompt, one in zip(prompts, params, strict=True)]
-    mine = ranks.share(lengths)
-    return ranks.gather(generate(model, [prompts[i] for i in mine], [params[i] for i in mine], **options))
+
+    def sample(part: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
+        return generate(model, [prompt for prompt, _ in part], [one for _, one in part], **options)
+
+    return ranks.spread(list(zip(prompts, params, strict=True)), sample,
+                        cost=lambda request: request[1].n * (len(request[0]) + request[1].max_new_tokens))
 
 
 def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: int = 0, sample: int = 0) -> Sequence:
