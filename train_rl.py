@@ -261,16 +261,15 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
             for i, part in zip(indices, flat.cpu().split(packed.lengths), strict=True):
                 found[i][name] = part.clone()  # sent to another rank, a part would take the whole micro-batch along
 
-    for indices in script.progress(mine, "log-probs", ranks):
-        packed = pack([episodes[i] for i in indices], ranks.device)
+    packs = [(indices, pack([episodes[i] for i in indices], ranks.device)) for indices in mine]
+    for indices, packed in script.progress(packs, "log-probs", ranks):
         hidden = response_hidden(policy, packed)
         logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
         at_one = entropies if args.temperature == 1 else head_logprobs(policy, hidden, packed, 1.0)[1]
         keep(indices, packed, logprobs=logprobs, entropies=entropies, reflection_entropies=at_one)
     if reference is not None:
         with visiting(reference, ranks.device):
-            for indices in script.progress(mine, "reference", ranks):
-                packed = pack([episodes[i] for i in indices], ranks.device)
+            for indices, packed in script.progress(packs, "reference", ranks):
                 keep(indices, packed, ref_logprobs=response_logprobs(reference, packed, args.temperature)[0])
     of_row = dict(ranks.gather([(i, columns) for i, columns in enumerate(found) if columns]))
     rows = [
@@ -338,7 +337,7 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], denominator: i
     episodes = [batch.episodes[row] for row in minibatch]
     for indices in own_microbatches(episodes, args.tokens_per_microbatch, policy.config, ranks):
         rows = [minibatch[i] for i in indices]
-        packed = pack([batch.episodes[i] for i in rows], ranks.device)
+        packed = pack([episodes[i] for i in indices], ranks.device)
         logprobs = packed.pad(response_logprobs(policy, packed, args.temperature)[0])  # [b, T']
         T = logprobs.shape[1]
         mask = batch.mask[rows, :T]
