@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosafe.config import ModelConfig
+from nanosafe.products import Linear, linear
 
 
 class GatedRMSNorm(nn.Module):
@@ -34,13 +35,13 @@ class Mamba(nn.Module):
         super().__init__()
         shape = self.shape = config.hybrid
         self.layer, inner = layer, shape.mamba_heads * shape.mamba_head_dim
-        self.in_proj = nn.Linear(config.hidden_size, inner + shape.channels + shape.mamba_heads, shape.proj_bias)
+        self.in_proj = Linear(config.hidden_size, inner + shape.channels + shape.mamba_heads, shape.proj_bias)
         self.conv1d = nn.Conv1d(shape.channels, shape.channels, shape.conv_size, groups=shape.channels,
                                 bias=shape.conv_bias)
         for name, values in initial_recurrence(shape.mamba_heads).items():
             self.register_parameter(name, nn.Parameter(values))
         self.norm = GatedRMSNorm(inner, shape.groups, config.rms_norm_eps)
-        self.out_proj = nn.Linear(inner, config.hidden_size, shape.proj_bias)
+        self.out_proj = Linear(inner, config.hidden_size, shape.proj_bias)
 
     def forward(self, x: Tensor, memory) -> Tensor:
         shape = self.shape
@@ -70,8 +71,8 @@ class SharedMLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.hybrid.shared_intermediate_size
-        self.input_linear = nn.Linear(config.hidden_size, 2 * size, bias=False)
-        self.output_linear = nn.Linear(size, config.hidden_size, bias=False)
+        self.input_linear = Linear(config.hidden_size, 2 * size, bias=False)
+        self.output_linear = Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output_linear(swiglu(self.input_linear(x)))
@@ -80,7 +81,7 @@ class SharedMLP(nn.Module):
 class Router(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer = nn.Linear(config.hidden_size, config.hybrid.experts, bias=False)
+        self.layer = Linear(config.hidden_size, config.hybrid.experts, bias=False)
 
 
 class Experts(nn.Module):
@@ -96,7 +97,7 @@ class Experts(nn.Module):
         if grouped_kernel_works(self.weight) and len(x):
             return F.grouped_mm(x, self.weight.mT, offs=ends)
         parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-        return torch.cat([F.linear(part, weight) for part, weight in zip(parts, self.weight, strict=True)])
+        return torch.cat([linear(part, weight) for part, weight in zip(parts, self.weight, strict=True)])
 
 
 class MixtureOfExperts(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosafe.model import Decoder
+from nanosafe.products import onednn_linear
 
 SMALLEST = 2**18  # elements; below, a call into oneDNN costs more than it saves
 
@@ -26,7 +27,7 @@ class PackedLinear(nn.Module):
         self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return onednn_linear(x, self.packed, self.bias)
 
 
 def packed_view(model: Decoder, rows: int) -> Decoder:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanosafe.products import TILE, add_weight_gradient, prefers_onednn, product_into
+
 try:
     import triton
     import triton.language as tl
@@ -75,9 +77,9 @@ class _ChunkedHead(torch.autograd.Function):
         for part, logits in _chunks(hidden, weight, ctx.chunk_bytes):
             grad = row_gradients(logits, ctx.temperature, weight.dtype, *(x[part] for x in rows))  # [n, V]
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[part])
+                product_into(grad_hidden[part], grad, weight.T)
             if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[part])
+                _add_weight_gradient(grad_weight, grad, hidden[part])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
@@ -85,22 +87,24 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[
     """Rows `part` of hidden and their logits [n, V], before temperature, in a workspace that the next overwrite."""
     dtype = _wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
     rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
+    if prefers_onednn(hidden, weight):
+        rows = max(rows // 2, rows - TILE)  # product_into makes tiles besides
     rows = 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
     workspace = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=dtype)
     wider = {} if dtype == hidden.dtype else {"out_dtype": dtype}
     for start in range(0, len(hidden), rows):
         part = slice(start, min(start + rows, len(hidden)))
-        yield part, torch.mm(hidden[part], weight.T, **wider, out=workspace[: part.stop - start])
+        yield part, product_into(workspace[: part.stop - start], hidden[part], weight, **wider)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without rounding the product to the factors' type where torch allows it."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
+def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total += grad.T @ hidden, without rounding the product to the factors' type where torch allows it."""
+    if total.dtype == grad.dtype:
+        add_weight_gradient(total, grad, hidden)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, grad.T, hidden, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total += grad.T @ hidden
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
