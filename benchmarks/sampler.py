@@ -95,7 +95,7 @@ def workloads_of(args: argparse.Namespace, vocab_size: int) -> dict[str, tuple[l
 
 def load(side: str, folder: str, device: torch.device, dtype: torch.dtype):
     if side == "nanosafe":
-        return load_model(folder, device=device, dtype=dtype)
+        return load_model(folder, device=device, dtype=dtype).requires_grad_(False)  # keeps what it packs
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)

@@ -310,9 +310,8 @@ class Engine:
         max_batch = min(max_batch or (256 if self.graphed else 64), requests or sys.maxsize)
         block_size = block_size or (64 if self.graphed else max_tokens)
         self.slots = not self.graphed and block_size >= max_tokens
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        pack = pack and self.device.type == "cpu" and weights < free_memory(self.device) / 2
-        self.model = packed_view(model, max_batch) if pack else model
+        pack = pack and self.device.type == "cpu"
+        self.model = packed_view(model, free_memory(self.device)) if pack else model
         if cache_bytes is None:
             cache_bytes = int(free_memory(self.device) * (0.8 if self.graphed else 0.5))
         recurrent = model.config.attention_layers < model.config.num_hidden_layers

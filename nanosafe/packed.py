@@ -8,6 +8,7 @@ where they refuse (no AVX-512 in bfloat16, no oneDNN) the plain weights stay.
 
 import copy
 import dataclasses
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from nanosafe.model import Decoder
 from nanosafe.products import onednn_linear
 
 SMALLEST = 2**18  # elements; below, a call into oneDNN costs more than it saves
+# Frozen model -> where its parameters lay and how often they had been changed, and its view
+_kept: WeakKeyDictionary[Decoder, tuple[list[tuple[int, int]], Decoder]] = WeakKeyDictionary()
 
 
 class PackedLinear(nn.Module):
@@ -30,15 +33,21 @@ class PackedLinear(nn.Module):
         return onednn_linear(x, self.packed, self.bias)
 
 
-def packed_view(model: Decoder, rows: int) -> Decoder:
+def packed_view(model: Decoder, memory: int) -> Decoder:
     """A decoder that shares every tensor with `model` but multiplies by packed copies of its larger matrices.
 
-    For inference with about `rows` tokens at a time. Returns `model` itself where packing cannot or does not pay.
+    For inference. That of a frozen model, none of whose parameters asks for a gradient, is kept for the next call, for
+    as long as the model lives and its parameters stay as they are. Returns `model` itself where torch cannot pack, or
+    where copies of all weights would take more than half of `memory` bytes.
     """
-    dtype = model.head_weight.dtype
-    if dtype == torch.float32 and rows == 1 or not packing_works(dtype):
-        return model  # a single float32 row streams plain weights at full bandwidth already
-    view = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), model.config)})
+    weights = list(model.parameters())
+    state = [(weight.data_ptr(), weight._version) for weight in weights]
+    if model in _kept and _kept[model][0] == state:
+        return _kept[model][1]
+    _kept.pop(model, None)
+    if 2 * sum(weight.nbytes for weight in weights) >= memory or not packing_works(model.head_weight.dtype):
+        return model
+    view = copy.deepcopy(model, {id(shared): shared for shared in (*weights, model.config)})
     for module in list(view.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child.weight.numel() >= SMALLEST:
@@ -46,6 +55,8 @@ def packed_view(model: Decoder, rows: int) -> Decoder:
     if view.config.tie_word_embeddings and view.head_weight.numel() >= SMALLEST:
         view.lm_head = PackedLinear(view.head_weight)
         view.config = dataclasses.replace(view.config, tie_word_embeddings=False)
+    if not any(weight.requires_grad for weight in weights):
+        _kept[model] = state, view
     return view
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ LONG = list(range(3, 45))  # 42 tokens
 IDS = torch.tensor([LONG[:30], LONG[12:]])
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=40, ignore_eos=True)
 V, HIDDEN = 97, 32
+PLENTY = 1 << 30  # bytes of memory
 FAMILIES = ["qwen2", "qwen3", "granite"]  # biases; an own head; a tied head
 
 
@@ -45,9 +48,9 @@ def widths(monkeypatch) -> list[int]:
 
 
 @torch.no_grad()
-def packed_widths(model, rows: int, widths: list[int]) -> list[int]:
+def packed_widths(model, widths: list[int]) -> list[int]:
     """Of which widths the packed products of one forward are."""
-    view = packed.packed_view(model, rows)
+    view = packed.packed_view(model, PLENTY)
     widths.clear()
     view(IDS)
     return list(widths)
@@ -60,7 +63,7 @@ def test_a_packed_view_computes_the_same_and_shares_the_rest(family, dtype, widt
     model = fresh_model(family).to(dtype)
     config, modules, tensors = model.config, dict(model.named_modules()), dict(model.named_parameters())
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    view = packed.packed_view(model, rows=4)
+    view = packed.packed_view(model, PLENTY)
     widths.clear()
     with torch.no_grad():
         fast = view(IDS)
@@ -89,17 +92,39 @@ def test_only_large_matrices_are_packed(widths, monkeypatch):
     for family in ("qwen3", "granite"):
         for smallest, head in ((V * HIDDEN, True), (V * HIDDEN + 1, False), (2**18, False)):
             monkeypatch.setattr(packed, "SMALLEST", smallest)
-            assert (V in packed_widths(fresh_model(family), 4, widths)) == head
+            assert (V in packed_widths(fresh_model(family), widths)) == head
             assert HIDDEN not in widths  # what projects back is 48 * 32 or 64 * 32
     assert widths == []
 
 
-def test_one_row_is_packed_in_bfloat16_alone(widths):
-    """A single float32 row streams plain weights at full bandwidth already."""
-    needs_packing(torch.bfloat16)
+def test_the_copies_of_a_frozen_model_are_kept_while_it_stays_as_it_is(monkeypatch):
+    needs_packing(torch.float32)
+    monkeypatch.setattr(packed, "SMALLEST", 1)
     model = fresh_model("qwen3")
-    assert packed_widths(model, 1, widths) == [] and V in packed_widths(model, 2, widths)
-    assert V in packed_widths(model.bfloat16(), 1, widths)
+    assert packed.packed_view(model, PLENTY) is not packed.packed_view(model, PLENTY)  # it may be in training
+    model.requires_grad_(False)
+    view = packed.packed_view(model, PLENTY)
+    assert packed.packed_view(model, PLENTY) is view and packed.packed_view(model, 0) is view
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.neg_()
+    changed = packed.packed_view(model, PLENTY)
+    torch.testing.assert_close(changed(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    assert changed is not view and not torch.allclose(view(IDS), model(IDS), rtol=1e-3, atol=1e-3)
+    weight.data = weight.data.neg()  # another tensor, which no counter tells of
+    moved = packed.packed_view(model, PLENTY)
+    torch.testing.assert_close(moved(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    model.requires_grad_(True)
+    gone = weakref.ref(moved)
+    del model, view, changed, moved, weight
+    gc.collect()
+    assert gone() is None
+
+
+def test_copies_that_would_take_half_of_the_memory_are_not_made():
+    needs_packing(torch.float32)
+    model = fresh_model("qwen3")
+    weights = sum(tensor.nbytes for tensor in model.parameters())
+    assert packed.packed_view(model, 2 * weights) is model and packed.packed_view(model, 2 * weights + 1) is not model
 
 
 def refuse(*_):
@@ -117,7 +142,7 @@ def test_without_torchs_private_functions_the_plain_weights_stay(functions, monk
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**functions))
     model, prompts = fresh_model("qwen2"), [LONG, PROMPTS[1]]
     with torch.no_grad():
-        torch.testing.assert_close(packed.packed_view(model, 4)(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed.packed_view(model, PLENTY)(IDS), model(IDS), rtol=1e-5, atol=1e-5)
     completions = generate(model, prompts, GREEDY)
     assert [c.token_ids for [c] in completions] == [transformers_greedy("qwen2", p, tokens=40) for p in prompts]
 
