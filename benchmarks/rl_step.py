@@ -3,8 +3,9 @@
 Both load the same folders of random weights: a Qwen3-shaped policy of 42M parameters (12 layers, hidden size 512,
 vocabulary 8192) and a reward model of two such layers. A step samples 32 responses of 128 tokens to prompts of 40
 words, scores them, takes the reference model's log-probs for the KL and makes one AdamW update. nanosafe's times are
-those that train_rl.main logs; TRL has one batch of all rollouts, no gradient checkpointing and no vLLM. Runs alternate,
-each in a process of its own, and the first step of each is a warm-up. The last line is one JSON object.
+those that train_rl.main logs, with micro-batches of 4,096 tokens, the tiny models' default; TRL has one batch of all
+rollouts, no gradient checkpointing and no vLLM. Runs alternate, each in a process of its own, and the first step of
+each is a warm-up. The last line is one JSON object.
 
 Every word is one token, so all prompts are equally long and TRL pads nothing. The EOS id lies one past the model's
 vocabulary: it can never be drawn, and every response has all its tokens. The steps differ where the algorithms do:
@@ -102,7 +103,7 @@ def run_nanosafe(folder: Path, out: str, args: argparse.Namespace) -> dict:
         "device": "cpu", "dtype": args.dtype, "steps": 1 + args.steps, "minibatches": 1, "save-every": 1 + args.steps,
         "prompts-per-step": args.rollouts // args.samples_per_prompt, "samples-per-prompt": args.samples_per_prompt,
         "max-response-tokens": args.new_tokens, "kl-coef": KL_COEF, "lr": LEARNING_RATE,
-        "max-prompt-tokens": 4096,
+        "max-prompt-tokens": 4096, "tokens-per-microbatch": 4096,
     }
     train_rl.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     rows = [json.loads(line) for line in open(f"{out}/metrics.jsonl")]

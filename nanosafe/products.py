@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**21  # multiplications; below, a call into oneDNN costs more than it saves
-TILE = 256  # rows; oneDNN writes to a tensor of its own, so what is to end up in another is made in tiles
+TILE_ROWS = 256  # oneDNN writes to a tensor of its own, so what is to end up in another is made in tiles
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -51,7 +51,7 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor, **options) -> Tensor:
     """x [N, in] @ weight.T written to out [N, out], which is returned; options: those of torch.mm."""
     if not prefers_onednn(x, weight):
         return torch.mm(x, weight.T, out=out, **options)
-    for rows, part in zip(out.split(TILE), x.split(TILE), strict=True):
+    for rows, part in zip(out.split(TILE_ROWS), x.split(TILE_ROWS), strict=True):
         rows.copy_(onednn_linear(part, weight))
     return out
 
@@ -60,7 +60,7 @@ def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """total [out, in] += grad.T @ x, for grad [N, out] and x [N, in]."""
     if not prefers_onednn(grad.T, x.T):
         return total.addmm_(grad.T, x)
-    for rows, part in zip(total.split(16 * TILE), grad.split(16 * TILE, dim=1), strict=True):
+    for rows, part in zip(total.split(16 * TILE_ROWS), grad.split(16 * TILE_ROWS, dim=1), strict=True):
         rows += weight_gradient(part, x)
 
 

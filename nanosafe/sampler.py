@@ -65,7 +65,7 @@ class Completion:
 
 
 def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams], *,
-             max_batch: int | None = None, cache_bytes: int | None = None, prefill_tokens: int = 8192,
+             max_batch: int | None = None, cache_bytes: int | None = None, prefill_tokens: int | None = None,
              block_size: int | None = None, banned_token_ids: Many[int] = (), progress: bool = False,
              finished: Callable[[int, Completion], None] | None = None) -> list[list[Completion]]:
     """Sample `params.n` completions of every prompt (token ids); the result is a list of n Completions per prompt.

@@ -1,7 +1,6 @@
 """What the training scripts have around their loops: flags, settings and their origin, clock, trackers, errors."""
 
 import argparse
-import ctypes
 import os
 import resource
 import sys
@@ -18,7 +17,6 @@ from nanosafe.distributed import Ranks
 from nanosafe.weights import MAIN_RANK
 
 UNSET = object()
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 THINKING = dict(choices=("on", "off"), default="on", help="whether the chat template asks for a thought, where it can "
@@ -79,20 +77,6 @@ def positive_float(text: str) -> float:
     return float(text)
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free for those to come, where it is glibc.
-
-    It hands large pieces back to the system otherwise, and each is slow to get anew, page by page: a backward pass of
-    5,000 tokens through a small model took half as long again in a virtual machine.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library
-
-
 def start(
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
@@ -129,8 +113,6 @@ def start(
         raise SystemExit
     ranks = Ranks(args.device)
     args.device = ranks.device.type
-    if args.device == "cpu":
-        keep_freed_memory()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
         raise ValueError("--low-memory is for one process that computes in bfloat16: several spread the masters over "

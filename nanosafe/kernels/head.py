@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanosafe.products import TILE, add_weight_gradient, prefers_onednn, product_into
+from nanosafe.products import TILE_ROWS, add_weight_gradient, prefers_onednn, product_into
 
 try:
     import triton
@@ -88,7 +88,7 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[
     dtype = _wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
     rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
     if prefers_onednn(hidden, weight):
-        rows = max(rows // 2, rows - TILE)  # product_into makes tiles besides
+        rows = max(rows // 2, rows - TILE_ROWS)  # product_into makes tiles besides
     rows = 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
     workspace = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=dtype)
     wider = {} if dtype == hidden.dtype else {"out_dtype": dtype}
