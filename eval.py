@@ -196,7 +196,7 @@ class Evaluation:
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.think(args.thinking == "on")
         self.vocabulary = self.tokenizer.vocabulary()
-        self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype)).requires_grad_(False)
+        self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
         checkpoint = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
         settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking,
                     "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model)}  # fmt: skip
