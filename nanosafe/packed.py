@@ -89,9 +89,9 @@ JOINED = {Attention: JoinedAttention, MLP: JoinedMLP}
 
 
 def packed_view(model: Decoder, memory: int) -> Decoder:
-    """A decoder that shares every tensor with `model` but multiplies by packed copies of its larger matrices.
+    """A decoder that multiplies by packed copies of the larger matrices of `model`, and shares what it does not copy.
 
-    For inference. That of a frozen model, none of whose parameters asks for a gradient, is kept for the next call, for
+    For inference. The view of a frozen model, none of whose parameters asks for a gradient, is kept for the next call, for
     as long as the model lives and its parameters stay as they are. Returns `model` itself where torch cannot pack, or
     where copies of all weights would take more than half of `memory` bytes.
     """
