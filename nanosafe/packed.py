@@ -91,9 +91,9 @@ JOINED = {Attention: JoinedAttention, MLP: JoinedMLP}
 def packed_view(model: Decoder, memory: int) -> Decoder:
     """A decoder that multiplies by packed copies of the larger matrices of `model`, and shares what it does not copy.
 
-    For inference. The view of a frozen model, none of whose parameters asks for a gradient, is kept for the next call, for
-    as long as the model lives and its parameters stay as they are. Returns `model` itself where torch cannot pack, or
-    where copies of all weights would take more than half of `memory` bytes.
+    For inference. The view of a frozen model, none of whose parameters asks for a gradient, is kept for the next call,
+    for as long as the model lives and its parameters stay as they are. Returns `model` itself where torch cannot pack,
+    or where copies of all weights would take more than half of `memory` bytes.
     """
     weights = list(model.parameters())
     state = [(weight.data_ptr(), weight._version) for weight in weights]
