@@ -81,7 +81,7 @@ def talk(args: Namespace) -> None:
     device = Ranks(args.device).device
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     console.note(f"{args.model} in {dtype} on {device.type}, {limit} tokens at most (--max-tokens)")
-    model = load_model(args.model, device=device, dtype=getattr(torch, dtype)).requires_grad_(False)
+    model = load_model(args.model, device=device, dtype=getattr(torch, dtype))
     engine = Engine(model, max_tokens=limit, requests=1)
     # The first tokens compile kernels and capture CUDA graphs, which is not to count as an answer's time.
     engine.add(sequence(model, [0], SamplingParams(max_new_tokens=2, ignore_eos=True)))

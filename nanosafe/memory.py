@@ -248,8 +248,10 @@ class SlotDecode(Step):
         self.positions, self.blocks = positions, torch.arange(len(positions), device=positions.device)
         self.longest = int(positions.max()) + 1
         unseen = torch.arange(self.longest, device=positions.device) > positions[:, None]
-        # [B, 1, 1, longest], added to the scores
-        self.bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None] if unseen.any() else None
+        self.bias = None  # [B, 1, 1, longest], added to the scores
+        if unseen.any():
+            bias = torch.zeros_like(unseen, dtype=cache.keys.dtype).masked_fill_(unseen, -torch.inf)
+            self.bias = bias[:, None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.cache.write(layer, self.blocks, self.positions, k, v)
@@ -261,6 +263,5 @@ class SlotDecode(Step):
             scores = (grouped * scale) @ keys.transpose(2, 3)  # [B, H_kv, H / H_kv, longest]
             scores = scores if self.bias is None else scores.add_(self.bias)
             return (scores.softmax(-1) @ values).flatten(1, 2)
-        bias = None if self.bias is None else self.bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias, scale=scale)
         return out.flatten(1, 2)  # [B, H, head_dim]

@@ -103,7 +103,7 @@ def packed_view(model: Decoder, memory: int) -> Decoder:
     if 2 * sum(weight.nbytes for weight in weights) >= memory or not packing_works(model.head_weight.dtype):
         return model
     view = copy.deepcopy(model, {id(shared): shared for shared in (*weights, model.config)})
-    for module in list(view.modules()):
+    for module in list(view.modules()):  # before packing, so that nothing is packed that is then replaced
         for name, child in module.named_children():
             if type(child) in JOINED:
                 setattr(module, name, JOINED[type(child)](child))

@@ -59,7 +59,8 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor, **options) -> Tensor:
 def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """total [out, in] += grad.T @ x, for grad [N, out] and x [N, in]."""
     if not prefers_onednn(grad.T, x.T):
-        return total.addmm_(grad.T, x)
+        total.addmm_(grad.T, x)
+        return
     for rows, part in zip(total.split(16 * TILE_ROWS), grad.split(16 * TILE_ROWS, dim=1), strict=True):
         rows += weight_gradient(part, x)
 
