@@ -166,9 +166,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 logits [..., V]."""
-        tied = self.config.tie_word_embeddings
-        logits = linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
-        return logits.float() / self.config.logits_scaling
+        if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
+            # Never rounded to half precision: the logits of kernels/head.py, so that sampler and trainer agree.
+            rows = torch.mm(hidden.flatten(0, -2), self.head_weight.T, out_dtype=torch.float32)
+            logits = rows.unflatten(0, hidden.shape[:-1])
+        elif self.config.tie_word_embeddings:
+            logits = linear(hidden, self.head_weight).float()
+        else:
+            logits = self.lm_head(hidden).float()
+        return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> float32 logits [B, T, V]; causal, every token is real (no padding semantics)."""

@@ -1,0 +1,122 @@
+"""What runs only on CUDA, on a pretended device: decoding by graphs, products and attention in bfloat16, training."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_cuda import DEVICE, pretending
+from tiny import random_checkpoint
+from world import write_world
+
+import train_rl
+import train_sft
+from nanosafe import granite
+from nanosafe.batches import pack, response_logprobs
+from nanosafe.data import Document
+from nanosafe.memory import KVCache
+from nanosafe.sampler import SamplingParams, generate
+from nanosafe.weights import load_model
+
+PROMPTS = [list(range(5, 55)), [5, 6, 7, 8], list(range(5, 30)) + [3, 4], [9, 10, 11], [3] * 20]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "granite4"])
+def test_graphs_draw_what_the_cpu_draws(family, tmp_path, monkeypatch):
+    """With small blocks, prefills in parts, shared prompts and too few blocks for all sequences."""
+    random_checkpoint(tmp_path, family)
+    params = [SamplingParams(max_new_tokens=20 + i, seed=i, n=2, ignore_eos=True, top_p=1 - i / 10) for i in range(5)]
+    cpu = load_model(tmp_path, dtype=torch.float32)
+    expected = generate(cpu, PROMPTS, params)
+    monkeypatch.setattr(granite, "grouped_kernel_works", lambda weight: weight.is_cuda)
+    slots = KVCache.bytes_per_slot(cpu.config, torch.float32)
+    with pretending() as machine:
+        model = load_model(tmp_path, device=DEVICE, dtype=torch.float32)
+        found = generate(model, PROMPTS, params, block_size=8, prefill_tokens=32, max_batch=6,
+                         cache_bytes=20 * 8 * KVCache.bytes_per_position(cpu.config, torch.float32) + 14 * slots)
+    assert machine.graphs and not machine.capturing
+    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_the_host_looks_at_what_was_drawn_every_eighth_step(tmp_path):
+    random_checkpoint(tmp_path, "qwen3")
+    with pretending() as machine:
+        model = load_model(tmp_path, device=DEVICE)
+        machine.waits.clear()
+        generate(model, [[3, 4, 5]], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    looks = 1 + 3  # after the prefill, which draws a token, and after 8, 8 and 3 steps of decoding
+    assert machine.waits.pop("to the host") == 2 * looks  # for tokens and for log-probs
+    assert set(machine.waits) == {"from the host"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_bfloat16_the_sampler_has_the_logits_of_training(tied, tmp_path):
+    """Rounded to bfloat16 they would differ by up to 2 in 1,000."""
+    random_checkpoint(tmp_path, "qwen3", tie_word_embeddings=tied)
+    with pretending(), torch.no_grad():
+        model = load_model(tmp_path, device=DEVICE, dtype=torch.bfloat16)
+        packed = pack([Document([3, 4], [5, 6, 7]), Document([8], [9] * 5)], DEVICE)
+        scored = response_logprobs(model, packed)[0]
+        hidden = model.hidden(packed.tokens, packed.memory.positions, packed.memory)[packed.predicts]
+        logprobs = model.logits(hidden).log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.cpu(), scored.cpu(), atol=1e-6, rtol=0)
+
+
+def metrics_of(script, world: Path, device: str, *flags: str) -> list[dict]:
+    """What a training script logged, without times and memory, and without what is not defined."""
+    out = world / f"{script.__name__}-{device}"
+    with pretending() if device == "cuda" else nullcontext():
+        script.main(["--model", str(world / "policy"), "--out", str(out), "--device", device, "--lr", "1e-3", *flags])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if v is not None and not k.startswith(("time", "memory"))} for row in rows]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "granite4"])
+def test_training_on_cuda_is_that_on_the_cpu(family, tmp_path):
+    world = write_world(tmp_path, family=family)
+    flags = {
+        train_sft: ["--data", str(world / "rows.jsonl"), "--epochs", "1", "--batch-size", "5"],
+        train_rl: ["--prompts", str(world / "rows.jsonl"), "--reward-model", str(world / "reward"), "--steps", "2",
+                   "--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatches", "2",
+                   "--max-response-tokens", "10"],
+    }  # fmt: skip
+    for script in flags:
+        cpu, cuda = (metrics_of(script, world, device, "--dtype", "float32", *flags[script])
+                     for device in ("cpu", "cuda"))  # fmt: skip
+        assert cuda == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in cpu]
+
+
+@pytest.mark.parametrize("flag", ["--no-recompute", "--low-memory"])
+def test_training_in_bfloat16_on_cuda(flag, tmp_path):
+    """Other kernels round elsewhere, so only the first step is nearly that of the CPU."""
+    world = write_world(tmp_path)
+    sft = ["--data", str(world / "rows.jsonl"), "--epochs", "1", "--batch-size", "5", "--dtype", "bfloat16", flag]
+    cpu, cuda = (metrics_of(train_sft, world, device, *sft) for device in ("cpu", "cuda"))
+    assert cuda[0] == pytest.approx(cpu[0], rel=0.01)
+    rl = ["--prompts", str(world / "rows.jsonl"), "--reward-model", str(world / "reward"), "--steps", "2", flag,
+          "--prompts-per-step", "4", "--minibatches", "1", "--max-response-tokens", "10"]  # fmt: skip
+    for row in metrics_of(train_rl, world, "cuda", *rl):  # bfloat16 is the default there
+        assert row["policy/skipped"] == 0 and 1e-5 < row["mismatch/mean"] < 0.01
+
+
+def test_the_pretended_device_refuses_what_cuda_refuses():
+    with pretending() as machine:
+        there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+        with pytest.raises(RuntimeError, match="not all on one device"):
+            there + here
+        assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number may come from the host
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            doubled = there * 2
+            there += 1
+            with pytest.raises(RuntimeError, match="not permitted"):
+                there.sum().item()
+            with pytest.raises(RuntimeError, match="not permitted"):
+                here.to(DEVICE)
+        for expected in ([4, 4, 4], [6, 6, 6]):
+            graph.replay()
+            assert doubled.tolist() == expected
+        assert machine.waits["to the host"] == 3
