@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -264,9 +265,11 @@ class Rows:
         self.positions += 1
         self.steps += 1
 
-    def copy_(self, other: "Rows") -> None:
-        for one in fields(self):
-            getattr(self, one.name).copy_(getattr(other, one.name))
+    def load(self, other: "Rows") -> None:
+        """Take the values of as many rows, whose tables may be narrower: no row reads beyond its own blocks."""
+        for name in (one.name for one in fields(self)):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            (ours[:, : theirs.shape[1]] if theirs.dim() > 1 else ours).copy_(theirs)
 
 
 class DecodeGraph:
@@ -275,14 +278,20 @@ class DecodeGraph:
     def __init__(self, step, rows: Rows, memory_pool):
         """step(rows) advances rows in place; `rows` are idle ones, whose tensors the graph keeps."""
         self.rows, self.graph = rows, torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
+        side = capture_stream(rows.tokens.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step(rows)  # compiles kernels and sets libraries up, which must not happen while capturing
             rows.positions.zero_()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph, pool=memory_pool):
+        with torch.cuda.graph(self.graph, pool=memory_pool, stream=side):
             step(rows)
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps a workspace, 32 MiB on Hopper, for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Engine:
@@ -346,10 +355,11 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Sequence]:
         """One prefill, or one round of decoding; returns the sequences that drew tokens. Finished ones leave."""
-        self._copy(self.scheduler.admit())
-        self._begin()
-        chunks = self.scheduler.prefill()
-        drew = self._prefill(chunks) if chunks else self._decode()
+        with torch.cuda.device_of(self.cache.values):  # where Triton launches and graphs capture
+            self._copy(self.scheduler.admit())
+            self._begin()
+            chunks = self.scheduler.prefill()
+            drew = self._prefill(chunks) if chunks else self._decode()
         for sequence in drew:
             if sequence.finish_reason:
                 self.scheduler.remove(sequence)
@@ -438,14 +448,14 @@ class Engine:
         if size not in self.graphs:
             idle = self._rows([], size, self.table_width)
             self.graphs[size] = DecodeGraph(self._advance, idle, self.graph_memory)
-        self.graphs[size].rows.copy_(self._rows(sequences, size, self.table_width))
+        self.graphs[size].rows.load(self._rows(sequences, size))
         return self.graphs[size]
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now; on CUDA also what torch's allocator holds unused: after training, most."""
+    """Bytes that could be allocated now. On CUDA torch's allocator first gives back what it holds unused."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # the total on macOS
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")  # zeroed pages count only once they are written

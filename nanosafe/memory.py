@@ -231,7 +231,8 @@ class PagedDecode(Step):
     def __init__(self, cache: KVCache, tables: Tensor, positions: Tensor, slots: Tensor | None = None):
         super().__init__(cache, slots)
         self.tables = tables  # [B, M]
-        self.blocks = tables.gather(1, (positions // cache.block_size)[:, None])[:, 0]
+        # long, or every layer's write would convert them
+        self.blocks = tables.gather(1, (positions // cache.block_size)[:, None])[:, 0].long()
         self.offsets = positions % cache.block_size
         self.lengths = (positions + 1).to(torch.int32)
 

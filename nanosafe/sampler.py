@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
 from nanosafe.distributed import Ranks
@@ -23,6 +24,7 @@ from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
 
 PACKING_PAYS = 32  # new tokens from which packing the weights, on a CPU, takes less time than it saves
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -99,6 +101,10 @@ def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | 
                 bar.update()
                 if finished:
                     finished(prompt_of[i], done[i])
+    del engine
+    if model.head_weight.is_cuda:
+        # What training makes next would lie in the memory of the KV cache, and keep all of it from being given back.
+        torch.cuda.empty_cache()
     completions = iter(done)
     return [[next(completions) for _ in range(one.n)] for one in each]
 

@@ -109,7 +109,7 @@ def test_the_pretended_device_refuses_what_cuda_refuses():
             there + here
         assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number may come from the host
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, None, None):
             doubled = there * 2
             there += 1
             with pytest.raises(RuntimeError, match="not permitted"):

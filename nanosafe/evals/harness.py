@@ -23,7 +23,9 @@ from nanosafe.rewards import Reward, conversation
 from nanosafe.sampler import Completion, SamplingParams, generate
 from nanosafe.tokenizer import Tokenizer
 
-CHUNK = 64  # responses per process between two looks at the progress bar, and between two saves of dear verdicts
+# Responses per process between two looks at the progress bar, and between two saves of dear verdicts. A judge's weights
+# come to the GPU for each chunk.
+CHUNK = 256
 
 
 def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks: Ranks, seed: int,

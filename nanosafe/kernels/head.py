@@ -48,7 +48,8 @@ def token_logprob_entropy(
     """
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {list(targets.shape)} are not one per row of hidden states {list(hidden.shape)}")
-    return _ChunkedHead.apply(hidden, weight, targets.contiguous(), float(temperature), chunk_bytes)
+    with torch.cuda.device_of(hidden):  # where Triton launches
+        return _ChunkedHead.apply(hidden, weight, targets.contiguous(), float(temperature), chunk_bytes)
 
 
 class _ChunkedHead(torch.autograd.Function):
