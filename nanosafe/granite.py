@@ -94,7 +94,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [rows, in], the rows of expert e ending at ends[e] -> [rows, out]."""
-        if grouped_kernel_works(self.weight) and len(x):
+        if grouped_kernel_works(self.weight, training=torch.is_grad_enabled()) and len(x):
             return F.grouped_mm(x, self.weight.mT, offs=ends)
         parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
         return torch.cat([linear(part, weight) for part, weight in zip(parts, self.weight, strict=True)])
@@ -128,16 +128,21 @@ class MixtureOfExperts(nn.Module):
         return (out * top.softmax(-1).to(x.dtype)[..., None]).sum(1)
 
 
-def grouped_kernel_works(weight: Tensor) -> bool:
-    """Whether PyTorch has one kernel for all experts; without it their numbers of rows are read on the host."""
+def grouped_kernel_works(weight: Tensor, *, training: bool) -> bool:
+    """Whether PyTorch has one kernel for all experts; without it their numbers of rows are read on the host.
+
+    On Blackwell it has, but gives experts without a token a gradient that is not zero (pytorch issue 172439).
+    """
     if not weight.is_cuda or weight.dtype != torch.bfloat16:
         return False
-    return torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    generation = torch.cuda.get_device_capability(weight.device)[0]
+    return generation == 9 or generation > 9 and not training
 
 
 def groups_on_host(model: nn.Module) -> bool:
-    """Whether a forward pass waits for the experts' numbers of rows, which no CUDA graph can."""
-    return any(not grouped_kernel_works(module.weight) for module in model.modules() if isinstance(module, Experts))
+    """Whether sampling waits for the experts' numbers of rows, which no CUDA graph can."""
+    return any(not grouped_kernel_works(module.weight, training=False) for module in model.modules()
+               if isinstance(module, Experts))  # fmt: skip
 
 
 def swiglu(x: Tensor) -> Tensor:
