@@ -25,7 +25,7 @@ except ImportError:  # not every platform has it; the plain twin runs everywhere
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides the same way, when a kernel is defined
 
 # Every chunk reads and writes the weight's whole gradient, so few large chunks: at least 512 rows up to V = 262,144.
-CHUNK_BYTES = 512 << 20
+CHUNK_BYTES, CPU_CHUNK_BYTES = 512 << 20, 64 << 20
 BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache from step to step
 TILE = 4096  # logits that a program of the Triton kernels has in registers at a time
 # A log-prob of -inf has p = 0 and adds nothing to an entropy, but 0 * -inf would be NaN. Below -1000 p is 0 as well,
@@ -88,6 +88,8 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[
     """Rows `part` of hidden and their logits [n, V], before temperature, in a workspace that the next overwrite."""
     dtype = _wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
     rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
+    if not hidden.is_cuda:  # a smaller workspace is memory that was used before, which is faster than fresh memory
+        rows = min(rows, max(512, CPU_CHUNK_BYTES // (len(weight) * dtype.itemsize)))
     if prefers_onednn(hidden, weight):
         rows = max(rows // 2, rows - TILE_ROWS)  # product_into makes tiles besides
     rows = 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
