@@ -142,12 +142,12 @@ class Machine(TorchDispatchMode):
             self.capturing = None
 
 
-def packed_attention(q, k, v, ends, ends_k, longest, longest_k, is_causal, scale, window_size, enable_gqa, *unused):
+def packed_attention(q, k, v, ends, ends_k, longest, longest_k, is_causal, scale, window_size, *unused):
     """torch's kernel for packed documents, one document after the other."""
     assert q.dtype == torch.bfloat16 and ends.dtype == torch.int32 and window_size == [-1, 0]
     assert longest == int(ends.diff().max()) and len(q) == int(ends[-1])
     parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in zip(ends, ends[1:], strict=False)]
-    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=enable_gqa) for part in parts]
+    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True) for part in parts]
     logsumexp, state = torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
     return torch.cat([x[0].transpose(0, 1) for x in out]), logsumexp, state
 
@@ -211,7 +211,7 @@ def pretending():
         mem_get_info=lambda device: (64 << 20, properties.total_memory), empty_cache=lambda: None,
         max_memory_allocated=lambda: 0, Stream=lambda device: stream,
         current_stream=lambda: stream, stream=lambda stream: nullcontext(), CUDAGraph=Graph, graph=machine.capture,
-        graph_pool_handle=lambda: (0, 0),
+        graph_pool_handle=lambda: (0, 0), is_current_stream_capturing=lambda: machine.capturing is not None,
     )  # fmt: skip
 
     def kernel(plain):
