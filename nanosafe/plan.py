@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from nanosafe.config import ALIASES, SHAPES, ModelConfig, recipe
+from nanosafe.engine import cpu_prefill_tokens
 from nanosafe.granite import Experts
 from nanosafe.kernels.head import CHUNK_BYTES
 from nanosafe.memory import KVCache
@@ -31,8 +32,8 @@ GIB = 1 << 30
 # Of a GPU's memory, what torch's allocator never gets (CUDA context, libraries, NCCL) and what it loses to fragments.
 CONTEXT, FRAGMENTS = 1e9, 0.03
 SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score's default
-# engine.Engine's own settings on CUDA, and on a CPU: share of free memory for the cache, rows, positions per block,
-# tokens of a prefill.
+# engine.Engine's own settings: share of free memory for the cache, and rows; on CUDA positions per block, and tokens of
+# a prefill.
 POOL_SHARE, ROWS, BLOCK, PREFILL = {"cuda": 0.8, "cpu": 0.5}, {"cuda": 256, "cpu": 64}, 64, 8192
 # Of hours. bf16 FLOP/s (H100 and H200 have the same cores) and bytes/s by data sheet.
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9  # LINK: CPU to GPU, for --offload
@@ -334,11 +335,12 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
 
     rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
     batch = min(rows, ROWS[machine.kind])
+    prefill = PREFILL if machine.kind == "cuda" else cpu_prefill_tokens(config)
     phases = {
         "rollout": resident("rollout") | {
             "gathered weights": s * size.total * (world > 1),
-            # prefill; logits of all rows in --dtype, in float32 and scaled
-            "activations": PREFILL * forward_bytes(config, s) + batch * config.vocab_size * (s + 8),
+            # logits of all rows: in --dtype (on a CPU), in float32, and a copy that drawing makes
+            "activations": prefill * forward_bytes(config, s) + batch * config.vocab_size * (s + 8),
         },
         "reward": resident("reward") | {"activations": score},
         "log-probs": resident("log-probs") | {

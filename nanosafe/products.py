@@ -61,8 +61,8 @@ def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if not prefers_onednn(grad.T, x.T):
         total.addmm_(grad.T, x)
         return
-    for rows, part in zip(total.split(16 * TILE_ROWS), grad.split(16 * TILE_ROWS, dim=1), strict=True):
-        rows += weight_gradient(part, x)
+    for rows, part in zip(total.split(8 * TILE_ROWS), grad.split(8 * TILE_ROWS, dim=1), strict=True):
+        rows += onednn_linear(part.T, x.T)  # not the narrower one on the left: its result would be added transposed
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
