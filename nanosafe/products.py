@@ -75,8 +75,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear`, for weights that are plain, transposed or packed (see packed.py); without gradients."""
     if weight.layout == torch.strided and not (weight.is_contiguous() or weight.T.is_contiguous()):
-        # With gaps between its rows or columns it would go to a reference loop, 1,000 times slower.
-        weight = weight.T.contiguous().T if weight.stride(0) == 1 else weight.contiguous()
+        weight = weight.contiguous()  # with gaps between its rows it would go to a reference loop, 1,000 times slower
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -208,8 +208,8 @@ def pretending():
         _lazy_init=lambda: None, is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
         set_device=lambda device: None, synchronize=lambda: None, reset_peak_memory_stats=lambda: None,
         get_device_properties=lambda device: properties, get_device_capability=lambda device: (9, 0),
-        mem_get_info=lambda device: (64 << 20, properties.total_memory), empty_cache=lambda: None,
-        max_memory_allocated=lambda: 0, Stream=lambda device: stream,
+        mem_get_info=lambda device: (64 << 20, properties.total_memory), max_memory_allocated=lambda: 0,
+        empty_cache=lambda: machine.wait("memory given back"), Stream=lambda device: stream,
         current_stream=lambda: stream, stream=lambda stream: nullcontext(), CUDAGraph=Graph, graph=machine.capture,
         graph_pool_handle=lambda: (0, 0), is_current_stream_capturing=lambda: machine.capturing is not None,
     )  # fmt: skip

@@ -56,6 +56,7 @@ def test_the_host_looks_at_what_was_drawn_every_eighth_step(tmp_path):
     assert machine.graphs
     looks = 1 + 3  # after the prefill, which draws a token, and after 8, 8 and 3 steps of decoding
     assert machine.waits.pop("to the host") == 2 * looks  # for tokens and for log-probs
+    assert machine.waits.pop("memory given back") == 2  # before the cache is made, and after it is gone
     assert set(machine.waits) == {"from the host"}
 
 
