@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanosafe.config import SHAPES, ModelConfig  # noqa: E402
+from nanosafe.engine import DecodeGraph  # noqa: E402
 from nanosafe.memory import KVCache, PagedDecode, SlotDecode  # noqa: E402
 from nanosafe.model import Decoder  # noqa: E402
 
@@ -69,11 +70,7 @@ class Decoding:
         self.tables = torch.arange(batch * self.pages, device=device, dtype=torch.int32).view(batch, -1)
         self.positions, self.run = torch.zeros_like(self.slots), self.step
         if device.type == "cuda":  # as the sampler does; else the time would be that of launching kernels
-            self.step()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.step()
-            self.run = graph.replay
+            self.run = DecodeGraph(Decoding.step, self, None).graph.replay
 
     @torch.no_grad()
     def step(self) -> None:

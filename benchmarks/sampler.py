@@ -119,7 +119,8 @@ def peak_gb(side: str, folder: str, workload: str) -> float | None:
     done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peak", side, folder, workload],
                           capture_output=True, text=True)
     if done.returncode:
-        return print(f"{workload}: {side} is left out: {done.stderr.strip().splitlines()[-1]}")
+        reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return print(f"{workload}: {side} is left out: {reason[-1]}")
     return round(float(done.stdout.split()[-1]), 3)
 
 

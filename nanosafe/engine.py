@@ -268,8 +268,8 @@ class Rows:
 
     def load(self, other: "Rows") -> None:
         """Take the values of as many rows, whose tables may be narrower: no row reads beyond its own blocks."""
-        for name in (one.name for one in fields(self)):
-            ours, theirs = getattr(self, name), getattr(other, name)
+        for one in fields(self):
+            ours, theirs = getattr(self, one.name), getattr(other, one.name)
             (ours[:, : theirs.shape[1]] if theirs.dim() > 1 else ours).copy_(theirs)
 
 
@@ -307,10 +307,9 @@ class Engine:
                  requests: int | None = None, banned_token_ids: Iterable[int] = (), pack: bool = True):
         """max_batch: sequences that decode together (default 64 on a CPU, 256 on CUDA), not more than `requests` where
         their number is known; cache_bytes: memory of the KV cache (default: of what is free, half on a CPU and 80 % on
-        CUDA), of which at most half is for the states of Mamba layers; prefill_tokens: of one prefill
-        (default: 8192 on CUDA, elsewhere fewer: see cpu_prefill_tokens); block_size: positions per block (default: 64
-        on CUDA, one slot per sequence elsewhere); banned_token_ids: never drawn, and log-probs are those of what is
-        left."""
+        CUDA), of which at most half is for the states of Mamba layers; prefill_tokens: of one prefill (default: see
+        default_prefill_tokens); block_size: positions per block (default: 64 on CUDA, one slot per sequence elsewhere);
+        banned_token_ids: never drawn, and log-probs are those of what is left."""
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -319,8 +318,7 @@ class Engine:
         # The plain twins read values on the host.
         self.graphed = self.device.type == "cuda" and triton is not None and not groups_on_host(model)
         max_batch = min(max_batch or (256 if self.graphed else 64), requests or sys.maxsize)
-        if prefill_tokens is None:
-            prefill_tokens = 8192 if self.device.type == "cuda" else cpu_prefill_tokens(model.config)
+        prefill_tokens = prefill_tokens or default_prefill_tokens(model.config, self.device.type)
         block_size = block_size or (64 if self.graphed else max_tokens)
         self.slots = not self.graphed and block_size >= max_tokens
         pack = pack and self.device.type == "cpu"
@@ -454,10 +452,13 @@ class Engine:
         return self.graphs[size]
 
 
-def cpu_prefill_tokens(config: ModelConfig) -> int:
-    """As many as keep an MLP's activations close to the cores and in memory that was used before, which is faster than
-    fresh memory; from 256, below which reading the weights takes longer, to 2048."""
-    return max(256, min(2048, 2**21 // config.intermediate_size))
+def default_prefill_tokens(config: ModelConfig, kind: str) -> int:
+    """Tokens of one prefill on a device of this kind, cuda or cpu.
+
+    On a CPU as many as keep an MLP's activations close to the cores and in memory that was used before, which is faster
+    than fresh memory; from 256, below which reading the weights takes longer, to 2048.
+    """
+    return 8192 if kind == "cuda" else max(256, min(2048, 2**21 // config.intermediate_size))
 
 
 def free_memory(device: torch.device) -> int:

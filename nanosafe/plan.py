@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from nanosafe.config import ALIASES, SHAPES, ModelConfig, recipe
-from nanosafe.engine import cpu_prefill_tokens
+from nanosafe.engine import default_prefill_tokens
 from nanosafe.granite import Experts
 from nanosafe.kernels.head import CHUNK_BYTES
 from nanosafe.memory import KVCache
@@ -32,9 +32,8 @@ GIB = 1 << 30
 # Of a GPU's memory, what torch's allocator never gets (CUDA context, libraries, NCCL) and what it loses to fragments.
 CONTEXT, FRAGMENTS = 1e9, 0.03
 SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score's default
-# engine.Engine's own settings: share of free memory for the cache, and rows; on CUDA positions per block, and tokens of
-# a prefill.
-POOL_SHARE, ROWS, BLOCK, PREFILL = {"cuda": 0.8, "cpu": 0.5}, {"cuda": 256, "cpu": 64}, 64, 8192
+# engine.Engine's own settings: share of free memory for the cache, and rows; on CUDA positions per block.
+POOL_SHARE, ROWS, BLOCK = {"cuda": 0.8, "cpu": 0.5}, {"cuda": 256, "cpu": 64}, 64
 # Of hours. bf16 FLOP/s (H100 and H200 have the same cores) and bytes/s by data sheet.
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9  # LINK: CPU to GPU, for --offload
 COMPUTE_SHARE, MEMORY_SHARE = 0.4, 0.6  # assumed: what training reaches of the one, decoding of the other
@@ -335,7 +334,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
 
     rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
     batch = min(rows, ROWS[machine.kind])
-    prefill = PREFILL if machine.kind == "cuda" else cpu_prefill_tokens(config)
+    prefill = default_prefill_tokens(config, machine.kind)
     phases = {
         "rollout": resident("rollout") | {
             "gathered weights": s * size.total * (world > 1),

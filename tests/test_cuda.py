@@ -3,13 +3,13 @@
 On a GPU where there is one, else on a pretended device.
 """
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from pretend_cuda import DEVICE, pretending
+from test_train import rl_args, rows_of, sft_args, without_clock
 from tiny import random_checkpoint
 from world import write_world
 
@@ -73,27 +73,22 @@ def test_in_bfloat16_the_sampler_has_the_logits_of_training(tied, tmp_path):
         torch.testing.assert_close(logprobs.cpu(), scored.cpu(), atol=1e-6, rtol=0)
 
 
+ARGS = {train_sft: sft_args, train_rl: rl_args}
+
+
 def metrics_of(script, world: Path, device: str, *flags: str) -> list[dict]:
     """What a training script logged, without times and memory, and without what is not defined."""
     out = world / f"{script.__name__}-{device}"
     with cuda() if device == "cuda" else nullcontext():
-        script.main(["--model", str(world / "policy"), "--out", str(out), "--device", device, "--lr", "1e-3", *flags])
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if v is not None and not k.startswith(("time", "memory"))} for row in rows]
+        script.main(ARGS[script](world, out, "--device", device, *flags))
+    return [{k: v for k, v in row.items() if v is not None} for row in without_clock(rows_of(out))]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "granite4"])
 def test_training_on_cuda_is_that_on_the_cpu(family, tmp_path):
     world = write_world(tmp_path, family=family)
-    flags = {
-        train_sft: ["--data", str(world / "rows.jsonl"), "--epochs", "1", "--batch-size", "5"],
-        train_rl: ["--prompts", str(world / "rows.jsonl"), "--reward-model", str(world / "reward"), "--steps", "2",
-                   "--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatches", "2",
-                   "--max-response-tokens", "10"],
-    }  # fmt: skip
-    for script in flags:
-        on_cpu, on_cuda = (metrics_of(script, world, device, "--dtype", "float32", *flags[script])
-                           for device in ("cpu", "cuda"))  # fmt: skip
+    for script in ARGS:
+        on_cpu, on_cuda = (metrics_of(script, world, device, "--dtype", "float32") for device in ("cpu", "cuda"))
         assert on_cuda == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in on_cpu]
 
 
@@ -101,12 +96,9 @@ def test_training_on_cuda_is_that_on_the_cpu(family, tmp_path):
 def test_training_in_bfloat16_on_cuda(flag, tmp_path):
     """Other kernels round elsewhere, so only the first step is nearly that of the CPU."""
     world = write_world(tmp_path)
-    sft = ["--data", str(world / "rows.jsonl"), "--epochs", "1", "--batch-size", "5", "--dtype", "bfloat16", flag]
-    on_cpu, on_cuda = (metrics_of(train_sft, world, device, *sft) for device in ("cpu", "cuda"))
+    on_cpu, on_cuda = (metrics_of(train_sft, world, device, "--dtype", "bfloat16", flag) for device in ("cpu", "cuda"))
     assert on_cuda[0] == pytest.approx(on_cpu[0], rel=0.01)
-    rl = ["--prompts", str(world / "rows.jsonl"), "--reward-model", str(world / "reward"), "--steps", "2", flag,
-          "--prompts-per-step", "4", "--minibatches", "1", "--max-response-tokens", "10"]  # fmt: skip
-    for row in metrics_of(train_rl, world, "cuda", *rl):  # bfloat16 is the default there
+    for row in metrics_of(train_rl, world, "cuda", flag):  # bfloat16 is the default there
         assert row["policy/skipped"] == 0 and 1e-5 < row["mismatch/mean"] < 0.01
 
 

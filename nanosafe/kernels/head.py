@@ -87,9 +87,10 @@ class _ChunkedHead(torch.autograd.Function):
 def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows `part` of hidden and their logits [n, V], before temperature, in a workspace that the next overwrite."""
     dtype = _wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
-    rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
+    row_bytes = len(weight) * dtype.itemsize
+    rows = max(1, chunk_bytes // row_bytes)
     if not hidden.is_cuda:  # a smaller workspace is memory that was used before, which is faster than fresh memory
-        rows = min(rows, max(512, CPU_CHUNK_BYTES // (len(weight) * dtype.itemsize)))
+        rows = min(rows, max(512, CPU_CHUNK_BYTES // row_bytes))
     if prefers_onednn(hidden, weight):
         rows = max(rows // 2, rows - TILE_ROWS)  # product_into makes tiles besides
     rows = 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
