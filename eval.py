@@ -28,6 +28,12 @@ part has:
                                             (nanosafe/evals/diagnostics.py)
 """
 
+import os
+
+# Responses of all lengths leave a GPU's memory in pieces otherwise. PyTorch reads this when it is imported.
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+
 import json
 import re
 import time

@@ -39,6 +39,8 @@ class Ranks:
         self.device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            # cuBLAS may add the parts of a bfloat16 product in bfloat16 unless told not to.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         elif os.environ.get("OMP_NUM_THREADS") == "1" and (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
             # What torchrun sets where nothing is set, however many cores there are.
             torch.set_num_threads(max(1, available_cores() // here))
@@ -46,7 +48,7 @@ class Ranks:
         self.patient = None
         if self.world > 1:
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+                join_group(self.device)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def balance(self, costs: Sequence[float]) -> list[list[int]]:
@@ -118,6 +120,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def join_group(device: torch.device, **options) -> None:
+    """Join the process group of torchrun's environment, or of `options` (see init_process_group)."""
+    if device.type == "cuda":  # told which GPU is this rank's, nccl need not guess at the first exchange
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT, **options)
+
+
 def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     """Spread a decoder's parameters over the ranks, in place: each keeps its rows of every one and computes in `dtype`.
 
@@ -169,11 +179,15 @@ def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
 def visiting(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """`model` on `device` for a turn, then where it was before; nothing moves if that is the same.
 
-    Only for models that do not change: what comes back is what went.
+    Only for models that do not change: what comes back is what went. A model that visits a GPU stays pinned at home from
+    its first visit on: pageable memory crosses at a fraction of the link's speed, and makes the host wait.
     """
-    home = [parameter.data for parameter in model.parameters()]
+    home = []
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(device)
+        if device.type == "cuda" and parameter.device.type == "cpu":
+            parameter.data = parameter.data.pin_memory()  # itself where it is pinned already
+        home.append(parameter.data)
+        parameter.data = parameter.data.to(device, non_blocking=True)
     try:
         yield model
     finally:

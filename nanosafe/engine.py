@@ -18,7 +18,7 @@ import sys
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -33,6 +33,8 @@ from nanosafe.packed import packed_view
 
 SHORTEST_SHARED = 16  # tokens; a shorter common prefix is not worth waiting for or copying
 STEPS_PER_LOOK = 8  # decode steps between two looks of the host at what was drawn, on CUDA
+# Rows of the graphs: an idle row costs next to nothing, a capture as much as several steps.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(eq=False)
@@ -219,44 +221,42 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
-@dataclass
 class Rows:
-    """Tensors of the sequences that draw together, one row each. A decode step changes them in place."""
+    """Tensors of the sequences that draw together, one row each. A decode step changes them in place.
 
-    tokens: Tensor  # [B] the last token of each
-    positions: Tensor  # [B] its position
-    tables: Tensor  # [B, M] int32 block tables
-    slots: Tensor  # [B]
-    steps: Tensor  # [B] number of the token to be drawn
-    seeds: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    logprobs: Tensor  # [B] of the last token
+    What the host sets together lies together, so that it takes four copies to a device, not one for each column.
+    """
 
-    @classmethod
-    def of(cls, sequences: list[Sequence], size: int, width: int, cache: KVCache) -> "Rows":
-        """Rows of `sequences`, filled up to `size` rows, and to `width` blocks each, that use scratch memory alone."""
+    def __init__(self, size: int, width: int, device: torch.device):
+        """width: blocks of the longest sequence."""
+        self.integers = torch.zeros(6, size, dtype=torch.long, device=device)
+        self.floats = torch.zeros(3, size, device=device)
+        self.top_p = torch.zeros(size, dtype=torch.float64, device=device)
+        self.tables = torch.zeros(size, width, dtype=torch.int32, device=device)  # [B, M] block tables
+        # [B] each: the last token of each, its position, the state's slot, number of the token to be drawn, noise
+        self.tokens, self.positions, self.slots, self.steps, self.seeds, self.top_k = self.integers.unbind()
+        self.temperature, self.min_p, self.logprobs = self.floats.unbind()  # logprobs: of the last token
+
+    def fill(self, sequences: list[Sequence], cache: KVCache) -> None:
+        """Take the values of `sequences`; the rows that are left use scratch memory alone."""
         idle = Sequence([0], 1, frozenset(), seed=0, temperature=0.0, slot=cache.scratch_slot)
-        each = sequences + [idle] * (size - len(sequences))
+        each = sequences + [idle] * (len(self.tokens) - len(sequences))
+        integers, floats = [], []
+        for s in each:
+            last = (s.token_ids or s.prompt)[-1]
+            integers.append((last, len(s) - 1, s.slot, len(s.token_ids), s.seed, s.top_k))
+            floats.append((s.temperature, s.min_p, 0.0))
+        self.integers.copy_(torch.tensor(integers).T)
+        self.floats.copy_(torch.tensor(floats).T)
+        self.top_p.copy_(torch.tensor([s.top_p for s in each], dtype=torch.float64))
+        self.fill_tables(sequences, cache)
 
-        def column(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=cache.keys.device)
-
-        return cls(
-            tokens=column([(s.token_ids or s.prompt)[-1] for s in each]),
-            positions=column([len(s) - 1 for s in each]),
-            tables=column([s.blocks + [cache.scratch] * (width - len(s.blocks)) for s in each], torch.int32),
-            slots=column([s.slot for s in each]),
-            steps=column([len(s.token_ids) for s in each]),
-            seeds=column([s.seed for s in each]),
-            temperature=column([s.temperature for s in each], torch.float32),
-            top_k=column([s.top_k for s in each]),
-            top_p=column([s.top_p for s in each], torch.float64),
-            min_p=column([s.min_p for s in each], torch.float32),
-            logprobs=column([0.0] * size, torch.float32),
-        )
+    def fill_tables(self, sequences: list[Sequence], cache: KVCache) -> None:
+        """Take the blocks of `sequences`. No row reads beyond its own, so what stood there before may stay."""
+        width = max((len(s.blocks) for s in sequences), default=self.tables.shape[1])
+        tables = [s.blocks + [cache.scratch] * (width - len(s.blocks)) for s in sequences]
+        tables += [[cache.scratch] * width] * (len(self.tables) - len(sequences))
+        self.tables[:, :width].copy_(torch.tensor(tables, dtype=torch.int32))
 
     def draw(self, logits: Tensor) -> None:
         """Put the tokens drawn from logits [B, V] in place of the last ones."""
@@ -265,12 +265,6 @@ class Rows:
         self.logprobs.copy_(drawn[1])
         self.positions += 1
         self.steps += 1
-
-    def load(self, other: "Rows") -> None:
-        """Take the values of as many rows, whose tables may be narrower: no row reads beyond its own blocks."""
-        for one in fields(self):
-            ours, theirs = getattr(self, one.name), getattr(other, one.name)
-            (ours[:, : theirs.shape[1]] if theirs.dim() > 1 else ours).copy_(theirs)
 
 
 class DecodeGraph:
@@ -340,7 +334,10 @@ class Engine:
                 f"but only {cache_bytes / 2**20:,.1f} may be used: ask for fewer new tokens, or raise cache_bytes")
         self.cache = KVCache(model.config, blocks, block_size, self.device, dtype, max_batch if recurrent else 0)
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, prefill_tokens, recurrent)
+        # They hold the cache's addresses, so they end with it: its memory must go back before training goes on.
         self.graphs: dict[int, DecodeGraph] = {}
+        # Whom the last graph decoded, and the blocks they had; none once something else has run.
+        self.decoded: tuple[list[Sequence], int] = [], 0
         self.graph_memory = torch.cuda.graph_pool_handle() if self.graphed else None
 
     def add(self, sequence: Sequence) -> None:
@@ -376,6 +373,7 @@ class Engine:
         self.scheduler.begins.clear()
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Sequence]:
+        self.decoded = [], 0
         # Those with nothing in the cache first, as Prefill wants them; neighbours of equal length attend as one batch.
         chunks.sort(key=lambda chunk: (chunk[0].cached > 0, chunk[1]))
         memory = Prefill(self.cache, [Chunk(s.blocks, s.cached, count, s.slot) for s, count in chunks])
@@ -389,7 +387,7 @@ class Engine:
                 ready.append(sequence)
                 last.append(end - 1)
         if ready:
-            rows = self._rows(ready, len(ready))
+            rows = self._rows(ready)
             self._draw(rows, hidden[torch.tensor(last, device=self.device)])
             self._append(ready, [rows.tokens], [rows.logprobs])
         return ready
@@ -404,7 +402,7 @@ class Engine:
             self._copy(self.scheduler.compact())
         sequences = sorted(running, key=lambda s: s.blocks[0])
         graph = self._graph(sequences) if self.graphed else None
-        rows = graph.rows if graph else self._rows(sequences, len(sequences))
+        rows = graph.rows if graph else self._rows(sequences)
         tokens, logprobs = [], []
         for _ in range(steps):
             graph.graph.replay() if graph else self._advance(rows)
@@ -437,19 +435,37 @@ class Engine:
                     break
             sequence.cached = len(sequence) - 1
 
-    def _rows(self, sequences: list[Sequence], size: int, width: int | None = None) -> Rows:
-        width = width or max((len(s.blocks) for s in sequences), default=0)
-        return Rows.of(sequences, size, width, self.cache)
+    def _rows(self, sequences: list[Sequence]) -> Rows:
+        rows = Rows(len(sequences), max(len(s.blocks) for s in sequences), self.device)
+        rows.fill(sequences, self.cache)
+        return rows
 
     def _graph(self, sequences: list[Sequence]) -> DecodeGraph:
-        """The captured step of the next size on the ladder 1, 2, 4, 8, 16, 32, 48, ..., loaded with `sequences`."""
-        B = len(sequences)
-        size = -(-B // 16) * 16 if B > 8 else 1 << (B - 1).bit_length()
+        """The captured step of the next larger of GRAPH_SIZES, its rows those of `sequences`."""
+        size = graph_size(len(sequences))
         if size not in self.graphs:
-            idle = self._rows([], size, self.table_width)
-            self.graphs[size] = DecodeGraph(self._advance, idle, self.graph_memory)
-        self.graphs[size].rows.load(self._rows(sequences, size))
+            self.graphs[size] = self.capture(size)
+        rows, blocks = self.graphs[size].rows, sum(len(s.blocks) for s in sequences)
+        if sequences != self.decoded[0]:
+            rows.fill(sequences, self.cache)
+        elif blocks != self.decoded[1]:  # all else is as the last replay left it
+            rows.fill_tables(sequences, self.cache)
+        self.decoded = sequences, blocks
         return self.graphs[size]
+
+    def capture(self, size: int) -> DecodeGraph:
+        """A decode step of `size` rows, idle until they are filled."""
+        idle = Rows(size, self.table_width, self.device)
+        idle.fill([], self.cache)
+        return DecodeGraph(self._advance, idle, self.graph_memory)
+
+
+def graph_size(sequences: int) -> int:
+    """Rows of the graph for so many sequences."""
+    for size in GRAPH_SIZES:
+        if size >= sequences:
+            return size
+    return -(-sequences // 128) * 128
 
 
 def default_prefill_tokens(config: ModelConfig, kind: str) -> int:

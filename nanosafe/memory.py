@@ -23,7 +23,7 @@ from nanosafe.config import ModelConfig
 from nanosafe.kernels.decode import paged_attention
 from nanosafe.kernels.scan import Runs, convolve, convolve_step, scan, scan_step
 
-# PyTorch 2.11's wants as many key heads as query heads.
+# PyTorch 2.11's has no such argument: its kernel, FlashAttention 2, takes fewer key heads than query heads as they are.
 VARLEN_GROUPS_HEADS = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
@@ -51,8 +51,6 @@ class PackedDocuments:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if varlen_works(q) and self.longest:
-            if not VARLEN_GROUPS_HEADS:
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             return varlen_attn(q, k, v, self.ends, self.ends, self.longest, self.longest, scale=scale,
                                window_size=(-1, 0), **VARLEN_GROUPS_HEADS)  # (-1, 0): causal
         # split, not slices: the gradient of each slice would be a tensor of zeros as long as all N tokens.
@@ -60,7 +58,7 @@ class PackedDocuments:
         for run, *parts in zip(self.runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
             # [documents * length, heads, head_dim] -> [documents, heads, length, head_dim]
             a, b, c = (part.unflatten(0, run).transpose(1, 2) for part in parts)
-            out = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
+            out = grouped_attention(a, b, c, is_causal=True, scale=scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
 
@@ -83,6 +81,16 @@ class Routing(NamedTuple):
     load: Tensor  # [experts] tokens that chose each
     probability: Tensor  # [experts] sum over the tokens of the softmax over all experts
     tokens: int
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """PyTorch's attention of q [B, H, L, head_dim] over k, v [B, H_kv, M, head_dim]; H / H_kv query heads share a key
+    head."""
+    if q.is_cuda and q.dtype == torch.float32:
+        # For grouped heads its only float32 kernel there makes all scores, [B, H, L, M].
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
 
 
 def varlen_works(q: Tensor) -> bool:
@@ -189,7 +197,7 @@ class Prefill:
             keys, values = self.cache.read(layer, table, end)
             rows = q[done : (done := done + length)].transpose(0, 1)[None]  # [1, H, length, head_dim]
             mask = causal_lower_right(length, end)  # the last query sees everything, the one before it one less, ...
-            out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+            out = grouped_attention(rows, keys, values, attn_mask=mask, scale=scale)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 

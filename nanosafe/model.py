@@ -157,7 +157,9 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, memory) -> Tensor:
         """tokens [N], positions [N] (from 0 in each document) -> hidden states [N, D] after the final norm."""
-        x = self.model.embed_tokens(tokens) * self.config.embedding_multiplier
+        x = self.model.embed_tokens(tokens)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         rope = self.config.rope
         cos, sin = rope_tables(rope, self.config.head_dim, positions) if rope else (None, None)
         for layer in self.model.layers:

@@ -45,13 +45,16 @@ class Optimizer:
         self.parameters = dict(model.named_parameters())
         # What is updated, and whose .grad, in float32, collects the gradient of the step.
         self.masters: dict[str, Tensor] = self._split() if low_memory else self._float32_masters()
-        self.adam = (SplitAdamW if low_memory else torch.optim.AdamW)(
-            [
-                {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
-                {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=0.0, betas=betas, eps=eps,
-        )  # fmt: skip
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        if low_memory:
+            self.adam = SplitAdamW(groups, lr=0.0, betas=betas, eps=eps)
+        else:
+            # On CUDA the default makes all square roots of the second moments at once, 4 bytes a parameter.
+            fused = all(master.device.type == "cuda" for master in self.masters.values())
+            self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
 
     def _float32_masters(self) -> dict[str, Tensor]:
         """A float32 copy of each parameter that is not float32 itself."""
@@ -126,4 +129,7 @@ class Optimizer:
             if key == "master":
                 master.copy_(value)
             else:
-                self.adam.state[master][key] = value if key == "step" else value.to(master.device)
+                # Only the fused AdamW of CUDA wants the number of its steps on the device.
+                fused = self.adam.param_groups[0].get("fused")
+                device = "cpu" if key == "step" and not fused else master.device
+                self.adam.state[master][key] = value.to(device)

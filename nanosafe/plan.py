@@ -23,9 +23,9 @@ from nanosafe.config import ALIASES, SHAPES, ModelConfig, recipe
 from nanosafe.engine import default_prefill_tokens
 from nanosafe.granite import Experts
 from nanosafe.kernels.head import CHUNK_BYTES
+from nanosafe.kernels.split_adam import CHUNK
 from nanosafe.memory import KVCache
 from nanosafe.model import Decoder
-from nanosafe.split_adam import CHUNK
 from nanosafe.weights import find_checkpoint, hub_errors_explained
 
 GIB = 1 << 30
@@ -190,11 +190,10 @@ def gradients(size: Sizes, world: int) -> float:
 
 
 def optimizer_workspace(size: Sizes, world: int, low_memory: bool, kind: str) -> float:
-    """torch's AdamW on CUDA makes all square roots of the second moments at once; split_adam.py goes by chunks, and a
-    CPU by tensors."""
-    if low_memory:
-        return 10 * 4 * CHUNK
-    return 4 * size.total / world if kind == "cuda" else 4 * size.head
+    """On CUDA both optimizers update in one pass. On a CPU split_adam.py goes by chunks, torch's AdamW by tensors."""
+    if kind == "cuda":
+        return 0
+    return 10 * 4 * CHUNK if low_memory else 4 * size.head
 
 
 def forward_bytes(config: ModelConfig, s: int) -> float:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nanosafe import engine, memory
-from nanosafe.kernels import decode, draw, head, scan
+from nanosafe.kernels import decode, draw, head, scan, split_adam
 
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -191,6 +191,8 @@ def pad_sequence(sequences, batch_first=False):
 
 
 def attention(query, *args, sdpa=F.scaled_dot_product_attention, **kwargs):
+    grouped = kwargs.get("enable_gqa") and query.dtype == torch.float32
+    assert not (grouped and isinstance(query, Pretend)), "for grouped heads in float32 CUDA makes all scores"
     return sdpa(query, *args, **kwargs) if query.shape[-2] else query * 1  # of no queries at all
 
 
@@ -224,7 +226,8 @@ def pretending():
         (head, "triton_row_gradients", kernel(head.plain_row_gradients)),
         (scan, "triton_scan_step", kernel(scan.plain_scan_step)),
         (scan, "compiled_within", lambda: scan.within),
-        *((module, "triton", object()) for module in (decode, draw, head, scan, engine)),  # even where it is missing
+        (split_adam, "triton_update", kernel(split_adam.plain_update)),
+        *((module, "triton", object()) for module in (decode, draw, head, scan, split_adam, engine)),  # even where it is missing
         (memory, "causal_lower_right", causal_lower_right),
         (torch.nn.utils.rnn, "pad_sequence", pad_sequence),
         (F, "scaled_dot_product_attention", attention),

@@ -191,7 +191,7 @@ def test_an_offloaded_reward_model_visits_for_its_turn_and_leaves_nothing_behind
     write_reward_model(tmp_path)
     model = load_reward_model(tmp_path, dtype=torch.float32).model
     home = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor.clone())
     with pytest.raises(KeyError), visiting(model, torch.device("cpu")) as visitor:
         assert visitor is model and all(p.data_ptr() != home[name] for name, p in model.named_parameters())
         raise KeyError
@@ -200,3 +200,28 @@ def test_an_offloaded_reward_model_visits_for_its_turn_and_leaves_nothing_behind
     conversations = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": t}] for t in ("a", "bc")]
     here, away = (load_reward(str(tmp_path), dtype=torch.float32, offload=offload) for offload in (False, True))
     assert torch.equal(here(conversations, [None, None]), away(conversations, [None, None]))
+
+
+def test_what_visits_a_gpu_is_pinned_at_its_first_visit_and_moved_without_waiting(tmp_path, monkeypatch):
+    write_reward_model(tmp_path)
+    model = load_reward_model(tmp_path, dtype=torch.float32).model
+    pinned, moved = {}, []
+
+    def pin_memory(tensor):
+        if tensor.data_ptr() in pinned:
+            return tensor
+        copy = tensor.clone()
+        pinned[copy.data_ptr()] = copy
+        return copy
+
+    def to(tensor, device, non_blocking=False):
+        moved.append((tensor.data_ptr() in pinned, device.type, non_blocking))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for _ in range(2):
+        with visiting(model, torch.device("cuda")):
+            pass
+        assert {parameter.data_ptr() for parameter in model.parameters()} == set(pinned)
+    assert set(moved) == {(True, "cuda", True)}

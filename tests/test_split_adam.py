@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanosafe import split_adam
+from nanosafe.kernels import split_adam
+from nanosafe.kernels.split_adam import BLOCK, OCTAVE, decode, encode, join, ratio_bound, split
 from nanosafe.optim import Optimizer
-from nanosafe.split_adam import BLOCK, OCTAVE, SplitAdamW, decode, encode, join, ratio_bound, split
+from nanosafe.split_adam import SplitAdamW
 
 BETAS = (0.9, 0.95)
 BOUND = ratio_bound(*BETAS)

@@ -122,7 +122,11 @@ if triton is not None:
         for start in range(split * share, end, TILE):
             position = start + offset
             seen = position < end
-            block = tl.load(tables + sequence * table_stride + position // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            table = tables + sequence * table_stride
+            if BLOCK_SIZE % TILE == 0:  # tiles begin at multiples of TILE: all positions lie in one block
+                block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+            else:
+                block = tl.load(table + position // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
             place = block * block_stride + (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
             place = place[:, None] + column[None, :]
             valid = seen[:, None] & (column < HEAD_DIM)[None, :]

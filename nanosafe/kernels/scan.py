@@ -96,13 +96,21 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Runs, past: T
     """Each channel of x [N, C] convolved with its weight [C, 1, K] over the token itself and the K - 1 before it.
 
     past [documents, K - 1, C]: what came before each document (None: zeros). Returns [N, C] and the new past.
+
+    A product for each of the K taps, in float32: PyTorch's convolution of float32 on CUDA would round to TF32.
     """
     windows = runs.windows(weight.shape[2])
     wide = x.new_zeros(windows.rows, x.shape[1]).index_copy(0, windows.tokens, x)
     if past is not None:
         wide = wide.index_copy(0, windows.past.flatten(), past.flatten(0, 1))
-    out = F.conv1d(wide.T[None], weight, bias, groups=x.shape[1])[0].T  # row i saw rows i .. i + K - 1 of `wide`
-    return out.index_select(0, windows.tokens - windows.past.shape[1]), wide[windows.last]
+    taps, rows, before = weight[:, 0].T.float(), wide.float(), weight.shape[2] - 1
+    last = len(rows) - before
+    out = rows[:last] * taps[0]
+    if bias is not None:
+        out = out + bias.float()
+    for k, tap in enumerate(taps[1:], start=1):
+        out = torch.addcmul(out, rows[k : k + last], tap)  # row i sees rows i .. i + before of `wide`
+    return out.to(x.dtype).index_select(0, windows.tokens - before), wide[windows.last]
 
 
 def convolve_step(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,214 @@
+"""AdamW on a float32 master that is a bfloat16 weight and a remainder, with moments of 8 bits: one update, in place.
+
+The float32 master is exact: its upper half is the weight that the model computes with, its lower half the remainder.
+
+The moments are 8-bit codes in blocks that each have their own scale, as in Dettmers et al., "8-bit Optimizers via
+Block-wise Quantization" (arXiv 2110.02861). The codes are other ones, made for what the moments are for, the update
+m / sqrt(v):
+- r = sqrt(v), which divides, is coded by its logarithm: the error is relative and no code means 0. An entry below the
+  range has its r rounded up, so its step becomes smaller, never larger.
+- m is coded as m / r in even steps. Cauchy-Schwarz bounds it (see `ratio_bound`), so the code needs no scale, its
+  error is that of the update itself, and no block can hold a large m over a lost v.
+A moment changes by less than a step of its code, so rounding to the nearest code would never let it decay. The
+threshold that decides between the two nearest codes instead visits [0, 1) evenly over the steps.
+
+A Triton kernel reads and writes each number once, 16 bytes a parameter; its plain twin goes through memory chunk by
+chunk, about sixty times.
+"""
+
+import math
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not every platform has it; the plain twin runs everywhere
+    triton = None
+
+# Triton decides the same way, when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+BLOCK = 256  # elements that share a scale
+CHUNK = 2**23  # elements the plain twin updates at once, whole blocks: eleven temporary float32 for each
+BLOCKS_PER_PROGRAM = 4
+OCTAVE = 255 / 20  # codes of r per factor of two: 256 codes reach down to 2**-20 of the block's largest r
+SPREAD = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1  # whose multiples modulo 1 spread evenly, also as pairs
+ELEMENTWISE = ("remainder", "ratio", "root")  # what has the shape of the parameter
+TINY = torch.finfo(torch.float32).tiny  # what a zero is divided by instead of another
+
+
+class Step(NamedTuple):
+    """The numbers of one update, as torch.optim.AdamW makes them of its settings."""
+
+    number: int  # of this update, from 1
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float  # factor on the weight: 1 - lr * weight decay
+    rate: float  # lr / (1 - beta1^number)
+    correction: float  # sqrt(1 - beta2^number)
+
+    @classmethod
+    def of(cls, number: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> "Step":
+        beta1, beta2 = betas
+        return cls(number, beta1, beta2, eps, decay=1 - lr * weight_decay, rate=lr / (1 - beta1**number),
+                   correction=math.sqrt(1 - beta2**number))
+
+
+def new_state(parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first update: 4 bytes an element, and a scale for each block."""
+    return {
+        "remainder": torch.zeros_like(parameter, dtype=torch.int16),
+        "ratio": torch.zeros_like(parameter, dtype=torch.int8),
+        "root": torch.zeros_like(parameter, dtype=torch.uint8),
+        "scale": torch.zeros(math.ceil(parameter.numel() / BLOCK), device=parameter.device),
+    }
+
+
+def update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
+    """Update a contiguous bfloat16 weight and its state (see `new_state`) by a float32 gradient of its shape."""
+    by_kernel = triton is not None and (weight.is_cuda or INTERPRETED)
+    (triton_update if by_kernel else plain_update)(weight, gradient, state, step)
+
+
+def plain_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
+    """`update` chunk by chunk, with the operations of torch.optim.AdamW in their order."""
+    bound = ratio_bound(step.beta1, step.beta2)
+    flat = [x.view(-1).split(CHUNK) for x in (gradient, weight, *(state[name] for name in ELEMENTWISE))]
+    scales = state["scale"].split(CHUNK // BLOCK)
+    for g, high, remainder, ratio, root, scale in zip(*flat, scales, strict=True):
+        master = join(high, remainder).mul_(step.decay)
+        m, v = decode(ratio, root, scale, bound)
+        m.lerp_(g, 1 - step.beta1)
+        v.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
+        master.addcdiv_(m, v.sqrt().div_(step.correction).add_(step.eps), value=-step.rate)
+        for old, new in zip((high, remainder), split(master), strict=True):
+            old.copy_(new)
+        for old, new in zip((ratio, root, scale), encode(m, v, bound, step.number), strict=True):
+            old.copy_(new)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> the nearest bfloat16 and the int16 that `join` adds to its bit pattern.
+
+    A tie goes away from zero, for then the difference of the bit patterns lies in [-2^15, 2^15), where ties to even
+    would need 2^16 + 1 values. As in any conversion, what lies beyond the largest bfloat16 by half a step or more
+    becomes infinite; the remainder still gives it back.
+    """
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16  # sign and magnitude: adding to the pattern adds to the magnitude
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The inverse of `split`, exact for every float32 that is not NaN."""
+    return ((weight.view(torch.int16).int() << 16) + remainder).view(torch.float32)
+
+
+def ratio_bound(beta1: float, beta2: float) -> float:
+    """The largest |m| / sqrt(v) that any sequence of gradients can reach.
+
+    m = (1 - beta1) sum beta1^i g_i and v = (1 - beta2) sum beta2^i g_i^2, so by Cauchy-Schwarz
+    m^2 / v <= (1 - beta1)^2 / (1 - beta2) * sum (beta1^2 / beta2)^i.
+    """
+    if beta1**2 >= beta2:
+        raise ValueError(f"betas ({beta1}, {beta2}): m / sqrt(v) is bounded only if beta1^2 < beta2")
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+
+
+def encode(first: Tensor, second: Tensor, bound: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments m and v, float32 [n] -> codes of m / r (int8 [n]) and r = sqrt(v) (uint8 [n]), scales (float32 [blocks]).
+
+    `step` sets the thresholds of the rounding.
+    """
+    n = len(first)
+    m, r = (F.pad(x, (0, -n % BLOCK)).view(-1, BLOCK) for x in (first, second.sqrt()))
+    scale = r.amax(1)
+    of_root, of_ratio = thresholds(step, r.device)
+    code = 255 + OCTAVE * (r / scale.clamp_min(TINY)[:, None]).log2()  # -inf for 0: the lowest code
+    code = code.add_(of_root).floor_().clamp_(0, 255)
+    ratio = m.div(_root(code, scale[:, None]).clamp_min(TINY)).mul_(127 / bound)
+    ratio = ratio.add_(of_ratio * ratio.sign()).trunc_().clamp_(-127, 127)  # alike for both signs: no drift
+    return ratio.to(torch.int8).view(-1)[:n], code.to(torch.uint8).view(-1)[:n], scale
+
+
+def decode(ratio: Tensor, root: Tensor, scale: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """The moments m and v, float32 [n], that codes stand for."""
+    r = _root(root.float(), scale.repeat_interleave(BLOCK)[: len(root)])
+    return ratio * (bound / 127) * r, r.square()
+
+
+def _root(code: Tensor, scale: Tensor) -> Tensor:
+    return torch.exp2((code - 255) / OCTAVE).mul_(scale)
+
+
+@lru_cache(maxsize=1)
+def thresholds(step: int, device: torch.device) -> Tensor:
+    """Of the codes of r and of m / r in each place of a block, float32 [2, BLOCK]; all tensors of a step share them."""
+    count = torch.arange(step, step + BLOCK, device=device, dtype=torch.float64)
+    return torch.stack([count.mul(number).frac() for number in SPREAD]).float()
+
+
+def triton_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
+    """`update` by the kernel below."""
+    bound = ratio_bound(step.beta1, step.beta2)
+    of_root, of_ratio = thresholds(step.number, weight.device)
+    programs = -(-len(state["scale"]) // BLOCKS_PER_PROGRAM)
+    _update[(programs,)](
+        weight.view(torch.int16), gradient, *(state[name] for name in ELEMENTWISE), state["scale"],
+        of_root, of_ratio, weight.numel(), bound / 127, *step[1:],
+        OCTAVE=OCTAVE, TINY=TINY, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
+        enable_fp_fusion=False,  # a product and a sum rounded once would not be torch's
+    )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _update(
+        weights, gradients, remainders, ratios, roots, scales, of_root, of_ratio, n, ratio_step,
+        beta1, beta2, eps, decay, rate, correction,
+        OCTAVE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """Program p updates blocks p * BLOCKS and on; weights are the bit patterns of bfloat16."""
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        column = tl.arange(0, BLOCK)
+        place = block[:, None] * BLOCK + column[None, :]
+        inside = place < n
+        g = tl.load(gradients + place, mask=inside, other=0.0)
+        high = tl.load(weights + place, mask=inside, other=0).to(tl.int32)
+        low = tl.load(remainders + place, mask=inside, other=0).to(tl.int32)
+        master = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
+
+        scale = tl.load(scales + block, mask=block * BLOCK < n, other=0.0)
+        code = tl.load(roots + place, mask=inside, other=0).to(tl.float32)
+        r = tl.exp2((code - 255) / OCTAVE) * scale[:, None]
+        ratio = tl.load(ratios + place, mask=inside, other=0).to(tl.float32)
+        m = ratio * ratio_step * r
+        m += (g - m) * (1 - beta1)
+        r = tl.sqrt_rn(r * r * beta2 + g * g * (1 - beta2))
+        master -= rate * tl.div_rn(m, tl.div_rn(r, correction) + eps)
+
+        bits = master.to(tl.int32, bitcast=True)
+        high = (bits + 0x8000) >> 16
+        tl.store(weights + place, high.to(tl.int16), mask=inside)
+        tl.store(remainders + place, (bits - (high << 16)).to(tl.int16), mask=inside)
+
+        scale = tl.max(r, 1)
+        code = 255 + OCTAVE * tl.log2(r / tl.maximum(scale, TINY)[:, None]) + tl.load(of_root + column)[None, :]
+        code = tl.minimum(tl.maximum(tl.floor(code), 0.0), 255.0)
+        r = tl.maximum(tl.exp2((code - 255) / OCTAVE) * scale[:, None], TINY)
+        ratio = tl.div_rn(m, r) / ratio_step
+        # Away from zero by the threshold and then towards it: alike for both signs, or the moment would drift.
+        size = tl.minimum(tl.floor(tl.abs(ratio) + tl.load(of_ratio + column)[None, :]), 127.0)
+        size = tl.where(ratio == 0, 0.0, size)  # a threshold just below 1 is 1 in float32
+        ratio = tl.where(ratio < 0, -size, size)
+        tl.store(ratios + place, ratio.to(tl.int8), mask=inside)
+        tl.store(roots + place, code.to(tl.uint8), mask=inside)
+        tl.store(scales + block, scale, mask=block * BLOCK < n)
