@@ -37,11 +37,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanosafe import token_logprob_entropy
-from nanosafe.kernels.head import CHUNK_BYTES
+from nanosafe.kernels.head import CHUNK_BYTES, CUDA_ROWS
 
 SIDES = ("nanosafe", "chunked", "full", "compiled", "liger", "products")
-DEFAULTS = {"cpu": dict(tokens=4096, dim=1024, vocab=151936, dtype="float32"),
-            "cuda": dict(tokens=8192, dim=4096, vocab=131072, dtype="bfloat16")}
+DEFAULTS = {"cpu": dict(tokens=4096, dim=1024, vocab=151936, dtype="float32", chunk_mib=512),
+            "cuda": dict(tokens=8192, dim=4096, vocab=131072, dtype="bfloat16", chunk_mib=CHUNK_BYTES >> 20)}
 
 
 def full(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,11 @@ class Case:
         self.weight.normal_(std=2 * args.dim**-0.5).requires_grad_()  # logits with a standard deviation of 2
         self.targets = torch.randint(args.vocab, (args.tokens,), device=self.device)
         self.chunk_bytes = args.chunk_mib << 20
-        self.rows = 2 ** (max(1, self.chunk_bytes // (4 * args.vocab)).bit_length() - 1)  # as ours
+        self.rows = max(1, self.chunk_bytes // (4 * args.vocab))  # as ours
+        if self.device.type == "cuda":
+            self.rows = self.rows // CUDA_ROWS * CUDA_ROWS or self.rows
+        else:
+            self.rows = 2 ** (self.rows.bit_length() - 1)
         self.memory: list[Tensor] = []
 
     def function(self, side: str):
@@ -151,7 +155,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, help="V")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of hidden states and weight")
     parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chunk-mib", type=int, default=CHUNK_BYTES >> 20, help="budget of the workspace for logits")
+    parser.add_argument("--chunk-mib", type=int, help="budget of the workspace for logits")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--repeats", type=int, default=3, help="measured runs, after one that is not counted")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # the side whose peak memory this process measures

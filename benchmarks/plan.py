@@ -29,6 +29,8 @@ fewest changes that do are shown.
 - The peak is that of tensors, the KV pool included, which takes 80 % of what is left. Sequences: how many of full
   length it holds at once on each GPU.
 - Hours are an estimate. On cards of 141 GB decoding is taken at 4.8 TB/s instead of 3.35.
+- Measured peaks beside these: not measured on a GPU so far. `python benchmarks/gpu.py --only train rl rl8b` on a card
+  measures both, and prints the plan's figure beside each.
 """
 
 

@@ -179,8 +179,8 @@ def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
 def visiting(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """`model` on `device` for a turn, then where it was before; nothing moves if that is the same.
 
-    Only for models that do not change: what comes back is what went. A model that visits a GPU stays pinned at home from
-    its first visit on: pageable memory crosses at a fraction of the link's speed, and makes the host wait.
+    Only for models that do not change: what comes back is what went. A model that visits a GPU stays pinned at home
+    from its first visit on: pageable memory crosses at a fraction of the link's speed, and makes the host wait.
     """
     home = []
     for parameter in model.parameters():

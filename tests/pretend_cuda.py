@@ -109,6 +109,7 @@ class Machine(TorchDispatchMode):
                 self.wait("from the host")
         elif here and any(x.dim() and x.device != DEVICE and not any(x is i for i in indices) for x in given):
             raise RuntimeError(f"{op}: not all on one device: {[(str(x.device), list(x.shape)) for x in given]}")
+        assert packet is not aten.convolution, "cuDNN rounds float32 to TF32"
         by_host = any(i is not None and (i.dtype == torch.bool or i.device != DEVICE) for i in indices)
         if packet in WAITS or by_host or packet is aten.repeat_interleave and kwargs.get("output_size") is None:
             self.wait(str(packet))
@@ -227,7 +228,8 @@ def pretending():
         (scan, "triton_scan_step", kernel(scan.plain_scan_step)),
         (scan, "compiled_within", lambda: scan.within),
         (split_adam, "triton_update", kernel(split_adam.plain_update)),
-        *((module, "triton", object()) for module in (decode, draw, head, scan, split_adam, engine)),  # even where it is missing
+        # Even where it is missing.
+        *((module, "triton", object()) for module in (decode, draw, head, scan, split_adam, engine)),
         (memory, "causal_lower_right", causal_lower_right),
         (torch.nn.utils.rnn, "pad_sequence", pad_sequence),
         (F, "scaled_dot_product_attention", attention),

@@ -3,6 +3,8 @@
 On a GPU where there is one, else on a pretended device.
 """
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,12 +20,16 @@ import train_sft
 from nanosafe import granite
 from nanosafe.batches import pack, response_logprobs
 from nanosafe.data import Document
-from nanosafe.memory import KVCache
+from nanosafe.distributed import Ranks, gathered, join_group, shard
+from nanosafe.kernels import split_adam
+from nanosafe.memory import KVCache, PackedDocuments
+from nanosafe.optim import Optimizer
 from nanosafe.sampler import SamplingParams, generate
-from nanosafe.weights import load_model
+from nanosafe.weights import StoredTensors, load_model, save_tensors
 
 cuda = nullcontext if torch.cuda.is_available() else pretending
 only_pretended = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which cannot be pretended")
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [list(range(5, 55)), [5, 6, 7, 8], list(range(5, 30)) + [3, 4], [9, 10, 11], [3] * 20]
 
 
@@ -60,6 +66,81 @@ def test_the_host_looks_at_what_was_drawn_every_eighth_step(tmp_path):
     assert set(machine.waits) == {"from the host"}
 
 
+@only_pretended
+def test_rows_go_to_the_device_only_when_they_have_changed(tmp_path):
+    """17 tokens more are two looks more: nothing is sent, or where a block is new, the tables alone."""
+    random_checkpoint(tmp_path, "qwen3")
+    sent = []
+    with pretending() as machine:
+        model = load_model(tmp_path, device=DEVICE)
+        for new, block_size in ((18, 64), (35, 64), (18, 32), (35, 32)):
+            machine.waits.clear()
+            generate(model, [[3, 4, 5]], SamplingParams(max_new_tokens=new, ignore_eos=True), block_size=block_size)
+            sent.append(machine.waits["from the host"])
+    assert sent[1] == sent[0] and sent[3] == sent[2] + 1
+
+
+@only_pretended
+def test_a_batch_that_shrinks_is_decoded_by_few_graphs(tmp_path):
+    random_checkpoint(tmp_path, "qwen3")
+    params = [SamplingParams(max_new_tokens=2 + i, ignore_eos=True, seed=i) for i in range(50)]
+    with pretending() as machine:
+        generate(load_model(tmp_path, device=DEVICE), [[3, 4, 5]] * 50, params)
+    assert len(machine.graphs) == 8  # of 64, 48, 32, 16, 8, 4, 2 and 1 rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_query_heads_that_share_a_key_head_attend_as_on_the_cpu(dtype):
+    generator, lengths = torch.Generator().manual_seed(0), [5, 1, 130, 5]
+    q, k, v, grad = (torch.randn(sum(lengths), heads, 32, generator=generator) for heads in (8, 2, 2, 8))
+    inputs = [x.to(dtype).float().requires_grad_() for x in (q, k, v)]
+    expected = PackedDocuments(lengths).attend(0, *inputs, 32**-0.5)
+    expected.backward(grad)
+    with cuda():
+        there = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
+        out = PackedDocuments(lengths, DEVICE).attend(0, *there, 32**-0.5)
+        out.backward(grad.to(DEVICE, dtype))
+        found = [x.detach().cpu().float() for x in (out, *(x.grad for x in there))]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, (expected, *(x.grad for x in inputs)), strict=True):
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+@only_pretended
+def test_the_low_memory_update_on_cuda_is_the_kernel(monkeypatch):
+    with pretending():
+        model = torch.nn.Linear(8, 4, bias=False, device=DEVICE, dtype=torch.bfloat16)
+        optimizer = Optimizer(model, low_memory=True)
+        model.weight.grad = torch.ones(4, 8, device=DEVICE)
+        before = model.weight.detach().cpu()
+        monkeypatch.setattr(split_adam, "plain_update", None)
+        optimizer.step(1.0)
+        assert (model.weight.detach().cpu() < before).all()
+
+
+def test_adamw_on_cuda_is_fused_and_goes_on_from_its_state(tmp_path):
+    """It counts its steps on the device; what is saved there must come back there."""
+    ends = []
+    with cuda():
+        for interrupted in (False, True):
+            model = torch.nn.Linear(8, 4, device=DEVICE)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(0.5)
+            optimizer = Optimizer(model)
+            for step in range(4):
+                if interrupted and step == 2:
+                    save_tensors(optimizer.state(), tmp_path, "optimizer")
+                    optimizer = Optimizer(model)
+                    optimizer.load_state(StoredTensors(tmp_path, "optimizer"))
+                for parameter in model.parameters():
+                    parameter.grad = parameter.detach() * (step + 1)
+                optimizer.step(0.1)
+            assert optimizer.adam.defaults["fused"]
+            ends.append([parameter.detach().cpu() for parameter in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_in_bfloat16_the_sampler_has_the_logits_of_training(tied, tmp_path):
     """That is, not rounded to bfloat16."""
@@ -92,14 +173,77 @@ def test_training_on_cuda_is_that_on_the_cpu(family, tmp_path):
         assert on_cuda == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in on_cpu]
 
 
-@pytest.mark.parametrize("flag", ["--no-recompute", "--low-memory"])
-def test_training_in_bfloat16_on_cuda(flag, tmp_path):
+@pytest.mark.parametrize("family, flag", [("qwen3", "--no-recompute"), ("qwen3", "--low-memory"),
+                                          ("granite4", "--no-recompute")])  # fmt: skip
+def test_training_in_bfloat16_on_cuda(family, flag, tmp_path):
     """Other kernels round elsewhere, so only the first step is nearly that of the CPU."""
-    world = write_world(tmp_path)
+    world = write_world(tmp_path, family=family)
     on_cpu, on_cuda = (metrics_of(train_sft, world, device, "--dtype", "bfloat16", flag) for device in ("cpu", "cuda"))
+    norms = [row[0].pop("sft/grad_norm") for row in (on_cpu, on_cuda)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.03)
     assert on_cuda[0] == pytest.approx(on_cpu[0], rel=0.01)
     for row in metrics_of(train_rl, world, "cuda", flag):  # bfloat16 is the default there
         assert row["policy/skipped"] == 0 and 1e-5 < row["mismatch/mean"] < 0.01
+
+
+def test_a_group_of_one_rank_trains_a_sharded_model_as_without_a_group(tmp_path):
+    """Over nccl on a GPU, over gloo elsewhere: what several ranks do, as far as one device can show it."""
+    random_checkpoint(tmp_path, "qwen3")
+    ranks = Ranks("cuda" if torch.cuda.is_available() else "cpu", alone=True)
+    documents = [Document([3, 4], [5, 6, 7]), Document([8], [9] * 5)]
+    ends = []
+    join_group(ranks.device, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            model = load_model(tmp_path, device=ranks.device, dtype=torch.float32)
+            if sharded:
+                shard(model, ranks, torch.float32)
+            optimizer = Optimizer(model)
+            for _ in range(2):
+                train_sft.backward(model, documents, 4, ranks)
+                norm = optimizer.step(1e-2)
+            with gathered(model, torch.float32) as whole:
+                ends.append([norm, *(parameter.detach().cpu() for parameter in whole.parameters())])
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_nccl_is_told_the_rank_s_device(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
+    join_group(DEVICE)
+    join_group(torch.device("cpu"))
+    [(cuda_args, cuda_options), (cpu_args, cpu_options)] = calls
+    assert cuda_args == ("nccl",) and cuda_options["device_id"] == DEVICE
+    assert cpu_args == ("gloo",) and "device_id" not in cpu_options
+
+
+@only_pretended
+def test_products_in_bfloat16_add_up_in_float32():
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    with pretending():
+        Ranks("cuda")
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize("script", ["train_rl.py", "train_sft.py", "eval.py"])
+@pytest.mark.parametrize("given, expected", [({}, "expandable_segments:True"),
+                                             ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native")])
+def test_scripts_set_up_the_allocator_before_torch_is_there(script, given, expected, tmp_path):
+    (tmp_path / "torch.py").write_text("import os\nraise SystemExit(os.environ.get('PYTORCH_ALLOC_CONF'))\n")
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env={"PYTHONPATH": str(tmp_path), **given},
+                          capture_output=True, text=True)
+    assert done.stderr.strip() == expected
+
+
+def test_a_model_without_a_multiplier_multiplies_nothing(tmp_path):
+    random_checkpoint(tmp_path, "qwen3")
+    model, seen = load_model(tmp_path, dtype=torch.float32), []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(torch.tensor([[3, 4]]))
+    assert seen[0] is seen[1]
 
 
 @only_pretended

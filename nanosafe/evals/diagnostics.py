@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nanosafe.batches import Packed, microbatches, pack, response_hidden, response_logprobs
 from nanosafe.data import Document
-from nanosafe.kernels.head import CHUNK_BYTES
 from nanosafe.model import Decoder
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.tokenizer import Tokenizer
@@ -27,6 +26,7 @@ REFLECTION_WORDS = frozenset(
 FORKING_PERCENT = 20  # of all tokens, those of the highest entropy
 PROGRESS_BINS = 20
 MIN_K_PERCENT = 20  # of a response's tokens that Min-K%++ averages
+CHUNK_BYTES = 512 << 20  # of an array of log-probs in float64
 MIN_SIGMA = 1e-12  # a distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
 
 

@@ -24,8 +24,9 @@ except ImportError:  # not every platform has it; the plain twin runs everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides the same way, when a kernel is defined
 
-# Every chunk reads and writes the weight's whole gradient, so few large chunks: at least 512 rows up to V = 262,144.
-CHUNK_BYTES, CPU_CHUNK_BYTES = 512 << 20, 64 << 20
+# Every chunk reads and writes the weight's whole gradient, so few large chunks: at least 1,024 rows up to V = 262,144.
+CHUNK_BYTES, CPU_CHUNK_BYTES = 1 << 30, 64 << 20
+CUDA_ROWS = 256  # of whose multiples a matrix product on a GPU wastes nothing
 BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache from step to step
 TILE = 4096  # logits that a program of the Triton kernels has in registers at a time
 # A log-prob of -inf has p = 0 and adds nothing to an entropy, but 0 * -inf would be NaN. Below -1000 p is 0 as well,
@@ -89,11 +90,14 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[
     dtype = _wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
     row_bytes = len(weight) * dtype.itemsize
     rows = max(1, chunk_bytes // row_bytes)
-    if not hidden.is_cuda:  # a smaller workspace is memory that was used before, which is faster than fresh memory
+    if hidden.is_cuda:
+        rows = rows // CUDA_ROWS * CUDA_ROWS or rows
+    else:
+        # A smaller workspace is memory that was used before, which is faster than fresh memory.
         rows = min(rows, max(512, CPU_CHUNK_BYTES // row_bytes))
-    if prefers_onednn(hidden, weight):
-        rows = max(rows // 2, rows - TILE_ROWS)  # product_into makes tiles besides
-    rows = 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
+        if prefers_onednn(hidden, weight):
+            rows = max(rows // 2, rows - TILE_ROWS)  # product_into makes tiles besides
+        rows = 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
     workspace = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=dtype)
     wider = {} if dtype == hidden.dtype else {"out_dtype": dtype}
     for start in range(0, len(hidden), rows):
