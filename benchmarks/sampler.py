@@ -4,18 +4,23 @@ shape.
 Workloads: `ragged`, N requests whose prompts and outputs have uniform random lengths in a range (transformers gets them
 as one padded batch, and only the tokens asked for count), and `fixed-B`, B equal requests. `first` is the time of one
 new token each: the time to the first token of the whole batch. Decode speed is that of a run less that; where weights
-are packed or steps captured as CUDA graphs, that counts as decoding. The bandwidth limit of a fixed workload is that of
-reading once a step, at the speed at which this machine reads a large tensor, the KV cache and all weights that a step
-needs. Peak memory is that of a process of its own for each side; a side for which that process fails, as for want of
-memory, is left out of the workload. The last line is one JSON object.
+are packed, that counts as decoding. The bandwidth limit of a fixed workload is that of reading once a step, at the
+speed at which this machine reads a large tensor, the KV cache and all weights that a step needs. The last line is one
+JSON object.
+
+On a CPU peak memory is that of a process of its own for each side; a side for which that process fails, as for want of
+memory, is left out of the workload. On a GPU the weights are made on the card, both sides run in this process, peaks
+are not compared (our cache takes what is free), and our decode speed in a fixed workload is that of replayed steps in
+the middle of the output, for capturing them is paid once.
 
     python benchmarks/sampler.py --dtype float32               # a 1M-parameter Qwen3 folder, 256 ragged requests
     python benchmarks/sampler.py --shape qwen3-0.6b --ragged 32 --fixed 1 16
-    python benchmarks/sampler.py --shape qwen3-8b --lengths 100 1024 --fixed 1 256 --prompt 1024 --new 128   # on a GPU
+    python benchmarks/sampler.py --shape qwen3-8b --ragged 0 --fixed 1 256 --prompt 1024 --new 128    # on a GPU
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -25,12 +30,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nanosafe import SamplingParams, generate, load_model, save_model
 from nanosafe.config import ModelConfig
+from nanosafe.engine import Engine, Rows
 from nanosafe.memory import KVCache
 from nanosafe.model import Decoder
 
@@ -47,15 +54,78 @@ SHAPES = {
 KINDS = {"dynamic": "eager", "static": "eager"}  # sides that share a model
 
 
-def write_model(folder: Path, shape: str, dtype: torch.dtype, device: torch.device) -> None:
+def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A frozen model of config `raw` with random weights, made on the device."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Decoder(ModelConfig.from_dict(SHAPES[shape])).to(dtype)
-    model.to_empty(device=device)  # an 8B would take minutes to fill on a CPU
+        model = Decoder(ModelConfig.from_dict(raw)).to(dtype)
+    model.to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    save_model(model, folder)
+    return model.eval().requires_grad_(False)
+
+
+def transformers_twin(model: Decoder):
+    """transformers' model with the same weights, in the same memory."""
+    import transformers
+
+    config, device = transformers.AutoConfig.for_model(**model.config.raw), model.head_weight.device
+    with torch.device("meta"):
+        twin = transformers.AutoModelForCausalLM.from_config(config, dtype=model.head_weight.dtype)
+    twin.load_state_dict(model.state_dict(), assign=True, strict=False)
+    twin.tie_weights()
+    with device:  # what RoPE needs is in no file
+        twin.model.rotary_emb = type(twin.model.rotary_emb)(config)
+    return twin.eval()
+
+
+def decode_steps(model: Decoder, B: int, context: int):
+    """Returns run(steps): so many of the engine's decode steps, of B sequences that hold `context` tokens each.
+
+    On CUDA they are replays of a captured graph. The cache holds noise; every run starts at `context` again.
+    """
+    block_size, longest = 64, context + 128
+    width = -(-longest // block_size)
+    cache_bytes = (B * width + 1) * block_size * KVCache.bytes_per_position(model.config, model.head_weight.dtype)
+    engine = Engine(model, max_tokens=longest, max_batch=B, requests=B, block_size=block_size, cache_bytes=cache_bytes,
+                    pack=False)
+    for held in (engine.cache.keys, engine.cache.values):
+        held.normal_(std=0.1)
+    with torch.no_grad():
+        if engine.graphed:
+            graph = engine.capture(B)
+            rows, step = graph.rows, graph.graph.replay
+        else:
+            rows = Rows(B, width, engine.device)
+            step = partial(engine.advance, rows)
+    rows.tables.copy_(torch.arange(rows.tables.numel(), device=engine.device).view_as(rows.tables))
+    rows.temperature.fill_(1.0)
+    rows.top_p.fill_(1.0)
+
+    @torch.no_grad()
+    def run(steps: int) -> None:
+        rows.positions.fill_(context)
+        for _ in range(steps):
+            step()
+
+    return run
+
+
+def step_seconds(model: Decoder, B: int, context: int, steps: int = 16) -> float:
+    """Of one step of `decode_steps`: the median of five runs."""
+    run, device = decode_steps(model, B, context), model.head_weight.device
+    times = [seconds(lambda: run(steps), device) for _ in range(6)]
+    return statistics.median(times[1:]) / steps  # the first is a warm-up
+
+
+def step_bytes(model: Decoder, B: int, context: int) -> int:
+    """What a decode step must read: the KV cache, and all weights but an embedding that is not the head too."""
+    config, head = model.config, model.head_weight
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= model.model.embed_tokens.weight.nbytes  # of it a step reads one row for each sequence
+    return weights + B * context * KVCache.bytes_per_position(config, head.dtype)
 
 
 def ours(model, prompts: list[list[int]], lengths: list[int]) -> None:
@@ -73,6 +143,8 @@ def theirs(model, prompts: list[list[int]], lengths: list[int], cache: str) -> N
 
 
 def seconds(run, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -141,34 +213,39 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="and of each output")
     parser.add_argument("--caches", nargs="+", default=["dynamic", "static"], choices=("dynamic", "static", "compiled"),
                         help="of transformers; its best counts")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="measured runs of each side (default: 3, on a GPU 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # side, folder, workload: see peak_gb
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    args.repeats = args.repeats or (1 if device.type == "cuda" else 3)
     workloads = workloads_of(args, SHAPES[args.shape]["vocab_size"])
     if args.peak:
         side, folder, workload = args.peak
         run(side, load(side, folder, device, dtype), *workloads[workload])
-        if device.type == "cuda":
-            return print(torch.cuda.max_memory_allocated() / 1e9)
         # Not getrusage, whose maximum a process inherits from the one that started it.
         return print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9)
 
     import transformers
 
     sides = ["nanosafe", *args.caches]
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.shape, dtype, device)
-        peaks = {name: {side: peak_gb(side, folder, name) for side in sides} for name in workloads}
-        loaded = {kind: load(kind, folder, device, dtype) for kind in {KINDS.get(side, side) for side in sides}}
+    peaks = {name: dict.fromkeys(sides, math.nan) for name in workloads}
+    if device.type == "cuda":
+        loaded = {"nanosafe": random_model(SHAPES[args.shape], device, dtype)}
+        for kind in {KINDS.get(side, side) for side in args.caches}:
+            loaded[kind] = transformers_twin(loaded["nanosafe"])
+        if "compiled" in loaded:  # by hand, as in `load`
+            loaded["compiled"].forward = torch.compile(loaded["compiled"].forward)
+    else:
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(random_model(SHAPES[args.shape], device, dtype), Path(folder))
+            for name in workloads:
+                peaks[name] = {side: peak_gb(side, folder, name) for side in sides}
+            loaded = {kind: load(kind, folder, device, dtype) for kind in {KINDS.get(side, side) for side in sides}}
     models = {side: loaded[KINDS.get(side, side)] for side in sides}
-    model, config = models["nanosafe"], models["nanosafe"].config
-    # Of an embedding that is not the head too, a step reads one row for each sequence.
-    unread = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
-    weights = sum(parameter.nbytes for parameter in model.parameters()) - unread
-    bandwidth = read_gb_per_s(device)
+    model = models["nanosafe"]
+    weights, bandwidth = step_bytes(model, 0, 0), read_gb_per_s(device)
     result = {"benchmark": "sampler", "shape": args.shape, "dtype": args.dtype, "device": args.device,
               "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "transformers": transformers.__version__, "weight_bytes": weights,
@@ -194,10 +271,13 @@ def main() -> None:
                 "prefill_tokens_per_s": round(sum(map(len, prompts)) / first, 1),
             }
             if name.startswith("fixed"):
-                kv = len(prompts) * (args.prompt + args.new / 2) * KVCache.bytes_per_position(config, dtype)
-                limit = len(prompts) * bandwidth * 1e9 / (weights + kv)
+                B, middle = len(prompts), args.prompt + args.new // 2
+                if side == "nanosafe" and device.type == "cuda":
+                    rows[side]["decode_tokens_per_s"] = round(B / step_seconds(model, B, middle), 1)
+                limit = B * bandwidth * 1e9 / step_bytes(model, B, middle)
                 rows[side]["share_of_bandwidth_limit"] = round(rows[side]["decode_tokens_per_s"] / limit, 2)
-            rows[side]["peak_gb"] = peaks[name][side]
+            if device.type == "cpu":
+                rows[side]["peak_gb"] = peaks[name][side]
             label = side if side == "nanosafe" else f"transformers {side}"
             print(f"{name:9} {label:21}", ", ".join(f"{key} {value}" for key, value in rows[side].items()))
         if "nanosafe" in sides and len(sides) > 1:

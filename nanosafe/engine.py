@@ -405,13 +405,13 @@ class Engine:
         rows = graph.rows if graph else self._rows(sequences)
         tokens, logprobs = [], []
         for _ in range(steps):
-            graph.graph.replay() if graph else self._advance(rows)
+            graph.graph.replay() if graph else self.advance(rows)
             tokens.append(rows.tokens.clone())
             logprobs.append(rows.logprobs.clone())
         self._append(sequences, tokens, logprobs)
         return sequences
 
-    def _advance(self, rows: Rows) -> None:
+    def advance(self, rows: Rows) -> None:
         """One decode step of `rows`, in place and without a look at any value on CUDA."""
         if self.slots:
             memory = SlotDecode(self.cache, rows.positions, rows.slots)
@@ -457,7 +457,7 @@ class Engine:
         """A decode step of `size` rows, idle until they are filled."""
         idle = Rows(size, self.table_width, self.device)
         idle.fill([], self.cache)
-        return DecodeGraph(self._advance, idle, self.graph_memory)
+        return DecodeGraph(self.advance, idle, self.graph_memory)
 
 
 def graph_size(sequences: int) -> int:
