@@ -336,7 +336,7 @@ class Engine:
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, prefill_tokens, recurrent)
         # They hold the cache's addresses, so they end with it: its memory must go back before training goes on.
         self.graphs: dict[int, DecodeGraph] = {}
-        # Whom the last graph decoded, and the blocks they had; none once something else has run.
+        # Whom the last graph decoded, and how many blocks they had.
         self.decoded: tuple[list[Sequence], int] = [], 0
         self.graph_memory = torch.cuda.graph_pool_handle() if self.graphed else None
 
@@ -373,7 +373,6 @@ class Engine:
         self.scheduler.begins.clear()
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Sequence]:
-        self.decoded = [], 0
         # Those with nothing in the cache first, as Prefill wants them; neighbours of equal length attend as one batch.
         chunks.sort(key=lambda chunk: (chunk[0].cached > 0, chunk[1]))
         memory = Prefill(self.cache, [Chunk(s.blocks, s.cached, count, s.slot) for s, count in chunks])

@@ -137,6 +137,7 @@ def test_adamw_on_cuda_is_fused_and_goes_on_from_its_state(tmp_path):
                     parameter.grad = parameter.detach() * (step + 1)
                 optimizer.step(0.1)
             assert optimizer.adam.defaults["fused"]
+            assert all(state["step"].device == DEVICE for state in optimizer.adam.state.values())
             ends.append([parameter.detach().cpu() for parameter in model.parameters()])
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 
