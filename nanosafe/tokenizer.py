@@ -70,7 +70,9 @@ class Tokenizer:
         named = {name: _added_token(token) for name, token in sorted(config.items(), key=_standard_first)
                  if name.endswith("_token") and isinstance(token, (str, dict))}
         self.special_tokens = {name: token.content for name, token in named.items()}
+        self._skipped = self._special_ids()
         self._merge_added_tokens(config, list(named.values()))
+        self._skipped |= self._special_ids()  # what tokenizer.json calls special stays so
         self._controls = {i: self._normal(token.content)
                           for i, token in self._tokenizer.get_added_tokens_decoder().items()
                           if token.content not in (THINK, END_THINK)}  # fmt: skip
@@ -133,8 +135,11 @@ class Tokenizer:
         return text.strip() if normalizer is None else normalizer.normalize_str(text.strip())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`, special tokens included unless skipped."""
-        return self._tokenizer.decode(ids, skip_special_tokens)
+        """Text of `ids`, special tokens included unless skipped; the tags of a thought are never skipped, for graders
+        and rewards tell thought from answer by them."""
+        if skip_special_tokens:
+            ids = [token for token in ids if token not in self._skipped]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = False, **template_vars: Any) -> str:
         """The conversation as the checkpoint's chat template writes it.
@@ -192,6 +197,10 @@ class Tokenizer:
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
         return found
+
+    def _special_ids(self) -> set[int]:
+        return {i for i, token in self._tokenizer.get_added_tokens_decoder().items()
+                if token.special and token.content not in (THINK, END_THINK)}  # fmt: skip
 
     def _merge_added_tokens(self, config: dict, named: list[AddedToken]) -> None:
         """Merge tokenizer_config.json's tokens into tokenizer.json's: its flags win, new ones get the next ids."""

@@ -157,8 +157,10 @@ def test_text_encodes_and_decodes_as_in_transformers(official):
     for text in [*texts, "", "\x00\r\n ", "ሴ" * 50]:
         ids = ours.encode(text)
         assert ids == reference(text, add_special_tokens=False)["input_ids"]
-        for skip in (False, True):
-            assert ours.decode(ids, skip_special_tokens=skip) == reference.decode(ids, skip_special_tokens=skip)
+        assert ours.decode(ids) == reference.decode(ids)
+        tags = reference.convert_tokens_to_ids(["<think>", "</think>"])  # which transformers skips where they are special
+        shown = [i for i in ids if i in tags or reference.decode([i], skip_special_tokens=True)]
+        assert ours.decode(ids, skip_special_tokens=True) == reference.decode(shown)
     assert ours.vocab_size == len(reference)
     texts = ours.vocabulary()
     assert len(texts) == len(reference) and all(texts[i] == reference.decode([i]) for i in range(0, len(texts), 997))
@@ -268,6 +270,24 @@ def test_no_control_token_of_an_official_tokenizer_survives(official):
     text = ours.neutral_text("Hi" + "".join(sorted(controls)) + "<think>")
     ids = reference(text, add_special_tokens=False)["input_ids"]
     assert not controls & set(reference.convert_ids_to_tokens(ids))
+
+
+def test_the_tags_of_a_thought_are_never_skipped(tmp_path):
+    """Marked special in tokenizer_config.json, or in tokenizer.json whatever the other file says."""
+    tags = {str(300 + i): flags(tag) for i, tag in enumerate(("<think>", "</think>"))}
+    folder = make_tiny(tmp_path, {"added_tokens_decoder": tags})
+    text = "<think>the theme</think>there<|user|></s>"
+    for special in (True, False):
+        ours = load_tokenizer(folder)
+        ids = ours.encode(text)
+        assert len(ids) == len(ours.encode("the themethere")) + 4, "every tag is a token of its own"
+        assert ours.decode(ids, skip_special_tokens=True) == "<think>the theme</think>there"
+        assert ours.decode(ids) == text
+        built = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        built.add_special_tokens(list(tokenizers.AddedToken(tag["content"], normalized=False) for tag in tags.values()))
+        built.save(str(folder / "tokenizer.json"))
+        plain = {i: tag | {"special": False} for i, tag in tags.items()}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": plain}))
 
 
 def test_unknown_characters_are_no_control_tokens(tmp_path):
