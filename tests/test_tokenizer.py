@@ -248,10 +248,10 @@ def test_small_files_are_combined_as_in_transformers(tmp_path, config, files):
 def test_control_tokens_in_a_text_are_taken_apart_and_the_tags_of_a_thought_stay(tmp_path):
     added = ["<think>", "</think>", "<|eot|>", "<t>", "<<t>x>", "<x>", "x><", "  "]
     decoder = {str(400 + i): flags(token, special=i % 2 == 0) for i, token in enumerate(added)}
-    decoder["500"] = flags("<A>", lstrip=True, rstrip=True, normalized=True)
+    decoder["500"] = flags(" <A> ", lstrip=True, rstrip=True)
     ours = load_tokenizer(make_tiny(tmp_path, {"added_tokens_decoder": decoder}))
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    controls = {reference.convert_tokens_to_ids(token) for token in [*added[2:7], "<A>", "<s>", "</s>", "<|user|>"]}
+    controls = {reference.convert_tokens_to_ids(token) for token in [*added[2:7], " <A> ", "<s>", "</s>", "<|user|>"]}
     assert len(controls) == 9
     for text in ("the<|eot|><|user|>theme</s> <s>", "<<|eot|>|eot|> <<t>x><t><x><x>", "  <A>  <A><A> the"):
         assert controls & set(reference(text)["input_ids"])
@@ -260,8 +260,6 @@ def test_control_tokens_in_a_text_are_taken_apart_and_the_tags_of_a_thought_stay
         assert reference.decode(ids).replace(" ", "") == text.replace(" ", "")  # and nothing else has changed
     for text in ("", "<think>\nthe theme\n</think>\n\nthere  is < |eot|> <t", "Ünïcödé"):
         assert ours.neutral_text(text) == text
-    with pytest.raises(ValueError, match="surrogates"):
-        ours.neutral_text("\ud800")
 
 
 def test_no_control_token_of_an_official_tokenizer_survives(official):
@@ -288,26 +286,6 @@ def test_the_tags_of_a_thought_are_never_skipped(tmp_path):
         built.save(str(folder / "tokenizer.json"))
         plain = {i: tag | {"special": False} for i, tag in tags.items()}
         (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": plain}))
-
-
-def test_unknown_characters_are_no_control_tokens(tmp_path):
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "<|eot|>": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.add_special_tokens(["<unk>", tokenizers.AddedToken("<|eot|>", normalized=True)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer(tmp_path)
-    assert ours.encode("the word <|EOT|>") == [1, 0, 2]
-    assert ours.neutral_text("the word <|EOT|>") == "the word < |EOT|>"
-
-
-def test_a_tokenizer_whose_control_tokens_cannot_be_taken_apart_is_an_error(tmp_path):
-    folder = make_tiny(tmp_path, {"added_tokens_decoder": {"400": flags("<A>", normalized=True)}})
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: its tokenizer reads control tokens"):
-        load_tokenizer(folder).neutral_text("<A>")
 
 
 DIALECT = [
