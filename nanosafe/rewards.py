@@ -182,7 +182,7 @@ class RewardModel:
         documents = [self.encode(messages, index) for index, messages in enumerate(conversations)]
         fitting = [i for i, ids in enumerate(documents) if len(ids) <= self.context]
         if len(fitting) < len(documents) and not skip_long:
-            first = min(set(range(len(documents))).difference(fitting))
+            first = next(i for i, ids in enumerate(documents) if len(ids) > self.context)
             raise ValueError(f"conversation {first} has {len(documents[first])} tokens; the reward model reads 1 to "
                              f"{self.context} (max_position_embeddings)")  # fmt: skip
         order = sorted(fitting, key=lambda i: len(documents[i]))  # equal lengths attend as one batch
