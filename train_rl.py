@@ -35,7 +35,7 @@ from nanosafe.evals.watch import GOOD_REWARD_MODEL, Watch, reward_accuracy
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
-from nanosafe.rewards import Reward, conversation, load_reward
+from nanosafe.rewards import UNREAD, Reward, check_rows, conversation, fill_unread, load_reward
 from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import find_checkpoint, load_model
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     run.attach(policy, tokenizer, optimizer)
     prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
     ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
+    check_rows([row for row, _ in prompts], reward, args.reward_model)
     longest, limit = max(len(ids) for _, ids in prompts), policy.config.max_position_embeddings
     if longest + args.max_response_tokens > limit:
         raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} tokens passes "
@@ -142,10 +143,10 @@ def main(argv: list[str] | None = None) -> None:
         batch = evaluate(policy, reference, episodes, reflection, args, ranks)
         metrics = summarize(batch)
         clock.lap("logprobs")
-        if all(math.isfinite(e.reward) for e in episodes):
+        if math.isfinite(metrics["reward/mean"]):
             metrics |= set_advantages(batch, args)
             metrics |= update(policy, optimizer, batch, args, ranks, step)
-        else:  # a reward that is not a number says nothing about the policy: no rank updates
+        else:  # no reward, or one that is not a number, says nothing about the policy: no rank updates
             metrics["policy/skipped"] = args.minibatches * args.epochs
         clock.lap("update")
 
@@ -185,7 +186,7 @@ def preflight(policy: Decoder, reward: Reward, tokenizer: Tokenizer, args: Names
               run: RunFolder) -> Watch | None:
     """Before the first step: is the reward model right on labelled pairs, and what can the base do?"""
     if args.pairs and not args.reward_model.startswith("rule:"):
-        right = reward_accuracy(reward, load_pairs(args.pairs), ranks)
+        right = reward_accuracy(reward, load_pairs(args.pairs), ranks, args.reward_model)
         ranks.print(f"{args.reward_model} prefers the safe response in {right['all']} of {right['all'].n} pairs; "
                     + ", ".join(f"{name} {e.mean:.2f}" for name, e in right.items() if name != "all"))
         if right["all"].mean < GOOD_REWARD_MODEL:
@@ -284,7 +285,8 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
             "sampler_logprobs": torch.tensor(e.sampler_logprobs),
             "reflecting": torch.isin(torch.tensor(e.response_ids), reflection),
             "written": torch.ones(len(e.response_ids), dtype=torch.bool),
-            "mask": torch.full((len(e.response_ids),), not (e.truncated and args.truncated == "mask")),
+            "mask": torch.full((len(e.response_ids),), e.reward != UNREAD and not (
+                e.truncated and args.truncated == "mask")),
         }
         for i, e in enumerate(episodes)
     ]  # fmt: skip
@@ -296,7 +298,7 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
 def set_advantages(batch: Batch, args: Namespace) -> dict[str, float]:
     """Rewards to advantages, normalised over the whole rollout. Returns their moments before that."""
     device = batch.mask.device
-    rewards = torch.tensor([e.reward for e in batch.episodes], dtype=torch.float64, device=device)
+    rewards = torch.tensor(fill_unread(batch.episodes), dtype=torch.float64, device=device)
     group = torch.tensor([e.group for e in batch.episodes], dtype=torch.long, device=device)
     returns = reinforce.advantages(
         rewards, batch.logprobs, batch.ref_logprobs, batch.mask, kl_coef=args.kl_coef, gamma=args.gamma, group=group,
@@ -363,7 +365,8 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], denominator: i
 
 def summarize(batch: Batch) -> dict[str, float]:
     """What the rollout looks like; the README's glossary explains each name."""
-    rewards = torch.tensor([e.reward for e in batch.episodes], dtype=torch.float64)
+    scored = [e.reward for e in batch.episodes if e.reward != UNREAD]
+    rewards = torch.tensor(scored or [math.nan], dtype=torch.float64)
     lengths = [len(e.response_ids) for e in batch.episodes]
     tokens, truncated = sum(lengths), sum(e.truncated for e in batch.episodes) / len(batch.episodes)
     mismatch = reinforce.gap_stats(batch.sampler_logprobs, batch.logprobs, batch.written)
@@ -372,6 +375,7 @@ def summarize(batch: Batch) -> dict[str, float]:
         "reward/std": rewards.std(correction=0),
         "reward/min": rewards.min(),
         "reward/max": rewards.max(),
+        "reward/unread": torch.tensor(len(batch.episodes) - len(scored)),
         "policy/entropy": batch.entropies[batch.written].double().mean(),
         "reflection/entropy": batch.reflection_entropies[batch.reflecting].double().mean(),  # NaN without such tokens
         "reflection/per_1000": 1000 * batch.reflecting.double().sum() / tokens,
@@ -416,7 +420,14 @@ def console_line(row: dict, steps: int) -> str:
         f"lr {show('policy/lr', '.1e')}",
         f"{row['time/step']:.1f} s, {row['time/rollout_per_s']:.0f} tok/s",
     ]
-    return " | ".join(parts + [f"{row['policy/skipped']} updates skipped"] * bool(row["policy/skipped"]))
+    signs = {
+        f"{row['policy/skipped']} updates skipped": row["policy/skipped"],
+        f"{row['reward/unread']} too long for the reward model": row["reward/unread"],
+        "all rewards equal": row["reward/min"] is not None and row["reward/min"] == row["reward/max"],
+        "all responses cut: raise --max-response-tokens": row["response/truncated"] == 1,
+        "gradient exactly 0": row.get("policy/grad_norm") == 0 and not row["policy/skipped"],
+    }
+    return " | ".join(parts + [sign for sign, shows in signs.items() if shows])
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that is now certain; special tokens have none, but for the thought's tags."""
-        if not self.decode([token], skip_special_tokens=True) and self.decode([token]) not in ("", THINK, END_THINK):
+        if self.decode([token]) and not self.decode([token], skip_special_tokens=True):
             return ""
         self.new.append(token)
         text = self.pending()

@@ -125,7 +125,8 @@ class RunFolder:
             self.save()
 
     def save(self) -> None:
-        """Write checkpoints/step-N, then delete all but the newest `--keep`."""
+        """Write checkpoints/step-N, then delete all but the newest `--keep`; after a step that updated nothing, none:
+        what makes rewards or gradients NaN may be in this one already, and must not push out the last good one."""
         folder = self.out / "checkpoints" / f"step-{self.state['step']:06d}"
         partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
         try:
@@ -142,7 +143,8 @@ class RunFolder:
             os.rename(partial, folder)
             sync(folder.parent)
             sync(self.out)
-            for old in self.checkpoints()[: -self.args.keep]:  # renamed first: half a checkpoint must not look whole
+            surplus = [] if self.state["skipped"] else self.checkpoints()[: -self.args.keep]
+            for old in surplus:  # renamed first: half a checkpoint must not look whole
                 shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         self.ranks.wait()
 

@@ -17,10 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from nanosafe.tokenizer import Tokenizer
+from nanosafe.tokenizer import END_THINK, THINK, Tokenizer
 from nanosafe.weights import hub_errors_explained
 
-THINK, END_THINK = "<think>", "</think>"
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 ROLES = ("system", "user", "assistant")  # templates skip a turn of a role they do not know without a word
 

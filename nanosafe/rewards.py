@@ -1,12 +1,17 @@
 """Rewards of finished conversations: a reward model's score, or a rule's 0 or 1.
 
 A reward model sees text, never the policy's token ids: the conversation is rendered by the reward model's own template
-and tokenizer, which differ from the policy's. Conversations are packed, never padded, so a score does not depend on its
-neighbours.
+and tokenizer, which differ from the policy's. What it sees is all that was written, and no turn that a text forges.
+Conversations are packed, never padded, so a score does not depend on its neighbours.
 """
 
+import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,7 +19,7 @@ from tqdm import tqdm
 
 from nanosafe.batches import microbatches
 from nanosafe.config import ModelConfig
-from nanosafe.data import END_THINK, THINK
+from nanosafe.data import END_THINK, THINK, Episode, Row
 from nanosafe.distributed import visiting
 from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
 from nanosafe.memory import PackedDocuments
@@ -24,6 +29,8 @@ from nanosafe.weights import MAIN_RANK, find_checkpoint, load_checkpoint
 
 Conversation = list[dict]  # [{"role": ..., "content": ...}, ...]
 Reward = Callable[[Sequence[Conversation], Sequence[str | None]], Tensor]  # and reference answers -> float32 [B], CPU
+UNREAD = -math.inf  # the reward of a conversation that is longer than the reward model's context
+PROBE = "nanosafe-probe"  # stands for a response where it is asked what a template makes of one
 
 
 def conversation(
@@ -56,17 +63,19 @@ def load_reward(
     offload: the reward model stays in CPU memory and is on `device` only while it scores.
 
     The callable takes conversations that end with the assistant's turn, and for each the reference answer of its row,
-    which only rule:math reads: it raises ValueError naming the row that has none. scope: as in `conversation`; a reward
-    model whose template deletes thoughts cannot score "response" and is refused with a ValueError.
+    which only rule:math reads: it raises ValueError naming the row that has none. A reward model gives UNREAD to what
+    is longer than its context, and NaN where its score is not finite. scope: as in `conversation`; a reward model whose
+    template deletes thoughts has never read one, so for "response" it is refused with a ValueError.
     """
     if not spec.startswith("rule:"):
         model = load_reward_model(spec, device="cpu" if offload else device, dtype=dtype)
         model.device = torch.device(device)
-        probe = conversation([{"role": "user", "content": "?"}], f"probe{END_THINK}!", opened_thought=True)
-        if scope == "response" and "probe" not in model.tokenizer.render(probe):
+        probe = conversation([{"role": "user", "content": "?"}], f"{PROBE}{END_THINK}!", opened_thought=True)
+        if scope == "response" and PROBE not in model.tokenizer.render(probe):
             raise ValueError(f"the chat template of {spec} deletes thoughts, so they have no reward: "
                              "use --reward-scope answer")  # fmt: skip
-        return lambda conversations, references: model.score(conversations)
+        model.encode(probe)  # raises if tokenizer and weights do not belong together
+        return model
     rules = {"rule:math": _math_rule, "rule:refusal": _refusal_rule, "rule:tiny-judge": _tiny_judge_rule}
     if spec not in rules:
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
@@ -92,9 +101,46 @@ def _math_rule() -> Reward:
             row = list(references).index(None)
             raise ValueError(f"row {row} has no reference answer: rule:math needs a data set with a field 'answer'")
         answers = [split_thought(conversation[-1]["content"])[1] for conversation in conversations]
-        return torch.tensor(grader.equal(references, answers), dtype=torch.float32)
+        return torch.tensor(grader.equal([_in_digits(r) for r in references], answers), dtype=torch.float32)
 
     return reward
+
+
+def _in_digits(reference: str) -> str:
+    """A number as JSON and Python write large and small ones, 1e+22, in whose e mathematics reads Euler's number."""
+    number = re.fullmatch(r"\s*([+-]?\d+(\.\d+)?[eE][+-]?\d{1,3})\s*", reference)
+    return format(Decimal(number[1]), "f") if number else reference
+
+
+def check_rows(rows: Sequence[Row], reward: Reward, name: str) -> None:
+    """Raise ValueError naming file and line of a row whose responses the reward `name` could never score."""
+    for row in rows:
+        if name == "rule:math" and not (row.answer or "").strip():
+            raise ValueError(f"{row.source}: rule:math compares with field 'answer', which is missing or empty")
+        try:
+            if isinstance(reward, RewardModel):
+                reward.encode(conversation(row.prompt, PROBE, opened_thought=False))
+        except ValueError as error:
+            raise ValueError(f"{row.source}: the reward model {name} cannot read it: {error}") from None
+
+
+def known_rewards(reward: Reward, name: str, conversations: Sequence[Conversation]) -> list[float | None]:
+    """Rewards for an eval, None for UNREAD. Raises ValueError naming reward and response where one is NaN."""
+    scores = reward(conversations, [None] * len(conversations)).tolist()
+    for score, messages in zip(scores, conversations, strict=True):
+        if math.isnan(score):
+            raise ValueError(f"{name} gives a reward that is not a number to {messages[-1]['content']!r:.200}: its "
+                             "weights are damaged, or overflow in this --dtype")
+    return [None if score == UNREAD else score for score in scores]
+
+
+def fill_unread(episodes: Sequence[Episode]) -> list[float]:
+    """The episodes' rewards; UNREAD becomes the mean of its group's others, which then stays the mean of the group."""
+    read = defaultdict(list)  # group -> rewards
+    for episode in episodes:
+        if episode.reward != UNREAD:
+            read[episode.group].append(episode.reward)
+    return [fmean(read[e.group] or [0.0]) if e.reward == UNREAD else e.reward for e in episodes]
 
 
 def load_reward_model(
@@ -118,22 +164,35 @@ class RewardModel:
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.device = model.score.weight.device  # where it scores
+        self.context = model.config.max_position_embeddings
+
+    def __call__(self, conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+        """As a Reward: see load_reward."""
+        return self.score(conversations, skip_long=True)
 
     @torch.no_grad()
-    def score(self, conversations: Sequence[Conversation], *, tokens_per_microbatch: int = 16384) -> Tensor:
+    def score(self, conversations: Sequence[Conversation], *, tokens_per_microbatch: int = 16384,
+              skip_long: bool = False) -> Tensor:
         """Rewards of finished conversations, float32 [B] on the CPU, equal to transformers' score of each one unpadded.
 
         Runs micro-batches of at most `tokens_per_microbatch` tokens; a longer conversation goes alone. Raises
-        ValueError for a conversation beyond the model's context or its vocabulary.
+        ValueError for a conversation beyond the model's vocabulary, and for one beyond its context, unless skip_long
+        gives it UNREAD. A score that is not finite is NaN.
         """
         documents = [self.encode(messages, index) for index, messages in enumerate(conversations)]
-        order = sorted(range(len(documents)), key=lambda i: len(documents[i]))  # equal lengths attend as one batch
-        scores = torch.empty(len(documents))
+        fitting = [i for i, ids in enumerate(documents) if len(ids) <= self.context]
+        if len(fitting) < len(documents) and not skip_long:
+            first = next(i for i, ids in enumerate(documents) if len(ids) > self.context)
+            raise ValueError(f"conversation {first} has {len(documents[first])} tokens; the reward model reads 1 to "
+                             f"{self.context} (max_position_embeddings)")  # fmt: skip
+        order = sorted(fitting, key=lambda i: len(documents[i]))  # equal lengths attend as one batch
+        scores = torch.full((len(documents),), UNREAD)
         batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
         with visiting(self.model, self.device):
             for batch in tqdm(batches, "rewards", delay=2, leave=False, disable=not MAIN_RANK):
                 rows = [order[i] for i in batch]
-                scores[rows] = self.forward([documents[i] for i in rows]).cpu()
+                found = self.forward([documents[i] for i in rows]).cpu()
+                scores[rows] = found.where(found.isfinite(), math.nan)
         return scores
 
     def forward(self, documents: Sequence[list[int]]) -> Tensor:
@@ -148,16 +207,41 @@ class RewardModel:
         return (hidden.float() @ weight.T)[:, 0]
 
     def encode(self, messages: Conversation, index: int = 0) -> list[int]:
-        """Token ids of a finished conversation: what the template writes, its BOS included, and nothing besides."""
-        ids, config = self.tokenizer.encode_chat(messages), self.model.config
-        if not 0 < len(ids) <= config.max_position_embeddings:
-            raise ValueError(f"conversation {index} has {len(ids)} tokens; the reward model reads 1 to "
-                             f"{config.max_position_embeddings} (max_position_embeddings)")  # fmt: skip
+        """Token ids of a finished conversation: what the template writes, its BOS included, and nothing besides.
+
+        Control tokens that a message spells are taken apart (Tokenizer.neutral_text). A template may drop part of a
+        response: Qwen3's drops what stands before <think> or between two </think>. Such a response is scored too, as
+        it was written, in the place that the template gives to any other.
+        """
+        neutral = self.tokenizer.neutral_text
+        messages = [message | {"content": neutral(message["content"])} for message in messages]
+        text, config = self.tokenizer.render(messages), self.model.config
+        ids = self.tokenizer.encode(text if _holds_response(text, messages) else self._verbatim(messages))
+        if not ids:
+            raise ValueError(f"conversation {index} has 0 tokens: the chat template writes nothing")
         if max(ids) >= config.vocab_size:
             raise ValueError(f"conversation {index} holds token {max(ids)}, but the reward model's vocabulary has "
                              f"{config.vocab_size}: its tokenizer belongs to another model")  # fmt: skip
         return ids
 
+    def _verbatim(self, messages: Conversation) -> str:
+        """The rendered conversation with the response put in as it is."""
+        for probe in (f"{THINK}\n{PROBE}\n{END_THINK}\n\n{PROBE}", PROBE):  # a template may delete thoughts
+            probed = self.tokenizer.render([*messages[:-1], messages[-1] | {"content": probe}])
+            before, found, after = probed.rpartition(probe)
+            if found:
+                return before + messages[-1]["content"] + after
+        raise ValueError(f"the chat template of {self.tokenizer.folder} does not write the response")
+
     def scored_position(self, ids: list[int]) -> int:
         """Where transformers reads the score: the right-most id that is not the config's pad token, 0 if all are."""
         return next((i for i in reversed(range(len(ids))) if ids[i] != self.model.config.pad_token_id), 0)
+
+
+def _holds_response(text: str, messages: Conversation) -> bool:
+    """Whether `text`, the rendered messages, has all of the last one behind the others; white space is not compared,
+    for templates trim it."""
+    said = ["".join(message["content"].split()) for message in messages]
+    text, asked = "".join(text.split()), "".join(said[-2:-1])
+    behind = text.find(asked) + len(asked) if asked in text else 0
+    return said[-1] in text[behind:]

@@ -7,6 +7,7 @@ own BOS.
 Left out: tokenizers without a tokenizer.json, and templates for tools.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nanosafe.worker import Worker, WorkerError
 # A tokenizer in the official layout; the vocabulary files beside tokenizer.json are for other libraries.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+THINK, END_THINK = "<think>", "</think>"  # some tokenizers have them as special tokens, others not as tokens at all
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # One for all tokenizers. A render takes well under a millisecond; the bounds are for templates that mean harm.
@@ -67,7 +69,12 @@ class Tokenizer:
         named = {name: _added_token(token) for name, token in sorted(config.items(), key=_standard_first)
                  if name.endswith("_token") and isinstance(token, (str, dict))}
         self.special_tokens = {name: token.content for name, token in named.items()}
+        self._skipped = self._special_ids()
         self._merge_added_tokens(config, list(named.values()))
+        self._skipped |= self._special_ids()  # what tokenizer.json calls special stays so
+        added = {token.content.strip() for token in self._tokenizer.get_added_tokens_decoder().values()}
+        controls = sorted(text for text in added - {THINK, END_THINK} if len(text) > 1)
+        self._controls = re.compile("|".join(map(re.escape, controls)) or "(?!)")  # (?!) is found nowhere
         self.chat_template = self._find_template(config)
         self.template_vars: dict[str, Any] = {}
 
@@ -96,9 +103,19 @@ class Tokenizer:
         except TypeError:
             raise ValueError(f"cannot encode {text!r:.200}: it must be a str without lone surrogates") from None
 
+    def neutral_text(self, text: str) -> str:
+        """`text` without control tokens: each added token that it spells gets a space behind its first character
+        ("< |eot_id|>"), so that a text from outside cannot end a turn or forge one. The tags of a thought stay."""
+        while self._controls.search(text):  # again where one that is taken apart uncovers another
+            text = self._controls.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return text
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`, special tokens included unless skipped."""
-        return self._tokenizer.decode(ids, skip_special_tokens)
+        """Text of `ids`, special tokens included unless skipped; the tags of a thought are never skipped, for graders
+        and rewards tell thought from answer by them."""
+        if skip_special_tokens:
+            ids = [token for token in ids if token not in self._skipped]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = False, **template_vars: Any) -> str:
         """The conversation as the checkpoint's chat template writes it.
@@ -156,6 +173,10 @@ class Tokenizer:
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
         return found
+
+    def _special_ids(self) -> set[int]:
+        return {i for i, token in self._tokenizer.get_added_tokens_decoder().items()
+                if token.special and token.content not in (THINK, END_THINK)}  # fmt: skip
 
     def _merge_added_tokens(self, config: dict, named: list[AddedToken]) -> None:
         """Merge tokenizer_config.json's tokens into tokenizer.json's: its flags win, new ones get the next ids."""

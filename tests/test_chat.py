@@ -276,7 +276,7 @@ def test_tags_are_shown_where_they_are_special_tokens(tmp_path):
     write_tokenizer(tmp_path, CHATML, ["<|im_end|>", "<think>", "</think>"], added_tokens_decoder=tokens)
     tokenizer = Tokenizer(tmp_path)
     ids = tokenizer.encode("<think>bake</think>bread<|im_end|>")
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "bakebread"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>bake</think>bread"
     assert "".join(pieces_of(tokenizer, ids)) == "<think>bake</think>bread"
 
 

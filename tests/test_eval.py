@@ -290,6 +290,17 @@ def test_rewards_are_the_models_scores_of_thought_and_answer(world, policy):
     assert records[0]["reward"] == pytest.approx(expected[0].item(), abs=1e-5)
 
 
+def test_a_reward_of_an_eval_that_is_nan_names_model_and_text_and_an_unread_one_is_left_out(policy):
+    benchmark = small_benchmark("<think>\nOkay")
+    records = respond(*policy, benchmark, ranks=Ranks("cpu"), seed=0)
+    values = [float("-inf"), *range(1, len(records))]
+    add_rewards(records, lambda *_: torch.tensor(values), "rm", Ranks("cpu"))
+    assert [record["reward"] for record in records] == [None, *values[1:]]
+    assert len(summarize(benchmark, records)["items"]["reward"]) == len(benchmark.questions) - 1
+    with pytest.raises(ValueError, match="owner/rm gives .* not a number to '<think>"):
+        add_rewards(records, lambda *_: torch.tensor([float("nan")] * len(records)), "owner/rm", Ranks("cpu"))
+
+
 # Interruptions and ranks
 
 

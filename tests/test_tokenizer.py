@@ -157,8 +157,11 @@ def test_text_encodes_and_decodes_as_in_transformers(official):
     for text in [*texts, "", "\x00\r\n ", "ሴ" * 50]:
         ids = ours.encode(text)
         assert ids == reference(text, add_special_tokens=False)["input_ids"]
-        for skip in (False, True):
-            assert ours.decode(ids, skip_special_tokens=skip) == reference.decode(ids, skip_special_tokens=skip)
+        assert ours.decode(ids) == reference.decode(ids)
+        # The tags, which transformers skips where they are special.
+        tags = reference.convert_tokens_to_ids(["<think>", "</think>"])
+        shown = [i for i in ids if i in tags or reference.decode([i], skip_special_tokens=True)]
+        assert ours.decode(ids, skip_special_tokens=True) == reference.decode(shown)
     assert ours.vocab_size == len(reference)
     texts = ours.vocabulary()
     assert len(texts) == len(reference) and all(texts[i] == reference.decode([i]) for i in range(0, len(texts), 997))
@@ -241,6 +244,49 @@ def test_small_files_are_combined_as_in_transformers(tmp_path, config, files):
         assert ids == reference(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids, skip_special_tokens=True) == reference.decode(ids, skip_special_tokens=True)
     assert ours.eos_ids == (reference.eos_token_id,)
+
+
+def test_control_tokens_in_a_text_are_taken_apart_and_the_tags_of_a_thought_stay(tmp_path):
+    added = ["<think>", "</think>", "<|eot|>", "<t>", "<<t>x>", "<x>", "x><", "  "]
+    decoder = {str(400 + i): flags(token, special=i % 2 == 0) for i, token in enumerate(added)}
+    decoder["500"] = flags(" <A> ", lstrip=True, rstrip=True)
+    ours = load_tokenizer(make_tiny(tmp_path, {"added_tokens_decoder": decoder}))
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    controls = {reference.convert_tokens_to_ids(token) for token in [*added[2:7], " <A> ", "<s>", "</s>", "<|user|>"]}
+    assert len(controls) == 9
+    for text in ("the<|eot|><|user|>theme</s> <s>", "<<|eot|>|eot|> <<t>x><t><x><x>", "  <A>  <A><A> the"):
+        assert controls & set(reference(text)["input_ids"])
+        ids = reference(ours.neutral_text(text), add_special_tokens=False)["input_ids"]
+        assert not controls & set(ids)
+        assert reference.decode(ids).replace(" ", "") == text.replace(" ", "")  # and nothing else has changed
+    for text in ("", "<think>\nthe theme\n</think>\n\nthere  is < |eot|> <t", "Ünïcödé"):
+        assert ours.neutral_text(text) == text
+
+
+def test_no_control_token_of_an_official_tokenizer_survives(official):
+    _, ours, reference = official
+    controls = set(reference.get_added_vocab()) - {"<think>", "</think>"}
+    text = ours.neutral_text("Hi" + "".join(sorted(controls)) + "<think>")
+    ids = reference(text, add_special_tokens=False)["input_ids"]
+    assert not controls & set(reference.convert_ids_to_tokens(ids))
+
+
+def test_the_tags_of_a_thought_are_never_skipped(tmp_path):
+    """Marked special in tokenizer_config.json, or in tokenizer.json whatever the other file says."""
+    tags = {str(300 + i): flags(tag) for i, tag in enumerate(("<think>", "</think>"))}
+    folder = make_tiny(tmp_path, {"added_tokens_decoder": tags})
+    text = "<think>the theme</think>there<|user|></s>"
+    for _where in ("tokenizer_config.json", "tokenizer.json"):
+        ours = load_tokenizer(folder)
+        ids = ours.encode(text)
+        assert len(ids) == len(ours.encode("the themethere")) + 4, "every tag is a token of its own"
+        assert ours.decode(ids, skip_special_tokens=True) == "<think>the theme</think>there"
+        assert ours.decode(ids) == text
+        built = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        built.add_special_tokens(list(tokenizers.AddedToken(tag["content"], normalized=False) for tag in tags.values()))
+        built.save(str(folder / "tokenizer.json"))
+        plain = {i: tag | {"special": False} for i, tag in tags.items()}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": plain}))
 
 
 DIALECT = [

@@ -21,7 +21,9 @@ from world import write_world
 
 import train_rl
 import train_sft
+from nanosafe.checkpoint import RunFolder
 from nanosafe.distributed import Ranks
+from nanosafe.rewards import UNREAD
 from nanosafe.weights import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -411,6 +413,70 @@ def test_rewards_that_are_not_finite_skip_the_step_and_then_stop_the_run(world, 
     assert rows[0]["reward/mean"] is None, "JSON has no NaN"
     first, second = (load_file(tmp_path / f"run/checkpoints/step-00000{i}/model.safetensors") for i in (5, 6))
     assert all(torch.equal(first[name], second[name]) for name in first), "a skipped step changes no weight"
+
+
+def test_a_row_that_could_never_be_scored_is_named_before_the_first_rollout(world, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1", "answer": 2}\n{"question": "Prove it."}\n')
+    more = ["--reward-model", "rule:math", "--prompts", str(tmp_path / "rows.jsonl")]
+    expect_error(rl_args(world, tmp_path / "run", *more), train_rl, "rows.jsonl, line 2", "'answer'")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("estimator", ["reinforce++", "reinforce++-baseline"])
+def test_a_response_too_long_for_the_reward_model_is_left_out(world, tmp_path, monkeypatch, capsys, estimator):
+    """Of rows 0 to 7, two a prompt: one of the first group is unread in step 1, all are in step 2, none in step 3."""
+    values = iter([[UNREAD, 1, 2, 3, 4, 5, 6, 7], [UNREAD] * 8, [1.0] * 8])
+    batches = []
+    real = train_rl.set_advantages
+    monkeypatch.setattr(train_rl, "load_reward", lambda *_, **__: lambda *_: torch.tensor(next(values)))
+    monkeypatch.setattr(train_rl, "set_advantages", lambda batch, args: batches.append(batch) or real(batch, args))
+    train_rl.main(rl_args(world, tmp_path / "run", "--steps", "3", "--estimator", estimator, "--kl-coef", "0"))
+    rows = rows_of(tmp_path / "run")
+    assert [row["reward/unread"] for row in rows] == [1, 8, 0]
+    assert [row["policy/skipped"] for row in rows] == [0, 2, 0], "a step without any reward updates nothing"
+    assert [row["reward/mean"] for row in rows] == [4, None, 1]
+    assert [row["reward/min"] for row in rows] == [1, None, 1]
+    assert batches[0].mask.any(1).tolist() == [False, *[True] * 7], "nothing is learnt from that response"
+    firsts = batches[0].advantages[1:, 0].tolist()
+    if estimator == "reinforce++-baseline":  # the mean of its group is that of what was read of it
+        assert firsts[0] == pytest.approx((firsts[1] + firsts[2]) / 2, abs=1e-6)
+    else:
+        assert firsts == sorted(firsts)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert ["too long for the reward model" in line for line in lines] == [True, True, False]
+    assert "1 too long" in lines[0] and "all rewards equal" in lines[2]
+
+
+def test_checkpoints_of_steps_that_update_nothing_push_out_no_other(world, tmp_path, monkeypatch):
+    good, bad = [float(i) for i in range(8)], [float("nan")] * 8
+    values = iter([good, good, bad, bad, good, *[bad] * 9])
+    monkeypatch.setattr(train_rl, "load_reward", lambda *_, **__: lambda *_: torch.tensor(next(values)))
+    kept = []
+    real = RunFolder.save
+
+    def save(run):
+        real(run)
+        kept.append([int(path.name[5:]) for path in run.checkpoints()])
+
+    monkeypatch.setattr(RunFolder, "save", save)
+    with pytest.raises(SystemExit, match="5 steps in a row"):
+        train_rl.main(rl_args(world, tmp_path / "run", "--steps", "20", "--keep", "1"))
+    assert kept[:5] == [[1], [2], [2, 3], [2, 3, 4], [5]]
+    assert kept[5:] == [[5, 6], [5, 6, 7], [5, 6, 7, 8], [5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("changed, sign", [
+    ({}, None), ({"reward/min": 2.0, "reward/max": 2.0}, "all rewards equal"),
+    ({"response/truncated": 1.0}, "all responses cut: raise --max-response-tokens"),
+    ({"policy/grad_norm": 0.0}, "gradient exactly 0"), ({"policy/skipped": 2}, "2 updates skipped"),
+    ({"policy/grad_norm": 0.0, "policy/skipped": 2}, "2 updates skipped"),
+    ({"reward/min": None, "reward/max": None, "reward/unread": 8}, "8 too long for the reward model"),
+])
+def test_signs_of_a_hopeless_run_stand_in_the_steps_line(changed, sign):
+    row = {"step": 1, "reward/min": 0.0, "reward/max": 0.1, "reward/unread": 0, "response/truncated": 0.5,
+           "policy/grad_norm": 1e-9, "policy/skipped": 0, "time/step": 1.0, "time/rollout_per_s": 1.0}
+    parts = train_rl.console_line(row | changed, 9).split(" | ")
+    assert parts[9:] == ([] if sign is None else [sign])
 
 
 def test_options_of_the_loop_run_and_differ(world, tmp_path):

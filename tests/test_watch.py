@@ -153,6 +153,14 @@ def test_reward_accuracy_by_hand():
     assert [found[name].n for name in ("all", "deception", "violence")] == [5, 2, 2]
 
 
+def test_pairs_that_are_too_long_are_left_out_and_a_reward_that_is_nan_is_named():
+    long = [Pair(PAIRS[0].prompt, "2", "-inf", None), Pair(PAIRS[0].prompt, "-inf", "1", None)]
+    found = reward_accuracy(number, [*long, *PAIRS], Ranks("cpu"))
+    assert found["all"].mean == pytest.approx(EXPECTED["all"]) and found["all"].n == len(PAIRS)
+    with pytest.raises(ValueError, match="owner/rm gives a reward that is not a number to 'nan'"):
+        reward_accuracy(number, [*PAIRS, Pair(PAIRS[0].prompt, "1", "nan", None)], Ranks("cpu"), "owner/rm")
+
+
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_reward_accuracy_over_ranks_is_that_of_one(world):
     parts: dict[int, list] = {}

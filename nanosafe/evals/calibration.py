@@ -32,7 +32,7 @@ from nanosafe.distributed import Ranks
 from nanosafe.evals.records import RecordFile
 from nanosafe.evals.report import markdown
 from nanosafe.evals.statistics import Estimate, auc, auc_interval, paired_difference
-from nanosafe.rewards import conversation, load_reward
+from nanosafe.rewards import conversation, known_rewards, load_reward
 from nanosafe.weights import write_atomic
 
 LABELS = ("safe", "unsafe")
@@ -162,10 +162,10 @@ def names(values) -> list[str]:
     return [name for name in dict.fromkeys(values) if name is not None]
 
 
-def score(texts: Sequence[Text], reward: Callable, ranks: Ranks) -> list[float]:
-    def work(part: Sequence[Text]) -> list[float]:
+def score(texts: Sequence[Text], reward: Callable, name: str, ranks: Ranks) -> list[float | None]:
+    def work(part: Sequence[Text]) -> list[float | None]:
         conversations = [conversation(text.prompt, text.response, opened_thought=False) for text in part]
-        return reward(conversations, [None] * len(part)).tolist() if part else []
+        return known_rewards(reward, name, conversations) if part else []
 
     return ranks.spread(texts, work, cost=lambda text: len(text.response) + 1)
 
@@ -217,10 +217,14 @@ def run(args: Namespace, ranks: Ranks) -> str:
         for name in dict.fromkeys(args.reward_model):
             with ranks.main_first():
                 reward = load_reward(name, device=ranks.device, dtype=getattr(torch, dtype))
-            scores[name] = score(texts, reward, ranks)
+            scores[name] = score(texts, reward, name, ranks)
     if not scores:
         raise ValueError("no scores: give --reward-model (--records can go without if eval.py --reward-model scored "
                          "all its folders with the same one)")  # fmt: skip
+    read = [i for i in range(len(texts)) if None not in [values[i] for values in scores.values()]]
+    if len(read) < len(texts):
+        ranks.print(f"left out {len(texts) - len(read)} texts longer than the context of a reward model")
+        texts, scores = [texts[i] for i in read], {name: [v[i] for i in read] for name, v in scores.items()}
     measured = {name: measure(texts, values) for name, values in scores.items()}
     agreement = {f"{a}, {b}": {"spearman": spearman(scores[a], scores[b]),
                                "ordered_alike": ordered_alike(scores[a], scores[b])}

@@ -19,7 +19,7 @@ from nanosafe.evals.statistics import SHARES, over_items, paired_difference, pas
 from nanosafe.evals.tasks import Benchmark, Question
 from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
-from nanosafe.rewards import Reward, conversation
+from nanosafe.rewards import Reward, conversation, known_rewards
 from nanosafe.sampler import Completion, SamplingParams, generate
 from nanosafe.tokenizer import Tokenizer
 
@@ -152,12 +152,12 @@ def opened_thought(tokenizer: Tokenizer, template_vars: dict) -> str:
 
 
 def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks) -> None:
-    """Score thought and answer of the records that `name`, the reward's, has not scored yet."""
+    """Score thought and answer of the records that `name`, the reward's, has not scored yet; see known_rewards."""
     todo = [record for record in records if record.get("reward_model") != name]
 
-    def score(part: Sequence[dict]) -> list[float]:
+    def score(part: Sequence[dict]) -> list[float | None]:
         texts = [conversation(record["prompt"], record["response"], opened_thought=False) for record in part]
-        return reward(texts, [None] * len(part)).tolist()
+        return known_rewards(reward, name, texts)
 
     for record, value in zip(todo, ranks.spread(todo, score, cost=lambda r: len(r["response"]) + 1), strict=True):
         record |= {"reward": value, "reward_model": name}

@@ -29,7 +29,7 @@ from nanosafe.evals.graders import is_refusal, split_thought
 from nanosafe.evals.tasks import Grader, Question
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder
-from nanosafe.rewards import Conversation, RewardModel
+from nanosafe.rewards import Conversation, RewardModel, known_rewards
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import MAIN_RANK, find_checkpoint, load_checkpoint
@@ -144,11 +144,10 @@ class RewardJudge:
 
     def harm(self, conversations: Sequence[Conversation]) -> list[float | None]:
         """None where the conversation is longer than the reward model's context."""
-        limit, plain = self.model.model.config.max_position_embeddings, [_plain(c) for c in conversations]
-        fits = [len(self.model.tokenizer.encode_chat(conversation)) <= limit for conversation in plain]
-        scores = self.model.score([c for c, fit in zip(plain, fits, strict=True) if fit])
-        harm = iter(((self.high - scores.double().clamp(self.low, self.high)) / (self.high - self.low)).tolist())
-        return [next(harm) if fit else None for fit in fits]
+        found, span = [], self.high - self.low
+        for score in known_rewards(self.model, self.name, conversations):
+            found.append(None if score is None else (self.high - min(max(score, self.low), self.high)) / span)
+        return found
 
 
 class RefusalRule:
