@@ -8,12 +8,14 @@ training targets and rollouts have the same form whatever a template does to fin
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from nanosafe.weights import hub_errors_explained
 
 THINK, END_THINK = "<think>", "</think>"
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+TEST_WORDS = {"test", "valid", "validation", "val", "dev", "eval"}
 ROLES = ("system", "user", "assistant")  # templates skip a turn of a role they do not know without a word
 
 
@@ -101,6 +104,14 @@ def load_pairs(name: str) -> list[Pair]:
     return pairs
 
 
+def digest(rows: Sequence[Row]) -> str:
+    """A hash of what rows say, in their order: a run is resumed only on the data that it was started with."""
+    hashed = blake2b(digest_size=8)
+    for row in rows:
+        hashed.update(json.dumps([row.messages, row.answer], default=str).encode())
+    return hashed.hexdigest()
+
+
 def find_records(name: str) -> list[tuple[dict, str]]:
     """The records of a data set of the tiny world, a local file or the hub, each with its place; at least one."""
     from nanosafe.tiny import world  # here: it uses this file
@@ -117,7 +128,8 @@ def find_files(name: str) -> list[Path]:
 
 
 def find_dataset(name: str) -> list[Path]:
-    """The data file of a hub data set, downloaded into the hub's cache: the only one, or the only one named *train*.
+    """The data file of a hub data set, downloaded into the hub's cache: the only one with the word train in its path,
+    or the only one, unless its path says that it is there to measure with (TEST_WORDS).
 
     name: "owner/name", then perhaps "@revision" and ":file" to choose among several; a file with * stands for all that
     match. Raises FileNotFoundError, PermissionError (gated) or ConnectionError, each with the cure.
@@ -135,7 +147,9 @@ def find_dataset(name: str) -> list[Path]:
     if file:
         chosen = sorted(f for f in files if fnmatchcase(f, file)) if "*" in file else [file]
     else:
-        chosen = files if len(files) == 1 else [f for f in files if "train" in Path(f).name.lower()]
+        chosen = [f for f in files if "train" in _words(f)]
+        if not chosen and len(files) == 1 and not TEST_WORDS & _words(files[0]):
+            chosen = files
     if not chosen or not file and len(chosen) > 1:
         found = ", ".join(sorted(files)) or "none"
         raise FileNotFoundError(f"data set {repo}: which file? found {found}; choose one with {repo}:FILE")
@@ -144,6 +158,11 @@ def find_dataset(name: str) -> list[Path]:
         with hub_errors_explained(f"datasets/{repo}", revision, name):
             paths.append(Path(hf_hub_download(repo, name, repo_type="dataset", revision=found_at)))
     return paths
+
+
+def _words(file: str) -> set[str]:
+    """The words of a path in lower case: `constraints` and `untrained` are words of their own, not train."""
+    return set(re.findall("[a-z]+", file.lower()))
 
 
 def _hub_files(repo: str, revision: str | None) -> tuple[str | None, list[str]]:
@@ -169,47 +188,88 @@ def read_records(path: Path) -> list[tuple[dict, str]]:
     for record, source in records:
         if not isinstance(record, dict):
             raise ValueError(f"{source}: a row must be a JSON object, found {type(record).__name__}")
-        if None in record:  # where the csv module puts what is left over
-            raise ValueError(f"{source}: more fields than the header has; quote the fields that hold a comma")
     return records
 
 
 def _parse(path: Path) -> list[tuple[dict, str]]:
-    def parse(text: str, where: str):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-
     if path.suffix not in DATA_SUFFIXES:
         raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
-        records = pyarrow.parquet.read_table(path).to_pylist()
-        return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+        return _parse_parquet(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their CSV files with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    if path.suffix == ".jsonl" or path.suffix == ".json" and text.lstrip().startswith("{"):
-        lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
-        return [(parse(line, f"{path}, line {i}"), f"{path}, line {i}") for i, line in lines if line.strip()]
     if path.suffix == ".csv":
-        csv.field_size_limit(len(text) + 1)  # the default of 131,072 characters is shorter than a long thought
-        return [(record, f"{path}, row {i}") for i, record in enumerate(csv.DictReader(io.StringIO(text)), 1)]
-    records = parse(text, str(path))
+        return _parse_csv(path, text)
+    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
+        lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
+        places = [(line, f"{path}, line {i}") for i, line in lines if line.strip()]
+        return [(_parse_json(line, place), place) for line, place in places]
+    records = _parse_json(text, str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path} must hold a JSON list of rows, or one JSON object per line")
     return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
 
 
+def _parse_json(text: str, where: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:  # a number of over 4,300 digits is a ValueError too
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def _named_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object's fields; of a name that stands there twice the json module would keep the last without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {max(names, key=names.count)!r} stands twice in one object")
+    return fields
+
+
+def _parse_csv(path: Path, text: str) -> list[tuple[dict, str]]:
+    """Rows of the header's number of fields, by strict rules: what follows a quote that is never closed, or stands
+    beside one, would be taken into its field, row after row."""
+    csv.field_size_limit(len(text) + 1)  # the default of 131,072 characters is shorter than a long thought
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    records, line = [], 1
+    try:
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+        if len(set(filter(None, names))) < len(list(filter(None, names))):
+            raise ValueError(f"{path}: the header has a name twice: {', '.join(names)}")
+        line = reader.line_num + 1
+        for record in reader:
+            source = f"{path}, row {len(records) + 1}"
+            if None in record or None in record.values():  # where the csv module puts what is left over or missing
+                more = "more" if None in record else "fewer"
+                raise ValueError(f"{source}: {more} fields than the header has (from line {line}); quote the fields "
+                                 "that hold a comma, and close every quote")
+            records.append((record, source))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {len(records) + 1} (from line {line}): {error}; a field that holds a quote "
+                         'stands in quotes, with "" for each of its own') from None
+    return records
+
+
+def _parse_parquet(path: Path) -> list[tuple[dict, str]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a parquet file that can be read ({error}): download it again") from None
+    return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+
+
 def as_row(record: dict, source: str) -> Row:
-    name = next((key for key in ("messages", "prompt", "question") if record.get(key) is not None), None)
-    if name is None:
+    names = [key for key in ("messages", "prompt", "question") if record.get(key) is not None]
+    if not names:
         raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; it has {list(record)}")
+    name = next((key for key in names if record[key] not in ("", [])), names[0])  # the first that says something
     value, kinds = record[name], "a list of objects" if name == "messages" else "a text or a list of objects"
     messages = [{"role": "user", "content": value}] if isinstance(value, str) and name != "messages" else value
     well_formed = isinstance(messages, list) and all(
@@ -224,8 +284,9 @@ def as_row(record: dict, source: str) -> Row:
         if not isinstance(response, str):
             raise ValueError(f"{source}: field 'response' must be a text")
         messages = [*messages, {"role": "assistant", "content": response}]
-    if not isinstance(answer, str | int | float | None):
-        raise ValueError(f"{source}: field 'answer' must be a text or a number")
+    number = type(answer) is int or type(answer) is float and math.isfinite(answer)
+    if not (answer is None or isinstance(answer, str) or number):
+        raise ValueError(f"{source}: field 'answer' must be a text or a number, not {answer!r:.50}")
     return Row(messages, source, None if answer is None else str(answer))
 
 
