@@ -375,7 +375,7 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
     ("a.jsonl", '{"prompt": "Hi", "response": ["Yes"]}', r"line 1: field 'response' must be a text"),
     ("a.jsonl", '{"prompt": "Hi", "answer": ["4"]}', r"line 1: field 'answer' must be a text or a number"),
     ("a.txt", "Hi", r"a.txt: data must be a .jsonl, .json, .parquet, .csv file"),
-    ("a.parquet", "Hi", r"a.parquet is not a parquet file"),
+    ("a.parquet", "Hi", r"a.parquet is no parquet file"),
     ("a.csv", 'prompt,answer\nq1,1\n"q2,2\nq3,3\n', r"a.csv, row 2 \(from line 3\): unexpected end"),
     ("a.csv", 'prompt,answer\nq1,1\n"q2,2\nq3,3\nq4,"4"\nq5,5\n', r"a.csv, row 2 \(from line 3\): ',' expected"),
     ("a.csv", 'prompt,answer\n\n"a ""b""\nc",1\n"say "hello" now",2\n', r"a.csv, row 2 \(from line 5\): ',' expected"),
