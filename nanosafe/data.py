@@ -100,8 +100,8 @@ def load_pairs(name: str) -> list[Pair]:
     pairs = []
     for record, source in find_records(name):
         row = as_row(record, source)
-        for field in ("chosen", "rejected"):
-            if not isinstance(record.get(field), str):
+        for field, kind in (("chosen", str), ("rejected", str), ("category", str | None)):
+            if not isinstance(record.get(field), kind):
                 raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; it has {list(record)}")
         pairs.append(Pair(row.prompt, record["chosen"], record["rejected"], record.get("category")))
     return pairs

@@ -25,6 +25,7 @@ from nanosafe.data import (
     digest,
     encode_prompts,
     find_dataset,
+    load_pairs,
     load_rows,
     opens_thought,
     sft_documents,
@@ -443,13 +444,15 @@ def csv_of(records: list[dict]) -> str:
 ])  # fmt: skip
 def test_a_mutated_file_gives_rows_or_an_error_that_names_it(name, write, tmp_path):
     rng, outcomes, path = random.Random(17), Counter(), tmp_path / name
-    records = [{"id": i, "prompt": f'Say "{i}", please', "response": "one\ntwo", "answer": i / 2} for i in range(5)]
+    records = [{"id": i, "prompt": f'Say "{i}", please', "response": "one\ntwo", "answer": i / 2,
+                "chosen": "No", "rejected": "Yes", "category": "c"} for i in range(5)]
     for i in range(500):
         text = write(with_another_value(records, rng))
         text = with_broken_text(text, rng) if i % 2 else text
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
             rows = load_rows(str(path))
+            assert len({pair.category for pair in load_pairs(str(path))}) <= 2
         except (ValueError, OSError) as error:
             assert str(path) in str(error)
             outcomes["refused"] += 1
