@@ -433,12 +433,12 @@ def test_a_data_file_that_changed_since_the_start_is_noticed(world, tmp_path, sc
     argv = arguments(world, tmp_path / "run", flag, str(path))
     write_rows(path)
     rows = path.read_text()
-    assert run_forked(script, argv)[0] == 0
-    shutil.rmtree(tmp_path / "run/final")
+    for text in (rows, rows.replace("\n", "\n\n")):  # the same rows on other lines are no other data
+        path.write_text(text)
+        assert run_forked(script, argv)[0] == 0
+        shutil.rmtree(tmp_path / "run/final")
     path.write_text(rows.replace("salad", "stew"))
     expect_error(argv, script, f"{path} has changed since {tmp_path / 'run'} began")
-    path.write_text(rows.replace("\n", "\n\n"))  # the same rows on other lines
-    assert run_forked(script, argv)[0] == 0
 
 
 @pytest.mark.parametrize("script, arguments, field", [(train_rl, rl_args, "question"), (train_sft, sft_args, "response")],
