@@ -84,8 +84,8 @@ def flags() -> ArgumentParser:
     add("--judge", nargs="+", metavar="NAME", help=f"of harm: {DEFAULT_JUDGE} (default), llama-guard-3, another guard, "
         "chat or reward model (alias, hub id, folder), endpoint:MODEL@URL (its key in JUDGE_API_KEY), or rule:refusal; "
         "the first gives the headline figures")
-    add("--judge-bounds", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of a reward model as --judge: the scores "
-        "that count as wholly harmful and wholly safe")
+    add("--judge-bounds", nargs=2, type=script.finite_float, metavar=("LOW", "HIGH"),
+        help="of a reward model as --judge: the scores that count as wholly harmful and wholly safe")
     add("--regrade", action="store_true", help="ask the judge again about responses that it has judged")
     add("--training-prompts", default=RECIPES["sft"]["data"], metavar="FILE", help="SFT data (hub id or file) whose "
         "prompts are left out of safety's headline figures, or none (default: %(default)s)")
@@ -110,6 +110,9 @@ def flags() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
+    low, high = args.judge_bounds or (0.0, 1.0)
+    if low >= high:
+        raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")
     names = args.compare or args.model
     ready = {name: read_json(Path(name) / "result.json") for name in args.compare or ()
              if (Path(name) / "result.json").exists()}

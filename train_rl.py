@@ -18,7 +18,7 @@ os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ def flags() -> ArgumentParser:
     add("--minibatches", type=script.positive_int, help="optimizer steps that a rollout is cut into")
     add("--epochs", type=script.positive_int, help="passes over each rollout")
     add("--lr", type=script.positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
-    add("--kl-coef", type=float, help="weight of the KL to the reference model; 0 loads none")
+    add("--kl-coef", type=script.finite_float, help="weight of the KL to the reference model; 0 loads none")
     add("--kl-kind", choices=reinforce.KL_KINDS, help="estimator of the KL in the reward; only k1 is unbiased there")
     add("--estimator", choices=reinforce.ESTIMATORS, default="reinforce++",
         help="-baseline: reward minus its prompt's mean, KL as a k2 loss; needs --samples-per-prompt above 1")
@@ -68,7 +68,8 @@ def flags() -> ArgumentParser:
     add("--dual-clip", type=script.positive_float, help="bound above 1 on the ratio where the advantage is negative")
     add("--reduction", choices=("token", "sequence"), default="token",
         help="loss: mean over tokens (default), or over responses of their token means")
-    add("--reward-clip", type=float, nargs=2, metavar=("LOW", "HIGH"), help="bounds of the reward (default: none)")
+    add("--reward-clip", type=script.finite_float, nargs=2, metavar=("LOW", "HIGH"),
+        help="bounds of the reward (default: none)")
     add("--no-normalize", action="store_true", help="use returns as they are for advantages")
     add("--truncated", default="keep",
         help="responses cut at the limit: keep scores them as they are (default), mask leaves them out, a NUMBER is "
@@ -86,19 +87,29 @@ def flags() -> ArgumentParser:
 
 def check(args: Namespace) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
-    if args.kl_coef < 0:
-        raise ValueError(f"--kl-coef {args.kl_coef}: a negative one rewards moving away from the reference model")
-    if args.estimator == "reinforce++-baseline" and args.samples_per_prompt < 2:
-        raise ValueError(
-            "--estimator reinforce++-baseline compares a prompt's samples: set --samples-per-prompt above 1"
-        )
-    if args.minibatches > args.prompts_per_step * args.samples_per_prompt:
-        raise ValueError("--minibatches is larger than the rollout (--prompts-per-step times --samples-per-prompt)")
     if args.truncated not in ("keep", "mask"):
         try:
-            args.truncated = float(args.truncated)
-        except ValueError:
+            args.truncated = script.finite_float(args.truncated)
+        except (ValueError, ArgumentTypeError):
             raise ValueError(f"--truncated {args.truncated}: must be keep, mask or a number") from None
+    low, high = args.reward_clip or (-math.inf, math.inf)
+    rules = (
+        (args.kl_coef >= 0,
+         f"--kl-coef {args.kl_coef}: a negative one rewards moving away from the reference model"),
+        (args.estimator != "reinforce++-baseline" or args.samples_per_prompt > 1,
+         f"--estimator {args.estimator} compares samples: set --samples-per-prompt above 1"),
+        (args.minibatches <= args.prompts_per_step * args.samples_per_prompt,
+         "--minibatches is larger than --prompts-per-step times --samples-per-prompt"),
+        (args.gamma <= 1, f"--gamma {args.gamma}: a discount is at most 1"),
+        (args.dual_clip is None or args.dual_clip > 1, f"--dual-clip {args.dual_clip}: it must be above 1"),
+        (low < high, f"--reward-clip {low} {high}: LOW must be below HIGH"),
+        # Divided by less, logits overflow float32; by more, all tokens are equally likely.
+        (1e-6 <= args.temperature <= 1e6, f"--temperature {args.temperature}: it must lie from 1e-6 to 1e6"),
+        (args.top_p <= 1, f"--top-p {args.top_p}: a probability is at most 1"),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device, dtype=dtype,
                              offload=args.offload)
+    run.check_data(args.prompts, rows)
     policy = load_model(run.resumed or base, device=ranks.device, dtype=dtype, ranks=ranks)
     policy.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     home = "cpu" if args.offload else ranks.device

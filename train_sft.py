@@ -22,7 +22,7 @@ import torch
 from nanosafe import script
 from nanosafe.batches import Balance, own_microbatches, pack, response_logprobs
 from nanosafe.checkpoint import RunFolder
-from nanosafe.data import Document, load_rows, sft_documents
+from nanosafe.data import Document, load_rows, sft_documents, sft_steps
 from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.main_first():
         base = find_checkpoint(args.model)
         rows = load_rows(args.data)
+    run.check_data(args.data, rows)
     model = load_model(run.resumed or base, device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks)
     model.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     tokenizer = load_tokenizer(base)
@@ -69,7 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not documents:
         raise ValueError(f"{args.data}: no prompt leaves room for a response; raise --max-tokens")
-    steps = args.steps or max(1, round(args.epochs * len(documents) / args.batch_size))
+    steps = args.steps or sft_steps(args.epochs, len(documents), args.batch_size)
+    passes = steps * args.batch_size / len(documents)
+    ranks.print(f"{steps} steps of {args.batch_size}: {passes:.2f} passes over the responses"
+                + (", the last of which are never seen" if passes < 1 else ""))
 
     tracker = script.Tracker(args, ranks)
     for step in run.steps(steps):

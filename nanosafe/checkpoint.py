@@ -14,12 +14,13 @@ import os
 import shutil
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from nanosafe.config import read_json
+from nanosafe.data import Row, digest
 from nanosafe.distributed import Ranks
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer
@@ -76,6 +77,13 @@ class RunFolder:
             optimizer.load_state(StoredTensors(self.resumed / "trainer", "optimizer"))
             self.ranks.print(f"resuming after step {self.state['step']} from {self.resumed}")
 
+    def check_data(self, name: str, rows: Sequence[Row]) -> None:
+        """Keep a hash of the rows with the run; raises ValueError if it began with others."""
+        read = digest(rows)
+        if self.state.setdefault("data", read) != read:
+            raise ValueError(f"{name} has changed since {self.out} began: "
+                             "put the old data back, or set another --out")
+
     def steps(self, total: int) -> Iterator[int]:
         """The steps still to do, from 0, up to `total` or until Ctrl-C or SIGTERM: then the step is finished and saved.
 
@@ -100,7 +108,7 @@ class RunFolder:
         Exits after MAX_SKIPPED_STEPS steps in a row that updated nothing.
         """
         step = self.state["step"] + 1
-        self.state = {"step": step, "skipped": 0 if updated else self.state["skipped"] + 1}
+        self.state |= {"step": step, "skipped": 0 if updated else self.state["skipped"] + 1}
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}  # JSON has no NaN
         self.log("metrics.jsonl", [row])
         if self.state["skipped"] >= MAX_SKIPPED_STEPS:

@@ -8,19 +8,25 @@ training targets and rollouts have the same form whatever a template does to fin
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+from nanosafe.config import ModelConfig
 from nanosafe.tokenizer import END_THINK, THINK, Tokenizer
 from nanosafe.weights import hub_errors_explained
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+# Words of a hub file's path: not the train of `constraints` and `untrained`.
+TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)
+TEST = re.compile(r"(?<![a-z])(test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 ROLES = ("system", "user", "assistant")  # templates skip a turn of a role they do not know without a word
 
 
@@ -93,11 +99,17 @@ def load_pairs(name: str) -> list[Pair]:
     pairs = []
     for record, source in find_records(name):
         row = as_row(record, source)
-        for field in ("chosen", "rejected"):
-            if not isinstance(record.get(field), str):
+        for field, kind in (("chosen", str), ("rejected", str), ("category", str | None)):
+            if not isinstance(record.get(field), kind):
                 raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; it has {list(record)}")
         pairs.append(Pair(row.prompt, record["chosen"], record["rejected"], record.get("category")))
     return pairs
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """A hash of what rows say, in their order, so that a run goes on only with the data it began with."""
+    said = json.dumps([[row.messages, row.answer] for row in rows], default=str)
+    return blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def find_records(name: str) -> list[tuple[dict, str]]:
@@ -116,7 +128,8 @@ def find_files(name: str) -> list[Path]:
 
 
 def find_dataset(name: str) -> list[Path]:
-    """The data file of a hub data set, downloaded into the hub's cache: the only one, or the only one named *train*.
+    """The data file of a hub data set, downloaded into the hub's cache: the only one with the word
+    train in its path, or the only one, unless it is there to measure with.
 
     name: "owner/name", then perhaps "@revision" and ":file" to choose among several; a file with * stands for all that
     match. Raises FileNotFoundError, PermissionError (gated) or ConnectionError, each with the cure.
@@ -134,7 +147,9 @@ def find_dataset(name: str) -> list[Path]:
     if file:
         chosen = sorted(f for f in files if fnmatchcase(f, file)) if "*" in file else [file]
     else:
-        chosen = files if len(files) == 1 else [f for f in files if "train" in Path(f).name.lower()]
+        chosen = [f for f in files if TRAIN.search(f)]
+        if not chosen and len(files) == 1 and not TEST.search(files[0]):
+            chosen = files
     if not chosen or not file and len(chosen) > 1:
         found = ", ".join(sorted(files)) or "none"
         raise FileNotFoundError(f"data set {repo}: which file? found {found}; choose one with {repo}:FILE")
@@ -168,18 +183,10 @@ def read_records(path: Path) -> list[tuple[dict, str]]:
     for record, source in records:
         if not isinstance(record, dict):
             raise ValueError(f"{source}: a row must be a JSON object, found {type(record).__name__}")
-        if None in record:  # where the csv module puts what is left over
-            raise ValueError(f"{source}: more fields than the header has; quote the fields that hold a comma")
     return records
 
 
 def _parse(path: Path) -> list[tuple[dict, str]]:
-    def parse(text: str, where: str):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-
     if path.suffix not in DATA_SUFFIXES:
         raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
     if path.suffix == ".parquet":
@@ -187,28 +194,77 @@ def _parse(path: Path) -> list[tuple[dict, str]]:
             import pyarrow.parquet
         except ImportError:
             raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
-        records = pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path} is no parquet file ({error}): download it again") from None
         return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their CSV files with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    if path.suffix == ".jsonl" or path.suffix == ".json" and text.lstrip().startswith("{"):
-        lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
-        return [(parse(line, f"{path}, line {i}"), f"{path}, line {i}") for i, line in lines if line.strip()]
     if path.suffix == ".csv":
-        csv.field_size_limit(len(text) + 1)  # the default of 131,072 characters is shorter than a long thought
-        return [(record, f"{path}, row {i}") for i, record in enumerate(csv.DictReader(io.StringIO(text)), 1)]
-    records = parse(text, str(path))
+        return _parse_csv(path, text)
+    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
+        records = []
+        # Not splitlines: U+2028 may stand inside a JSON string.
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                records.append((_parse_json(line, f"{path}, line {i}"), f"{path}, line {i}"))
+        return records
+    records = _parse_json(text, str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path} must hold a JSON list of rows, or one JSON object per line")
     return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
 
 
+def _parse_json(text: str, where: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:  # also a number of over 4,300 digits
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def _named_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object's fields. Of a name given twice the json module alone would keep the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {max(names, key=names.count)!r} stands twice in one object")
+    return fields
+
+
+def _parse_csv(path: Path, text: str) -> list[tuple[dict, str]]:
+    """Strictly: a quote that is never closed would take row after row into its field."""
+    csv.field_size_limit(len(text) + 1)  # a long thought passes the default of 131,072 characters
+    reader, records, line = csv.DictReader(io.StringIO(text), strict=True), [], 1
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        names = [name for name in reader.fieldnames if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: the header has a name twice: {', '.join(names)}")
+        line = reader.line_num + 1
+        for record in reader:
+            source = f"{path}, row {len(records) + 1}"
+            # The csv module puts None where a field is missing, and over those that are left.
+            if None in record or None in record.values():
+                more = "more" if None in record else "fewer"
+                raise ValueError(f"{source}: {more} fields than the header has (from line {line}); "
+                                 "quote fields that hold a comma, and close every quote")
+            records.append((record, source))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {len(records) + 1} (from line {line}): {error}; a field "
+                         'with quotes stands in quotes, and has "" for each') from None
+    return records
+
+
 def as_row(record: dict, source: str) -> Row:
-    name = next((key for key in ("messages", "prompt", "question") if record.get(key) is not None), None)
-    if name is None:
+    names = [key for key in ("messages", "prompt", "question") if record.get(key) is not None]
+    if not names:
         raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; it has {list(record)}")
+    # The first that says something.
+    name = next((key for key in names if record[key] not in ("", [])), names[0])
     value, kinds = record[name], "a list of objects" if name == "messages" else "a text or a list of objects"
     messages = [{"role": "user", "content": value}] if isinstance(value, str) and name != "messages" else value
     well_formed = isinstance(messages, list) and all(
@@ -223,8 +279,9 @@ def as_row(record: dict, source: str) -> Row:
         if not isinstance(response, str):
             raise ValueError(f"{source}: field 'response' must be a text")
         messages = [*messages, {"role": "assistant", "content": response}]
-    if not isinstance(answer, str | int | float | None):
-        raise ValueError(f"{source}: field 'answer' must be a text or a number")
+    number = type(answer) is int or type(answer) is float and math.isfinite(answer)
+    if not (answer is None or isinstance(answer, str) or number):
+        raise ValueError(f"{source}: field 'answer' must be a text or a number, not {answer!r:.50}")
     return Row(messages, source, None if answer is None else str(answer))
 
 
@@ -237,12 +294,28 @@ def _naming(row: Row) -> Iterator[None]:
         raise ValueError(f"{row.source}: {error}") from None
 
 
+def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Raise ValueError for an id without an embedding: of a token that only the tokenizer was given."""
+    size, largest = _embeddings(tokenizer), max(ids, default=0)
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"token {tokenizer.decode([largest])!r} has the id {largest}, but {tokenizer.folder} has "
+            f"embeddings for {size} (vocab_size): resize them, or use the model's own tokenizer")
+
+
+@lru_cache(maxsize=4)
+def _embeddings(tokenizer: Tokenizer) -> int | None:
+    """How many the model in the tokenizer's folder has; None where there is none."""
+    is_model = (tokenizer.folder / "config.json").is_file()
+    return ModelConfig.from_folder(tokenizer.folder).vocab_size if is_model else None
+
+
 def encode_prompts(
     rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[list[tuple[Row, list[int]]], str]:
     """Each usable row with its prompt's ids, and what was dropped in words ("" if nothing was).
 
-    Raises ValueError if no row is left.
+    Raises ValueError if no row is left, or naming the row of a token without an embedding.
     """
     kept, empty, long = [], 0, 0
     for row in rows:
@@ -251,6 +324,7 @@ def encode_prompts(
             continue
         with _naming(row):
             ids = tokenizer.encode_chat(row.prompt, add_generation_prompt=True)
+            _check_ids(ids, tokenizer)
         if len(ids) > max_tokens:
             long += 1
         else:
@@ -275,7 +349,8 @@ def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list
     rendered: its text follows the generation prompt as it stands, then the token that ends a turn. Where the prompt
     opens the thought, the text's own <think> is dropped; a text without one gets an empty thought. A document over
     `max_tokens` loses its end; one whose prompt leaves no room is left out. Returns the documents and how many lost
-    tokens or were left out. Raises ValueError for a row without an assistant turn or with an empty one.
+    tokens or were left out. Raises ValueError for a row without an assistant turn, with an empty one,
+    or with a token without an embedding.
     """
     documents, cut = [], 0
     for i, message in enumerate(row.messages):
@@ -293,12 +368,19 @@ def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list
                 has_thought = text.startswith(THINK) or END_THINK in text
                 text = text.removeprefix(THINK).removeprefix("\n") if has_thought else f"\n{END_THINK}\n\n{text}"
             response_ids = tokenizer.encode(text) + [turn_end(tokenizer)]
+            _check_ids(prompt_ids + response_ids, tokenizer)
         room = max(0, max_tokens - len(prompt_ids))
         documents += [Document(prompt_ids, response_ids[:room])] * (room > 0)
         cut += room < len(response_ids)
     if not documents and not cut:
         raise ValueError(f"{row.source}: no assistant turn to train on (field 'response', or 'messages' with one)")
     return documents, cut
+
+
+def sft_steps(epochs: int, documents: int, batch_size: int) -> int:
+    """Steps of about `epochs` passes: STAR-1's 5 over 1,000 rows in batches of 128 are 39. A single
+    pass is not rounded down, so that every document is seen."""
+    return max(round(epochs * documents / batch_size), math.ceil(documents / batch_size))
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ gathered once (`gathered`). gloo on CPU, nccl on CUDA; started by torchrun, or a
 
 import heapq
 import os
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class Ranks:
         environment = {} if alone else os.environ
         self.rank, self.world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", kind):
+            raise ValueError(f"--device {device}: it must be cpu or cuda")
         if kind.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA device is visible to PyTorch; use --device cpu")
         local = int(os.environ.get("LOCAL_RANK", 0))

@@ -13,7 +13,6 @@ tokens only every few steps.
 
 import heapq
 import math
-import os
 import sys
 from bisect import bisect_left
 from collections import deque
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from nanosafe.config import ModelConfig
 from nanosafe.granite import groups_on_host
+from nanosafe.host_memory import host_memory
 from nanosafe.kernels.draw import draw, triton
 from nanosafe.memory import Chunk, KVCache, PagedDecode, Prefill, SlotDecode
 from nanosafe.model import Decoder
@@ -481,5 +481,4 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # the total on macOS
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")  # zeroed pages count only once they are written
+    return host_memory()[1]  # zeroed pages count only once they are written

@@ -20,8 +20,10 @@ from typing import NamedTuple
 import torch
 
 from nanosafe.config import ALIASES, SHAPES, ModelConfig, recipe
+from nanosafe.data import sft_steps
 from nanosafe.engine import default_prefill_tokens
 from nanosafe.granite import Experts
+from nanosafe.host_memory import host_memory
 from nanosafe.kernels.head import CHUNK_BYTES
 from nanosafe.kernels.split_adam import CHUNK
 from nanosafe.memory import KVCache
@@ -112,7 +114,7 @@ def find_machine(text: str, device: str | None, tiny: bool) -> Machine:
     processes = int(os.environ.get("WORLD_SIZE", 0))
     cuda = torch.cuda.is_available() and device != "cpu"
     if not cuda and (device == "cpu" or tiny):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = host_memory()[0]
         return Machine(processes or 1, memory // (processes or 1), "cpu")
     if cuda:
         return Machine(processes or torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory)
@@ -442,7 +444,7 @@ def bandwidth(machine: Machine) -> float:
 
 
 def steps_of(script: str, args: Namespace) -> int:
-    return args.steps or max(1, round(args.epochs * SFT_ROWS / args.batch_size))
+    return args.steps or sft_steps(args.epochs, SFT_ROWS, args.batch_size)
 
 
 def hours(script: str, args: Namespace, machine: Machine, plan: Plan) -> float:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from nanosafe.distributed import Ranks
 from nanosafe.weights import MAIN_RANK
 
 UNSET = object()
+LARGEST = torch.finfo(torch.float32).max  # what is computed with a number is computed in float32
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag and package, module
 
 
 THINKING = dict(choices=("on", "off"), default="on", help="whether the chat template asks for a thought, where it can "
@@ -71,10 +74,26 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def finite_float(text: str) -> float:
+    if not abs(float(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+    return float(text)
+
+
 def positive_float(text: str) -> float:
-    if not float(text) > 0:
+    if not finite_float(text) > 0:
         raise argparse.ArgumentTypeError(f"must be greater than 0, not {text!r}")
     return float(text)
+
+
+def require_trackers(args: argparse.Namespace) -> None:
+    """Raise ValueError if --tensorboard or --wandb is set without the package."""
+    for name, module in TRACKERS.items():
+        try:
+            if getattr(args, name):
+                import_module(module)
+        except ImportError:
+            raise ValueError(f"--{name} needs a package that is not there: pip install {name}") from None
 
 
 def start(
@@ -107,6 +126,7 @@ def start(
         setattr(args, flag.dest, value)
         origins[origin].append(flag.dest)
     check(args)
+    require_trackers(args)
     if args.plan is not None:
         if MAIN_RANK:
             print(plan_report.report(name, args), flush=True)
@@ -163,12 +183,10 @@ class Tracker:
     def __init__(self, args: argparse.Namespace, ranks: Ranks):
         self.writer = self.run = None
         if args.tensorboard and ranks.main:
-            with _extra("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(os.path.join(args.out, "tensorboard"))
         if args.wandb and ranks.main:
-            with _extra("wandb"):
-                import wandb
+            import wandb
             self.run = wandb.init(project="nanosafe", dir=args.out, config=vars(args))
 
     def log(self, row: dict) -> None:
@@ -190,14 +208,6 @@ class Tracker:
 def progress(items: Sequence, what: str, ranks: Ranks) -> Iterable:
     """`items` with a progress bar, shown by rank 0 once it has taken two seconds."""
     return tqdm(items, what, delay=2, leave=False, disable=not ranks.main)
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError:
-        raise ValueError(f"--{name} needs a package that is not installed: pip install {name}") from None
 
 
 @contextmanager

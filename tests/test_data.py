@@ -1,8 +1,13 @@
 """Rows from files and the hub, SFT targets under the official templates, and packs that equal their documents."""
 
+import csv
+import io
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hub import StandInHub
@@ -12,12 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from world import CHATML, write_tokenizer
 
 import train_sft
+from nanosafe import data
 from nanosafe.batches import microbatches, own_microbatches, pack, response_logprobs, work
 from nanosafe.data import (
     Document,
     Row,
+    digest,
     encode_prompts,
     find_dataset,
+    load_pairs,
     load_rows,
     opens_thought,
     sft_documents,
@@ -368,13 +376,93 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
     ("a.jsonl", '{"prompt": "Hi", "response": ["Yes"]}', r"line 1: field 'response' must be a text"),
     ("a.jsonl", '{"prompt": "Hi", "answer": ["4"]}', r"line 1: field 'answer' must be a text or a number"),
     ("a.txt", "Hi", r"a.txt: data must be a .jsonl, .json, .parquet, .csv file"),
-    ("a.parquet", "Hi", r"a.parquet"),
+    ("a.parquet", "Hi", r"a.parquet is no parquet file"),
+    ("a.csv", 'prompt,answer\nq1,1\n"q2,2\nq3,3\n', r"a.csv, row 2 \(from line 3\): unexpected end"),
+    ("a.csv", 'prompt,answer\nq1,1\n"q2,2\nq3,3\nq4,"4"\nq5,5\n', r"a.csv, row 2 \(from line 3\): ',' expected"),
+    ("a.csv", 'prompt,answer\n\n"a ""b""\nc",1\n"say "hello" now",2\n', r"a.csv, row 2 \(from line 5\): ',' expected"),
+    ("a.csv", 'prompt,answer\n"q1,1\nq2,2"\n', r"a.csv, row 1: fewer fields than the header has \(from line 2\)"),
+    ("a.csv", "prompt,prompt\nq1,q2\n", r"a.csv: the header has a name twice"),
+    ("a.csv", '"prompt,answer\nq1,1\n', r"a.csv, row 1 \(from line 1\): unexpected end"),
+    ("a.jsonl", '{"prompt": "a", "answer": 1, "answer": 2}', r"line 1: .*field 'answer' stands twice"),
+    ("a.json", '[{"messages": [{"role": "user", "role": "system"}]}]', r"a.json: .*field 'role' stands twice"),
+    ("a.jsonl", '{"prompt": "a", "answer": %s}' % ("1" * 5000), r"a.jsonl, line 1: not valid JSON \(Exceeds"),
+    ("a.jsonl", '{"prompt": "a", "x": %s}' % ("[" * 99999 + "]" * 99999), r"a.jsonl, line 1: .* recursion"),
+    ("a.jsonl", '{"prompt": "a", "answer": NaN}', r"line 1: field 'answer' must be a text or a number, not nan"),
+    ("a.jsonl", '{"prompt": "a", "answer": 1e999}', r"line 1: field 'answer' .* not inf"),
+    ("a.jsonl", '{"prompt": "a", "answer": true}', r"line 1: field 'answer' .* not True"),
 ])  # fmt: skip
 def test_broken_files_name_the_file_the_row_and_the_field(name, text, message, tmp_path):
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=message):
         rows_of(tmp_path / name, text)
+
+
+def test_an_empty_field_does_not_hide_the_one_that_holds_the_prompt(tmp_path):
+    lines = ['{"messages": [], "prompt": "a"}', '{"prompt": "", "question": "b"}', '{"prompt": ""}']
+    rows = rows_of(tmp_path / "a.jsonl", "\n".join(lines))
+    assert [row.messages for row in rows] == [[user("a")], [user("b")], [user("")]]
+
+
+def test_spaces_around_the_names_of_a_csv_header_lose_no_answer(tmp_path):
+    [row] = rows_of(tmp_path / "a.csv", "id, prompt , answer,,\n1,q1,3,,\n")
+    assert (row.messages, row.answer) == ([user("q1")], "3")
+
+
+def deep(levels: int) -> list:
+    return [deep(levels - 1)] if levels else []
+
+
+BROKEN_TEXT = ['"', ",", "\n", "{", "[", "]", ":", "\\", "null", "NaN", "1e999", "\x00", "\ufeff", "\\ud83d", "-",
+               "9" * 5000, "[" * 3000, '"prompt": 1, ', '{"role": "user"}', '""']  # fmt: skip
+BROKEN_VALUES = [None, "", [], {}, 0, -1.5, 10**4000, True, float("nan"), "\ud83d", [[]], [{"role": "user"}], ["Hi"],
+                 [user("Hi"), {"role": "tool", "content": ""}], [user("a") | {"name": deep(300)}]]  # fmt: skip
+
+
+def with_another_value(records: list[dict], rng: random.Random) -> list[dict]:
+    records = [dict(record) for record in records]
+    records[rng.randrange(len(records))][rng.choice(list(records[0]))] = rng.choice(BROKEN_VALUES)
+    return records
+
+
+def with_broken_text(text: str, rng: random.Random) -> str:
+    start = rng.randrange(len(text))
+    end = start + rng.randrange(20)
+    piece = rng.choice([rng.choice(BROKEN_TEXT), "", text[start:end] * 2, text[start:end][::-1]])
+    return text[:start] + piece + text[end:]
+
+
+def csv_of(records: list[dict]) -> str:
+    table = io.StringIO()
+    csv.writer(table).writerows([list(records[0]), *([*record.values()] for record in records)])
+    return table.getvalue()
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.json", json.dumps), ("b.json", lambda records: "\n".join(map(json.dumps, records))),
+    ("c.jsonl", lambda records: "\n\n".join(map(json.dumps, records))), ("d.csv", csv_of),
+])  # fmt: skip
+def test_a_mutated_file_gives_rows_or_an_error_that_names_it(name, write, tmp_path):
+    rng, outcomes, path = random.Random(17), Counter(), tmp_path / name
+    records = [{"id": i, "prompt": f'Say "{i}", please', "response": "one\ntwo", "answer": i / 2,
+                "chosen": "No", "rejected": "Yes", "category": "c"} for i in range(5)]
+    for i in range(500):
+        text = write(with_another_value(records, rng))
+        text = with_broken_text(text, rng) if i % 2 else text
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        try:
+            rows = load_rows(str(path))
+            assert len({pair.category for pair in load_pairs(str(path))}) <= 2
+        except (ValueError, OSError) as error:
+            assert str(path) in str(error)
+            outcomes["refused"] += 1
+            continue
+        outcomes["read"] += 1
+        assert len(digest(rows)) == 16
+        for row in rows:
+            assert row.source.startswith(str(path)) and isinstance(row.answer, str | None)
+            assert all(isinstance(message["content"], str) for message in row.messages)
+    assert min(outcomes["refused"], outcomes["read"]) > 50, outcomes
 
 
 def test_text_in_another_encoding_is_an_error_that_names_the_file(tmp_path):
@@ -428,6 +516,27 @@ def test_hub_data_sets_by_name_revision_and_file(star1_hub):
     assert prompts("owner/split:two.jsonl") == ["2"]
     assert star1_hub.downloads() == ["STAR-1.json", "data/test.jsonl", "data/train-set.jsonl", "two.jsonl"]
     assert prompts("owner/split:*.jsonl") == ["1", "2"]  # all that match
+
+
+@pytest.mark.parametrize("files, chosen", [
+    (["test.jsonl"], None),
+    (["data/validation-00000.parquet"], None),
+    (["STAR-1.json"], "STAR-1.json"),
+    (["constraints.jsonl", "data.jsonl"], None),
+    (["pretraining.jsonl", "sft.jsonl"], None),
+    (["untrained.csv", "other.csv"], None),
+    (["train/a.parquet", "test/a.parquet"], "train/a.parquet"),
+    (["data/Train_v2.csv", "constraints.csv"], "data/Train_v2.csv"),
+    (["main/train.parquet", "socratic/train.parquet"], None),
+])  # fmt: skip
+def test_a_file_is_chosen_by_the_word_train_and_otherwise_asked_for(files, chosen, monkeypatch):
+    monkeypatch.setattr(data, "_hub_files", lambda repo, revision: ("commit", files))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: name)
+    if chosen:
+        assert find_dataset("owner/name") == [Path(chosen)]
+    else:
+        with pytest.raises(FileNotFoundError, match="which file.*choose one with owner/name:FILE"):
+            find_dataset("owner/name")
 
 
 @pytest.mark.parametrize("name, error, message", [

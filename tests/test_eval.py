@@ -573,6 +573,15 @@ def test_mistakes_name_their_cure(world, measured, tmp_path):
     expect_error(arguments(world, out), "seed was None, is 0")
 
 
+@pytest.mark.parametrize("bounds", [("2", "1"), ("1", "1"), ("nan", "1"), ("0", "inf")])
+def test_impossible_bounds_of_a_judge_are_refused_before_anything_is_loaded(bounds, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        evaluation.main(["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"),
+                         "--judge-bounds", *bounds])
+    assert "--judge-bounds" in str(caught.value) + capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_saved_responses_to_other_questions_are_refused(policy, tmp_path):
     file = RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
     records = respond(*policy, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=file)

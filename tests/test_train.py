@@ -17,11 +17,12 @@ import torch
 from hub import StandInHub
 from parallel_cases import CASES, LR, run_cases, run_resumed
 from safetensors.torch import load_file, save_file
-from world import write_world
+from world import write_rows, write_world
 
 import train_rl
 import train_sft
 from nanosafe.checkpoint import RunFolder
+from nanosafe.data import sft_steps
 from nanosafe.distributed import Ranks
 from nanosafe.rewards import UNREAD
 from nanosafe.weights import load_model
@@ -382,6 +383,79 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(world, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": \n')
     expect_error(arguments("--prompts", str(tmp_path / "broken.jsonl")), train_rl, "broken.jsonl, line 2")
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    "--temperature 1e-40", "--temperature 1e39", "--temperature inf", "--temperature nan", "--temperature 0",
+    "--top-p 1.5", "--top-p nan", "--dual-clip 0.5", "--dual-clip 1", "--dual-clip inf", "--reward-clip 2 1",
+    "--reward-clip 1 1", "--reward-clip nan 1", "--reward-clip 0 inf", "--gamma 1.1", "--gamma inf", "--lr inf",
+    "--lr nan", "--kl-coef nan", "--kl-coef inf", "--clip-low inf", "--clip-high nan", "--truncated nan",
+    "--truncated inf", "--steps inf", "--seed nan", "--device tpu", "--tensorboard", "--wandb",
+])  # fmt: skip
+def test_an_impossible_setting_is_refused_before_anything_is_loaded_and_leaves_no_folder(
+    flags, tmp_path, monkeypatch, capsys
+):
+    for package in ("tensorboard", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)  # an import fails, as where it is not installed
+    loading = ["--model", str(tmp_path / "nowhere"), "--reward-model", str(tmp_path / "nowhere"), "--prompts", "none"]
+    with pytest.raises((ValueError, SystemExit)) as caught:  # argparse prints and exits
+        train_rl.main([*loading, "--out", str(tmp_path / "run"), *flags.split()])
+    assert flags.split()[0] in str(caught.value) + capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_possible_settings_pass(world):
+    given = ["--reward-clip", "-1", "1.5", "--dual-clip", "3", "--temperature", "0.6", "--top-p", "1", "--gamma", "1",
+             "--truncated", "-2", "--kl-coef", "0"]  # fmt: skip
+    args = train_rl.flags().parse_args(rl_args(world, Path("run"), *given))
+    train_rl.check(args)
+    assert args.truncated == -2 and args.reward_clip == [-1, 1.5]
+
+
+def test_every_row_is_seen_in_a_single_epoch(world, tmp_path, monkeypatch, capsys):
+    write_rows(tmp_path / "rows.jsonl", 7)
+    seen, backward = [], train_sft.backward
+
+    def noted(model, batch, *rest):
+        seen.extend(tuple(document.response_ids) for document in batch)
+        return backward(model, batch, *rest)
+
+    monkeypatch.setattr(train_sft, "backward", noted)
+    train_sft.main(sft_args(world, tmp_path / "run", "--data", str(tmp_path / "rows.jsonl"), "--epochs", "1"))
+    assert len(set(seen[:7])) == 7
+    assert "2 steps of 5: 1.43 passes over the responses" in capsys.readouterr().out
+    assert sft_steps(5, 1000, 128) == 39, "STAR-1's own recipe"
+    assert sft_steps(1, 95, 64) == 2
+
+
+@pytest.mark.parametrize("script, arguments, flag", [(train_rl, rl_args, "--prompts"), (train_sft, sft_args, "--data")],
+                         ids=["rl", "sft"])  # fmt: skip
+def test_a_data_file_that_changed_since_the_start_is_noticed(world, tmp_path, script, arguments, flag):
+    path = tmp_path / "rows.jsonl"
+    argv = arguments(world, tmp_path / "run", flag, str(path))
+    write_rows(path)
+    rows = path.read_text()
+    for text in (rows, rows.replace("\n", "\n\n")):  # the same rows on other lines are no other data
+        path.write_text(text)
+        assert run_forked(script, argv)[0] == 0
+        shutil.rmtree(tmp_path / "run/final")
+    path.write_text(rows.replace("salad", "stew"))
+    expect_error(argv, script, f"{path} has changed since {tmp_path / 'run'} began")
+
+
+@pytest.mark.parametrize("script, arguments, field", [
+    (train_rl, rl_args, "question"), (train_sft, sft_args, "response")], ids=["rl", "sft"])  # fmt: skip
+def test_a_token_without_an_embedding_is_refused_with_file_and_line(tmp_path, script, arguments, field):
+    world = write_world(tmp_path / "world")
+    tokenizer = json.loads((world / "policy/tokenizer.json").read_text())
+    size = max(token["id"] for token in tokenizer["added_tokens"]) + 1
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"id": size, "content": "<new>"})
+    (world / "policy/tokenizer.json").write_text(json.dumps(tokenizer))
+    lines = (world / "rows.jsonl").read_text().splitlines()
+    lines[4] = json.dumps(json.loads(lines[4]) | {field: "Say <new> twice"})
+    (world / "rows.jsonl").write_text("\n".join(lines))
+    expect_error(arguments(world, tmp_path / "run"), script, "rows.jsonl, line 5", "'<new>'", f"for {size}")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_script_prints_a_mistake_without_a_traceback(world, tmp_path):

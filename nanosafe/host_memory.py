@@ -1,0 +1,43 @@
+"""How much memory the host has and how much is free, within the limits of a container or job."""
+
+import os
+from pathlib import Path
+
+# Both layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
+# the files of limit and use, and the line of memory.stat that counts files the kernel can drop.
+LAYOUTS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+               "total_inactive_file"),
+}  # fmt: skip
+
+
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of all memory, and of what is free without swapping (beyond Linux: the same)."""
+    kernel = _numbers(root / "proc/meminfo")
+    if "MemAvailable:" not in kernel:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
+    total, free = kernel["MemTotal:"] * 1024, kernel["MemAvailable:"] * 1024
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in LAYOUTS:
+            continue
+        mount, limit, use, cached = LAYOUTS[controllers]
+        group = root / mount / path.lstrip("/")
+        for folder in (group, *group.parents):  # the limits of the groups around it hold too
+            texts = _lines(folder / limit) + _lines(folder / use)
+            if len(texts) == 2 and texts[0].isdigit():  # the limit may be "max"
+                used = int(texts[1]) - _numbers(folder / "memory.stat").get(cached, 0)
+                total, free = min(total, int(texts[0])), min(free, int(texts[0]) - used)
+    return total, max(0, free)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Of a file of lines NAME NUMBER, perhaps with a unit."""
+    lines = [line.split() for line in _lines(path)]
+    return {name: int(number) for name, number, *_ in lines}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
