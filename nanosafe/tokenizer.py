@@ -8,6 +8,7 @@ Left out: tokenizers without a tokenizer.json, and templates for tools.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from nanosafe.worker import Worker, WorkerError
 # A tokenizer in the official layout; the vocabulary files beside tokenizer.json are for other libraries.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+THINK, END_THINK = "<think>", "</think>"  # some tokenizers have them as special tokens, others not as tokens at all
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_NEUTRAL_PASSES = 10  # one pass can uncover tokens that overlapped with those it took apart
 
 # One for all tokenizers. A render takes well under a millisecond; the bounds are for templates that mean harm.
 _renderer = Worker(Path(__file__).with_name("template.py"), seconds=5.0, memory_bytes=1 << 30)
@@ -68,6 +71,9 @@ class Tokenizer:
                  if name.endswith("_token") and isinstance(token, (str, dict))}
         self.special_tokens = {name: token.content for name, token in named.items()}
         self._merge_added_tokens(config, list(named.values()))
+        self._controls = {i: self._normal(token.content)
+                          for i, token in self._tokenizer.get_added_tokens_decoder().items()
+                          if token.content not in (THINK, END_THINK)}  # fmt: skip
         self.chat_template = self._find_template(config)
         self.template_vars: dict[str, Any] = {}
 
@@ -91,10 +97,40 @@ class Tokenizer:
         Raises:
             ValueError: the text holds a lone surrogate, which has no UTF-8 form.
         """
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             raise ValueError(f"cannot encode {text!r:.200}: it must be a str without lone surrogates") from None
+
+    def neutral_text(self, text: str) -> str:
+        """`text` in which nothing is read as a control token: each added token that it spells gets a space behind its
+        first character ("< |eot_id|>"), so that a text from outside cannot end a turn or forge one. The tags of a
+        thought stay, and so does white space. Errors of encode()."""
+        for _ in range(MAX_NEUTRAL_PASSES):
+            cuts = self._inside_control_tokens(text)
+            if not cuts:
+                return text
+            text = " ".join(text[start:end] for start, end in pairwise([0, *cuts, len(text)]))
+        raise ValueError(f"{self.folder}: its tokenizer reads control tokens in any spelling, so a response could forge "
+                         "turns: use another model to score or judge")
+
+    def _inside_control_tokens(self, text: str) -> list[int]:
+        """The place behind the first character of every control token that `text` spells."""
+        encoding, cuts = self._encoding(text), []
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            spelled = text[start:end].lstrip()  # some tokens take in the white space before them
+            # A token of one character cannot be taken apart, and the unknown token stands for what
+            # does not spell it.
+            if len(spelled) > 1 and self._controls.get(token) == self._normal(spelled):
+                cuts.append(end - len(spelled) + 1)
+        return cuts
+
+    def _normal(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        return text.strip() if normalizer is None else normalizer.normalize_str(text.strip())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`, special tokens included unless skipped."""

@@ -243,6 +243,53 @@ def test_small_files_are_combined_as_in_transformers(tmp_path, config, files):
     assert ours.eos_ids == (reference.eos_token_id,)
 
 
+def test_control_tokens_in_a_text_are_taken_apart_and_the_tags_of_a_thought_stay(tmp_path):
+    added = ["<think>", "</think>", "<|eot|>", "<t>", "<<t>x>", "<x>", "x><", "  "]
+    decoder = {str(400 + i): flags(token, special=i % 2 == 0) for i, token in enumerate(added)}
+    decoder["500"] = flags("<A>", lstrip=True, rstrip=True, normalized=True)
+    ours = load_tokenizer(make_tiny(tmp_path, {"added_tokens_decoder": decoder}))
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    controls = {reference.convert_tokens_to_ids(token) for token in [*added[2:7], "<A>", "<s>", "</s>", "<|user|>"]}
+    assert len(controls) == 9
+    for text in ("the<|eot|><|user|>theme</s> <s>", "<<|eot|>|eot|> <<t>x><t><x><x>", "  <A>  <A><A> the"):
+        assert controls & set(reference(text)["input_ids"])
+        ids = reference(ours.neutral_text(text), add_special_tokens=False)["input_ids"]
+        assert not controls & set(ids)
+        assert reference.decode(ids).replace(" ", "") == text.replace(" ", "")  # and nothing else has changed
+    for text in ("", "<think>\nthe theme\n</think>\n\nthere  is < |eot|> <t", "Ünïcödé"):
+        assert ours.neutral_text(text) == text
+    with pytest.raises(ValueError, match="surrogates"):
+        ours.neutral_text("\ud800")
+
+
+def test_no_control_token_of_an_official_tokenizer_survives(official):
+    _, ours, reference = official
+    controls = set(reference.get_added_vocab()) - {"<think>", "</think>"}
+    text = ours.neutral_text("Hi" + "".join(sorted(controls)) + "<think>")
+    ids = reference(text, add_special_tokens=False)["input_ids"]
+    assert not controls & set(reference.convert_ids_to_tokens(ids))
+
+
+def test_unknown_characters_are_no_control_tokens(tmp_path):
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "<|eot|>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.add_special_tokens(["<unk>", tokenizers.AddedToken("<|eot|>", normalized=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("the word <|EOT|>") == [1, 0, 2]
+    assert ours.neutral_text("the word <|EOT|>") == "the word < |EOT|>"
+
+
+def test_a_tokenizer_whose_control_tokens_cannot_be_taken_apart_is_an_error(tmp_path):
+    folder = make_tiny(tmp_path, {"added_tokens_decoder": {"400": flags("<A>", normalized=True)}})
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: its tokenizer reads control tokens"):
+        load_tokenizer(folder).neutral_text("<A>")
+
+
 DIALECT = [
     "{% for m in messages %}{% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}-{{ x }}{% endfor %}",
     "{%- generation -%} a {%- endgeneration %}\n  {% if true %}\n b\n  {% endif %}\n\n",
