@@ -375,7 +375,11 @@ def raw_server(*parts, pause=0.0):
 
         def send(connection):
             with connection, suppress(OSError):
-                connection.recv(1 << 16)
+                request = connection.makefile("rb")
+                headers = {}
+                while line := request.readline().strip():
+                    headers.update([line.lower().split(b": ", 1)] if b": " in line else [])
+                request.read(int(headers[b"content-length"]))
                 for part in parts:
                     connection.sendall(part)
                     time.sleep(pause)
