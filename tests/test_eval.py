@@ -74,7 +74,11 @@ def record(question: str, sample: int, right: float, **more) -> dict:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Without checksums: they change with the last bits of entropies, which depend on the batch."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["checksum"]
+    return rows
 
 
 def comparable(value):
@@ -349,9 +353,11 @@ def test_a_ranks_part_of_the_records_is_read_once_and_joined(tmp_path):
     def row(i: int, **more) -> dict:
         return dict(benchmark="sums", id=f"q{i}", sample=0) | more
 
-    path = tmp_path / "records.jsonl"
-    path.write_text(json.dumps(row(0, values={})) + "\n")
-    (tmp_path / "records-rank1.jsonl").write_text(json.dumps(row(0)) + "\n" + json.dumps(row(1)) + "\n" + '{"torn')
+    path, part = tmp_path / "records.jsonl", tmp_path / "records-rank1.jsonl"
+    RecordFile(path, Ranks("cpu")).rewrite([row(0, values={})])
+    RecordFile(tmp_path / "other.jsonl", Ranks("cpu")).rewrite([row(0), row(1)])
+    part.write_bytes((tmp_path / "other.jsonl").read_bytes() + b'{"torn')
+    (tmp_path / "other.jsonl").unlink()
     file = RecordFile(path, Ranks("cpu"))
     assert file.rows == [row(0, values={}), row(1)]
     file.append(row(2))
@@ -392,9 +398,33 @@ def test_two_ranks_write_what_one_does(world, measured, tmp_path):
 
 
 def test_a_record_file_says_what_is_wrong_with_it(tmp_path):
-    (tmp_path / "records.jsonl").write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
-    with pytest.raises(ValueError, match="records.jsonl holds a line that is no JSON"):
-        RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
+    path = tmp_path / "records.jsonl"
+    RecordFile(path, Ranks("cpu")).rewrite([record(f"q{i}", 0, 1.0) for i in range(3)])
+    whole = path.read_text().splitlines()
+    for line in ('{"id": ', "[" * 100_000):
+        path.write_text("\n".join([whole[0], line, whole[2], ""]))
+        with pytest.raises(ValueError, match=r"records.jsonl holds a line that is no JSON \(line 2, "):
+            RecordFile(path, Ranks("cpu"))
+
+
+@pytest.mark.parametrize(("written", "edited"), [
+    ('{"right": 1.0}', '{"right": 0.0}'), ('{"right": 1.0}', '{"right": 1}'), ('{"right": 1.0}', '{"right": "1.0"}'),
+    ('{"right": 1.0}', '{"right": NaN}'), ('"tokens": 10', '"tokens": 11'), ('"truncated": false', '"truncated": 0'),
+    ("</think>", "</think> 7"), ('"sample": 0', '"sample": "0"'), ('"checksum"', '"sum"'), ('{"benchmark', '[{"benchmark'),
+])  # fmt: skip
+def test_a_record_that_was_edited_is_an_error(written, edited, tmp_path):
+    path = tmp_path / "records.jsonl"
+    RecordFile(path, Ranks("cpu")).rewrite([record("q0", 0, 1.0), record("q1", 0, 1.0)])
+    first, second = path.read_text().splitlines()
+    assert RecordFile(path, Ranks("cpu")).rows == [record("q0", 0, 1.0), record("q1", 0, 1.0)]
+    shuffled = json.dumps(dict(reversed(json.loads(second).items())), separators=(",", ":"))
+    path.write_text(f"{first}\n{shuffled}\n")
+    assert RecordFile(path, Ranks("cpu")).rows[1] == record("q1", 0, 1.0), "the order of keys is no value"
+    assert written in second
+    changed = second.replace(written, edited) + "]" * edited.startswith("[")
+    path.write_text(f"{first}\n{changed}\n")
+    with pytest.raises(ValueError, match=r"records.jsonl holds a record that was edited.* \(line 2: .*delete that line"):
+        RecordFile(path, Ranks("cpu"))
 
 
 # Comparison
@@ -555,6 +585,9 @@ def test_mistakes_name_their_cure(world, measured, tmp_path):
     expect_error(arguments(world, out, "--resume", "never"), str(out), "--out")
     expect_error(arguments(world, out, "--seed", "1"), "seed was 0, is 1", "--out")
     expect_error(arguments(world, out, "--model", str(write_policy(tmp_path / "new", seed=9))), "weights was", "--out")
+    other = shutil.copytree(world / "policy", tmp_path / "other")
+    (other / "chat_template.jinja").write_text(CHATML.replace("assistant", "Assistant"))
+    expect_error(arguments(world, out, "--model", str(other)), "template was", "--out")
     data = write_rows(tmp_path / "rows.jsonl", 2)
     data.write_text(data.read_text().replace("How do I", "How do I " * 200))
     expect_error(arguments(world, out, "--memorization", str(data)), "rows.jsonl", "256 positions")
@@ -568,6 +601,24 @@ def test_saved_responses_to_other_questions_are_refused(policy, tmp_path):
     records[1]["prompt"] = [{"role": "user", "content": "What was it?"}]
     with pytest.raises(ValueError, match="sums, question q1, answers another question"):
         respond(*policy, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=file)
+
+
+DATED = CHATML.replace("{% for", "{{ strftime_now('%d %B %Y') }}{% for", 1)
+
+
+@pytest.mark.parametrize("first", [DATED, CHATML.replace("assistant", "Assistant"), CHATML + " "])
+def test_saved_responses_to_another_rendering_are_refused(policy, tmp_path, first, monkeypatch):
+    model, tokenizer = policy
+    earlier = load_tokenizer(tokenizer.folder)
+    earlier.chat_template = first.replace("strftime_now('%d %B %Y')", "'27 November 2026'")
+    file = RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
+    respond(model, earlier, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=file)
+    now = load_tokenizer(tokenizer.folder)
+    now.chat_template = DATED if first == DATED else CHATML
+    with pytest.raises(ValueError, match="sums, question q0, answers another rendering.*chat template, its date"):
+        respond(model, now, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=RecordFile(file.path, Ranks("cpu")))
+    again = RecordFile(file.path, Ranks("cpu"))
+    assert respond(model, earlier, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=again) == again.rows
 
 
 def test_names_of_folders_and_columns():
