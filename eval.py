@@ -49,7 +49,7 @@ from nanosafe.evals.diagnostics import memorization, reflection_ids
 from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
 from nanosafe.evals.plots import plot_comparison
 from nanosafe.evals.records import RecordFile, digest
-from nanosafe.evals.report import forking_tokens, protocols, table
+from nanosafe.evals.report import forking_tokens, protocols, table, terminal
 from nanosafe.evals.statistics import Estimate, over_items
 from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, paper_part, slug, tiny_part
 from nanosafe.evals.tasks import Benchmark, adapt
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         write_table(results, out, ranks)
         if ranks.main:
             ranks.print("drew", *plot_comparison(results, out))
-    ranks.print(f"{table(results, CONSOLE)}\n\n{protocols(results)}\n\nall of it is in {out}/table.md")
+    ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {out}/table.md")
     ranks.wait()
     ranks.close()
 

@@ -62,15 +62,16 @@ def test_the_paper_s_benchmarks_are_asked_graded_and_reported(whole):
     assert attaq["with_training_prompts"]["training_prompts"] == 2 and attaq["metrics"]["safe"]["n"] == 38
     assert attaq["with_training_prompts"]["metrics"]["safe"]["n"] == 40
     assert attaq["judge"].startswith("rule:refusal") and "guard" in attaq["judge"]
-    assert {"safe", "no_answer", "unjudged", "thought_gap"} <= attaq["metrics"].keys()
+    assert {"safe", "harmful", "no_answer", "unjudged"} <= attaq["metrics"].keys()
+    assert not {"thought_gap", "harmful_thought"} & attaq["metrics"].keys(), "it never thinks"
     assert any(metric.startswith("unjudged (") for metric in attaq["metrics"]), "the second judge's, beside the first's"
     assert attaq["protocol"]["temperature"] == 0 and result["benchmarks"]["aime24"]["protocol"]["temperature"] == 0.6
     assert "pass@2" in result["benchmarks"]["math-500"]["metrics"] and "pass@2" not in attaq["metrics"]
     assert result["benchmarks"]["attaq, role play"]["variation"]
     assert attaq["forking"]["tokens"] == attaq["reflection"]["tokens"] > 0
     text = (whole / "table.md").read_text()
-    [row] = re.findall(r"\| attaq: safe answer \|.*", text)
-    assert re.search(r"\(cut off \d+%, no </think> \d+%, unjudged \d+%\)", row)
+    assert re.findall(r"\| attaq: safe answer \|.*", text) == ["| attaq: safe answer | 0.000 [0.000, 0.092] | 38 |"]
+    assert "- policy, attaq: cut off 100.0%\n" in text and "no </think>" not in text
     assert "2 questions stand among the training prompts" in text and "**Forking tokens**" in text
     assert "attaq.jsonl (40 rows, sha256 " in text, "where the questions are from"
     assert len((whole / "attaq.unitxt.jsonl").read_text().splitlines()) == 40
