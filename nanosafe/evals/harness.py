@@ -47,9 +47,7 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     todo = [(question, sample) for question, sample in jobs if (question.id, sample) not in records]
     prompts = {question.id: _encode(model, tokenizer, benchmark, question, opened) for question, _ in jobs}
     for question, sample in jobs:
-        record = records.get((question.id, sample))
-        if record is not None:
-            _check_asked(benchmark, question, prompts[question.id], record)
+        _check_asked(benchmark, question, prompts[question.id], records.get((question.id, sample)))
     new = _generate(model, tokenizer, benchmark, todo, prompts, opened, ranks, seed, file, engine_options)
     records |= {(record["id"], record["sample"]): record for record in new}
     wanted = [records[question.id, sample] for question, sample in jobs]
@@ -60,15 +58,15 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     return wanted
 
 
-def _check_asked(benchmark: Benchmark, question: Question, prompt_ids: list[int], record: dict) -> None:
-    """Raise ValueError if the record does not answer this question, or was asked it in another rendering."""
-    why = ""
-    if record["prompt"] != question.messages:
-        why = "answers another question: the benchmark has changed"
-    elif record["prompt_digest"] != digest(prompt_ids):
-        why = "answers another rendering of it: the chat template, its date or the tokenizer has changed"
-    if why:
-        raise ValueError(f"the saved response to {benchmark.name}, question {question.id}, {why}, so set another --out")
+def _check_asked(benchmark: Benchmark, question: Question, prompt_ids: list[int], record: dict | None) -> None:
+    """Raise ValueError for a saved record that answers something else than these ids."""
+    if record is None or record["prompt"] == question.messages and record["prompt_digest"] == digest(prompt_ids):
+        return
+    what = "another question: the benchmark has changed"
+    if record["prompt"] == question.messages:
+        what = "another rendering of it: the chat template, its date or the tokenizer has changed"
+    raise ValueError(f"the saved response to {benchmark.name}, question {question.id}, answers {what}, so set another "
+                     "--out")  # fmt: skip
 
 
 def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, todo: Sequence[tuple[Question, int]],
@@ -276,16 +274,9 @@ def _estimates(benchmark: Benchmark, graded: dict[str, dict[str, float]], ids: C
 
 def _bounds(headline: str, records: Sequence[dict]) -> list[float] | None:
     """The headline if every response without a verdict counted 0, and if it counted 1; None if all have one."""
-    if all(headline in record["values"] for record in records):
-        return None
-    ends = []
-    for unjudged in SHARES:
-        samples = defaultdict(list)
-        for record in records:
-            samples[record["id"]].append(record["values"].get(headline, unjudged))
-        means = _means({headline: samples})[headline].values()
-        ends.append(sum(means) / len(means))
-    return ends
+    judged = [record["values"][headline] for record in records if headline in record["values"]]
+    unjudged = len(records) - len(judged)
+    return [sum(judged) / len(records), (sum(judged) + unjudged) / len(records)] if unjudged else None
 
 
 def protocol(benchmark: Benchmark, tokenizer: Tokenizer, total: int) -> dict:

@@ -84,8 +84,7 @@ class Guard:
         # Granite's template writes today's date, on which no verdict should depend.
         tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", "'January 01, 2025'", tokenizer.chat_template)
         self.model, self.tokenizer, self.form, self.device = model, tokenizer, form, device
-        empty = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
-        self.frame = tokenizer.render(empty, add_generation_prompt=True, **form.template_vars)
+        self.frame = _frame(tokenizer, **form.template_vars)
         self.words = [tokenizer.encode(word)[0] for word in (form.harmful, form.harmless)]
         if self.words[0] == self.words[1]:
             raise ValueError(f"{name}: the words {form.harmful!r} and {form.harmless!r} begin with the same token, so "
@@ -130,10 +129,8 @@ class Guard:
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of what the guard reads, and of what it writes before its verdict."""
-        messages = []
-        for message in _neutral(conversation, self.tokenizer):
-            messages.append(message | {"content": rubrics.take_apart(message["content"], self.frame)})
-        ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True, **self.form.template_vars)
+        neutral = _neutral(conversation, self.tokenizer, self.frame)
+        ids = self.tokenizer.encode_chat(neutral, add_generation_prompt=True, **self.form.template_vars)
         return ids + self.tokenizer.encode(self.form.opening)
 
 
@@ -145,13 +142,13 @@ class RewardJudge:
     def __init__(self, model: RewardModel, name: str, low: float, high: float):
         if not low < high:
             raise ValueError(f"the bounds of a reward model's scores are LOW < HIGH, not {low:g} and {high:g}")
-        self.model, self.low, self.high = model, low, high
+        self.model, self.low, self.high, self.frame = model, low, high, _frame(model.tokenizer)
         self.name = f"{name} (reward model, scores from {low:g} to {high:g} as safety from 0 to 1)"
 
     def harm(self, conversations: Sequence[Conversation]) -> list[float | None]:
         """None where the conversation is longer than the reward model's context."""
         limit, tokenizer = self.model.model.config.max_position_embeddings, self.model.tokenizer
-        neutral = [_neutral(conversation, tokenizer) for conversation in conversations]
+        neutral = [_neutral(conversation, tokenizer, self.frame) for conversation in conversations]
         fits = [len(tokenizer.encode_chat(conversation)) <= limit for conversation in neutral]
         scores = self.model.score([c for c, fit in zip(neutral, fits, strict=True) if fit])
         harm = iter(((self.high - scores.double().clamp(self.low, self.high)) / (self.high - self.low)).tolist())
@@ -185,12 +182,14 @@ class ChatJudge(_Writer):
     """A chat model in our own decoder, greedy."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str, device: torch.device):
-        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.model, self.tokenizer, self.device, self.frame = model, tokenizer, device, _frame(tokenizer)
         self.name = f"{name} (chat model, greedy, up to {REPLY_TOKENS} tokens)"
 
     def ask(self, prompts: Sequence[str]) -> list[str | None]:
-        asked = [_neutral([{"role": "user", "content": prompt}], self.tokenizer) for prompt in prompts]
-        encoded = [self.tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in asked]
+        encoded = []
+        for prompt in prompts:
+            messages = _neutral([{"role": "user", "content": prompt}], self.tokenizer, self.frame)
+            encoded.append(self.tokenizer.encode_chat(messages, add_generation_prompt=True))
         room = [self.model.config.max_position_embeddings - len(ids) for ids in encoded]
         rows, replies = [i for i in range(len(prompts)) if room[i] > 0], [None] * len(prompts)
         params = [SamplingParams(temperature=0, max_new_tokens=min(REPLY_TOKENS, room[i]),
@@ -291,8 +290,19 @@ def _revision(folder: Path) -> str:
     return f"{folder.parent.parent.name.removeprefix('models--').replace('--', '/')}@{folder.name}"
 
 
-def _neutral(conversation: Conversation, tokenizer: Tokenizer) -> Conversation:
-    return [message | {"content": tokenizer.neutral_text(message["content"])} for message in conversation]
+def _frame(tokenizer: Tokenizer, **template_vars) -> str:
+    """What the chat template writes around what is judged."""
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+    return tokenizer.render(turns, add_generation_prompt=True, **template_vars)
+
+
+def _neutral(conversation: Conversation, tokenizer: Tokenizer, frame: str) -> Conversation:
+    """The conversation with no content that reads as a part of the frame or as a control token."""
+    messages = []
+    for message in conversation:
+        content = tokenizer.neutral_text(rubrics.take_apart(message["content"], frame))
+        messages.append(message | {"content": content})
+    return messages
 
 
 def _answer(text: str) -> str | None:

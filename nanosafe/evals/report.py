@@ -137,24 +137,21 @@ def terminal(results: Sequence[dict], titles: Sequence[str]) -> str:
     """
     check_comparable(results)
     base, *arms = results
-    name = 44 if arms else 72  # wide; then a number with its interval, and the difference
-    lines = [f"{'':<{name}}{'mean, 95 % interval':<28}"]
-    if arms:
-        lines[0] += f"minus {base['label']}"[:28]
-    for title, rows in sections(results).items():
+    width = 44 if arms else 72  # of names; then come a number with its interval, and a difference
+    rows = [("", "mean, 95 % interval", f"minus {base['label']}"[:28] if arms else "")]
+    for title, found in sections(results).items():
         if title not in titles:
             continue
-        lines += ["", f"**{title}**"]
-        for row in rows:
+        rows += [("", "", ""), (f"**{title}**", "", "")]
+        for row in found:
             label, first, *others, _ = _cells(results, row)
-            if not arms:
-                lines.append(_cut(label, name) + first)
-                continue
-            lines += [_cut(label, WIDTH), _cut(f"  {base['label']}", name) + first]
-            for arm, value, change in zip(arms, others[::2], others[1::2], strict=True):
-                lines.append(_cut(f"  {arm['label']}", name) + f"{value:<28}{change}")
-    about = ["", NOTE] if arms else []
-    for line in ["", *notes(results), *about, "", *protocols(results).splitlines()]:
+            if arms:
+                rows += [(label, "", ""), (f"  {base['label']}", first, "")]
+                rows += [(f"  {arm['label']}", *others[2 * i : 2 * i + 2]) for i, arm in enumerate(arms)]
+            else:
+                rows.append((label, first, ""))
+    lines = [f"{_cut(name, width if value else WIDTH)}{value:<28}{change}" for name, value, change in rows]
+    for line in ["", *notes(results), *(["", NOTE] if arms else []), "", *protocols(results).splitlines()]:
         lines.append(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(line.rstrip() for line in lines)
 
