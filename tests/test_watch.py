@@ -127,7 +127,7 @@ def test_the_table_fits_100_columns_whatever_the_rewards(tmp_path):
         before = seen(ones(98), ones(0), ones(99), rewards=[scale, 1.2 * scale] * 50)
         after = seen(ones(2), ones(99), ones(5), rewards=[-1.1 * scale, -scale] * 50)
         lines = watch(tmp_path, before, after).table().splitlines()
-        assert max(map(len, lines)) <= 100 and all(line[51] == line[74] == " " for line in lines[1:])
+        assert max(map(len, lines)) <= 100 and all(line[50] == line[74] == " " for line in lines[1:])
         assert all(line.endswith("] *") for line in lines[1:])
 
 

@@ -111,13 +111,13 @@ class Watch:
             change = paired_difference(before, after)
             estimates = over_items(before.values()), over_items(after.values()), change
             for spec in ("z.3f", "z.2f", "z.1f", "z.0f"):  # rewards can be large
-                old, new, difference = (format(estimate, spec) for estimate in estimates)
-                if len(old) < 24 and len(new) < 23 and len(difference) < 24:
+                cells = [format(estimate, spec) for estimate in estimates]
+                # Digits stand below each other, whatever the sign.
+                cells = [cell if cell.startswith("-") else f" {cell}" for cell in cells]
+                if max(map(len, cells)) < 24:
                     break
-            # Digits stand below each other, whatever the sign.
-            sign = "" if change.mean < 0 else " "
             mark = " *" if change.excludes_zero else ""
-            lines.append(f"{name:<28}{old:<24}{new:<23}{sign}{difference}{mark}")
+            lines.append(f"{name:<27}{cells[0]:<24}{cells[1]:<24}{cells[2]}{mark}")
         return "\n".join(lines)
 
 
