@@ -1,6 +1,6 @@
-"""One chat completion from an OpenAI-compatible endpoint, bounded in size and time, by the standard library.
+"""One chat completion from an OpenAI-compatible endpoint, bounded in size and time.
 
-The hub's client would ask nothing while the hub is offline, reads replies of any length, and follows redirects.
+The hub's client would ask nothing while the hub is offline, and reads replies of any length.
 """
 
 import json
@@ -11,15 +11,18 @@ from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandl
 SECONDS = 600  # for a whole reply: room for a slow judge's thought
 MAX_BYTES = 1 << 20  # of a reply: far more than the tokens it may have
 
-# What an HTTP status is the fault of, see Failure; of the others, those from 400 to 499 are the request's.
-FAULTS = {401: "endpoint", 402: "endpoint", 403: "either", 404: "endpoint", 405: "endpoint", 407: "endpoint",
-          408: "endpoint", 425: "endpoint", 429: "endpoint", 500: "either"}  # fmt: skip
+# Whose fault an HTTP status is (see Failure); all others from 400 to 499 are the request's.
+FAULTS = {401: "endpoint", 402: "endpoint", 403: "either", 404: "endpoint", 405: "endpoint",
+          407: "endpoint", 408: "endpoint", 425: "endpoint", 429: "endpoint", 500: "either"}  # fmt: skip
 PASSING = (408, 425, 429)  # and all from 500 on
 
 
 class Failure(Exception):
-    """Why there is no completion. fault: of the "endpoint" (also a wrong key or URL), of the "request" (nothing will
-    answer it), or of "either". passing: it may work later."""
+    """Why there is no completion.
+
+    fault: of the "endpoint" (also a wrong key or URL), of the "request" (nothing will answer it), or of
+    "either". passing: it may work later.
+    """
 
     def __init__(self, reason: str, fault: str, passing: bool = False):
         super().__init__(" ".join(reason.split())[:500])
@@ -28,11 +31,12 @@ class Failure(Exception):
 
 def chat_completion(url: str, key: str, body: dict) -> tuple[str, str | None]:
     """The text of the first choice, "" if it has none, and its finish reason. Raises Failure."""
-    # With these handlers alone, nothing follows a redirect, which would carry the key to another host.
+    # With these handlers alone, no redirect is followed: it would carry the key to another host.
     opener = OpenerDirector()
     for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
         opener.add_handler(handler)
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}", "User-Agent": "nanosafe"}
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json",
+               "User-Agent": "nanosafe"}  # fmt: skip
     try:
         request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         with opener.open(request, timeout=SECONDS) as reply:

@@ -47,7 +47,9 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     todo = [(question, sample) for question, sample in jobs if (question.id, sample) not in records]
     prompts = {question.id: _encode(model, tokenizer, benchmark, question, opened) for question, _ in jobs}
     for question, sample in jobs:
-        _check_asked(benchmark, question, prompts[question.id], records.get((question.id, sample)))
+        if (question.id, sample) in records:
+            record = records[question.id, sample]
+            _check_asked(benchmark.name, question, prompts[question.id], record)
     new = _generate(model, tokenizer, benchmark, todo, prompts, opened, ranks, seed, file, engine_options)
     records |= {(record["id"], record["sample"]): record for record in new}
     wanted = [records[question.id, sample] for question, sample in jobs]
@@ -58,15 +60,16 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     return wanted
 
 
-def _check_asked(benchmark: Benchmark, question: Question, prompt_ids: list[int], record: dict | None) -> None:
+def _check_asked(name: str, question: Question, prompt_ids: list[int], record: dict) -> None:
     """Raise ValueError for a saved record that answers something else than these ids."""
-    if record is None or record["prompt"] == question.messages and record["prompt_digest"] == digest(prompt_ids):
-        return
-    what = "another question: the benchmark has changed"
-    if record["prompt"] == question.messages:
+    if record["prompt"] != question.messages:
+        what = "another question: the benchmark has changed"
+    elif record["prompt_digest"] != digest(prompt_ids):
         what = "another rendering of it: the chat template, its date or the tokenizer has changed"
-    raise ValueError(f"the saved response to {benchmark.name}, question {question.id}, answers {what}, so set another "
-                     "--out")  # fmt: skip
+    else:
+        return
+    raise ValueError(f"the saved response to {name}, question {question.id}, answers {what}, so set "
+                     "another --out")  # fmt: skip
 
 
 def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, todo: Sequence[tuple[Question, int]],
@@ -175,6 +178,7 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
 
 
 Samples = dict[str, dict[str, list[float]]]  # metric -> question id -> a value for each sample
+Means = dict[str, dict[str, float]]  # metric -> question id -> the mean of its samples
 
 
 def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequence[int] = (),
@@ -188,12 +192,14 @@ def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequenc
     over the tokens of a response first; the first leaves out responses without such tokens.
     """
     whole = [question.id for question in benchmark.questions]
-    category_of = {question.id: question.category for question in benchmark.questions if not question.seen}
+    category_of = {q.id: q.category for q in benchmark.questions if not q.seen}
     unseen = [record for record in records if record["id"] in category_of]
     first = [record for record in unseen if "entropies" in record]
     drawn, entropies = [record["token_ids"] for record in first], [record["entropies"] for record in first]
     reflecting = reflection_summary(drawn, entropies, reflection)
-    forking = asdict(forking_summary(drawn, entropies, vocabulary, reflection)) if vocabulary else None
+    forking = None
+    if vocabulary:
+        forking = asdict(forking_summary(drawn, entropies, vocabulary, reflection))
 
     graded = _means(_graded(benchmark, records))
     diagnostics = _means(_form(unseen))
@@ -202,26 +208,29 @@ def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequenc
     at_reflection = zip(ids, reflecting.means, strict=True)
     diagnostics["reflection_entropy"] = {i: mean for i, mean in at_reflection if mean is not None}
 
-    items = graded | diagnostics
+    diagnostics = {metric: of for metric, of in diagnostics.items() if of}
+    items = {}
+    for metric, of in (graded | diagnostics).items():
+        items[metric] = {i: value for i, value in of.items() if i in category_of}
     for name, (a, b) in benchmark.differences.items():
         if a in items and b in items:
             items[name] = {i: items[a][i] - items[b][i] for i in items[a] if i in items[b]}
     categories = {}
     for name in sorted(set(category_of.values())):
-        categories[name] = _estimates(benchmark, graded, [i for i, of in category_of.items() if of == name])
-    overlap = None
-    if len(category_of) < len(whole):
-        overlap = {"training_prompts": len(whole) - len(category_of), "metrics": _estimates(benchmark, graded, whole)}
+        members = [i for i, category in category_of.items() if category == name]
+        categories[name] = _estimates(benchmark, graded, members)
+    overlap, seen = None, len(whole) - len(category_of)
+    if seen:
+        overlap = {"training_prompts": seen, "metrics": _estimates(benchmark, graded, whole)}
     return {
         "about": benchmark.about, "headline": benchmark.headline, "shown": list(benchmark.shown),
         "variation": benchmark.variation, "source": benchmark.source, "judge": benchmark.judge,
         "responses": len(unseen), "metrics": _estimates(benchmark, graded, category_of),
         "bounds": _bounds(benchmark.headline, unseen),
-        "diagnostics": {metric: over_items(of.values())._asdict() for metric, of in diagnostics.items() if of},
-        "categories": categories, "reflection": asdict(reflecting), "entropy_curve": asdict(entropy_curve(entropies)),
-        "forking": forking, "category_of": category_of,
-        "items": {metric: {i: v for i, v in of.items() if i in category_of} for metric, of in items.items()},
-        "with_training_prompts": overlap,
+        "diagnostics": {metric: over_items(of.values())._asdict() for metric, of in diagnostics.items()},
+        "categories": categories, "reflection": asdict(reflecting),
+        "entropy_curve": asdict(entropy_curve(entropies)), "forking": forking,
+        "category_of": category_of, "items": items, "with_training_prompts": overlap,
     }  # fmt: skip
 
 
@@ -233,7 +242,8 @@ def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
         for metric, value in record["values"].items():
             if thinks or metric.partition(" (")[0] not in OF_THOUGHTS:
                 graded[metric][record["id"]].append(value)
-    if benchmark.about == "reasoning":  # of safety it would be the chance of one safe response among k unsafe ones
+    # pass@k of safety would be the chance of one safe response among k unsafe ones.
+    if benchmark.about == "reasoning":
         k = 2
         while k <= benchmark.samples:
             for i, right in graded[benchmark.headline].items():
@@ -245,7 +255,8 @@ def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
 def _form(records: Sequence[dict]) -> Samples:
     """How responses ended and how long they are, whatever they say; and their rewards."""
     form: Samples = defaultdict(lambda: defaultdict(list))
-    tagged = any(THINK in record["response"] or END_THINK in record["response"] for record in records)
+    texts = [record["response"] for record in records]
+    tagged = any(THINK in text or END_THINK in text for text in texts)
     for record in records:
         values = {"truncated": float(record["truncated"])}
         if tagged:
@@ -258,14 +269,20 @@ def _form(records: Sequence[dict]) -> Samples:
     return form
 
 
-def _means(samples: Samples) -> dict[str, dict[str, float]]:
-    return {metric: {i: sum(values) / len(values) for i, values in of.items()} for metric, of in samples.items()}
+def _means(samples: Samples) -> Means:
+    means = {}
+    for metric, of in samples.items():
+        means[metric] = {i: sum(values) / len(values) for i, values in of.items()}
+    return means
 
 
-def _estimates(benchmark: Benchmark, graded: dict[str, dict[str, float]], ids: Collection[str]) -> dict[str, dict]:
+def _estimates(benchmark: Benchmark, graded: Means, ids: Collection[str]) -> dict[str, dict]:
     """{metric: estimate} over the questions `ids`."""
-    part = {metric: {i: of[i] for i in ids if i in of} for metric, of in graded.items()}
-    found = {metric: over_items(of.values(), bounds=SHARES) for metric, of in part.items() if of}
+    part, found = {}, {}
+    for metric, of in graded.items():
+        part[metric] = {i: of[i] for i in ids if i in of}
+        if part[metric]:
+            found[metric] = over_items(part[metric].values(), bounds=SHARES)
     for name, (a, b) in benchmark.differences.items():
         if part.get(a, {}).keys() & part.get(b, {}).keys():
             found[name] = paired_difference(part[b], part[a])
@@ -273,10 +290,15 @@ def _estimates(benchmark: Benchmark, graded: dict[str, dict[str, float]], ids: C
 
 
 def _bounds(headline: str, records: Sequence[dict]) -> list[float] | None:
-    """The headline if every response without a verdict counted 0, and if it counted 1; None if all have one."""
+    """The headline if every response without a verdict counted 0, and if it counted 1.
+
+    None if all have a verdict. Every question has equally many samples, so the mean is over all alike.
+    """
     judged = [record["values"][headline] for record in records if headline in record["values"]]
     unjudged = len(records) - len(judged)
-    return [sum(judged) / len(records), (sum(judged) + unjudged) / len(records)] if unjudged else None
+    if not unjudged:
+        return None
+    return [sum(judged) / len(records), (sum(judged) + unjudged) / len(records)]
 
 
 def protocol(benchmark: Benchmark, tokenizer: Tokenizer, total: int) -> dict:

@@ -219,10 +219,12 @@ class EndpointJudge(_Writer):
         self.refusals.clear()
         with ThreadPoolExecutor(REQUESTS) as pool:
             replies = pool.map(self._ask, prompts)
-            replies = list(tqdm(replies, "judge", len(prompts), delay=2, leave=False, disable=not MAIN_RANK))
+            replies = list(tqdm(replies, "judge", len(prompts), delay=2, leave=False,
+                                disable=not MAIN_RANK))  # fmt: skip
         if self.refusals and MAIN_RANK:
-            tqdm.write(f"the judge {self.model} did not answer {len(self.refusals)} of {len(prompts)} "
-                       f"requests, which stay unjudged; the first: {self.refusals[0]}")  # fmt: skip
+            unanswered = f"{len(self.refusals)} of {len(prompts)} requests"
+            tqdm.write(f"the judge {self.model} did not answer {unanswered}, which stay unjudged; the "
+                       f"first: {self.refusals[0]}")  # fmt: skip
         return replies
 
     def _ask(self, prompt: str) -> str | None:
@@ -242,8 +244,8 @@ class EndpointJudge(_Writer):
                 cure = f"check the URL, the model's name and the key in {KEY}"
                 if failure.passing:
                     cure = "try again later"
-                raise ConnectionError(f"the judge {self.model} at {self.url} failed ({failure}): {cure}; "
-                                      "what was generated is kept") from None  # fmt: skip
+                raise ConnectionError(f"the judge {self.model} at {self.url} failed ({failure}): "
+                                      f"{cure}; what was generated is kept") from None  # fmt: skip
             self.answered = True
             return None if reason in ("length", "content_filter") else _answer(text)
 

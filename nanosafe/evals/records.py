@@ -77,17 +77,20 @@ def _read(path: Path) -> list[dict]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(path, len(whole))
-    return [_record(line, f"line {number}", path) for number, line in enumerate(whole.splitlines(), 1)]
+    lines = enumerate(whole.splitlines(), 1)
+    return [_record(line, f"line {number}", path) for number, line in lines]
 
 
 def _record(line: bytes, place: str, path: Path) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds a line that is no JSON ({place}, {error}): mend or delete the file") from None
+        raise ValueError(f"{path} holds a line that is no JSON ({place}, {error}): mend or delete the "
+                         "file") from None  # fmt: skip
     if not isinstance(record, dict) or record.pop("checksum", None) != digest(record):
-        raise ValueError(f"{path} holds a record that was edited, or written by another version ({place}: the checksum "
-                         "does not match): delete that line, and its response is generated anew")  # fmt: skip
+        raise ValueError(f"{path} holds a record that was edited, or written by another version "
+                         f"({place}: the checksum does not match): delete that line, and its response "
+                         "is generated anew")  # fmt: skip
     return record
 
 

@@ -33,7 +33,8 @@ NOTE = (
     "nothing here says how another training seed would turn out."
 )
 WIDTH = 100  # columns of a terminal
-FORM = {"truncated": "cut off", "unclosed_thought": "no </think>", "unjudged": "unjudged"}  # what a score may hide
+# What a score may hide.
+FORM = {"truncated": "cut off", "unclosed_thought": "no </think>", "unjudged": "unjudged"}
 
 
 class Row(NamedTuple):
@@ -111,7 +112,7 @@ def sections(results: Sequence[dict]) -> dict[str, list[Row]]:
     }  # fmt: skip
     found["Other metrics"] = [row for row in found["Other metrics"] if row not in found["Overview"]]
     for title, rows in found.items():
-        found[title] = [row for row in rows if any(estimate(result, row) is not None for result in results)]
+        found[title] = [row for row in rows if set(estimate(r, row) for r in results) != {None}]
     return {title: rows for title, rows in found.items() if rows}
 
 
@@ -147,17 +148,21 @@ def terminal(results: Sequence[dict], titles: Sequence[str]) -> str:
             label, first, *others, _ = _cells(results, row)
             if arms:
                 rows += [(label, "", ""), (f"  {base['label']}", first, "")]
-                rows += [(f"  {arm['label']}", *others[2 * i : 2 * i + 2]) for i, arm in enumerate(arms)]
+                for arm, value, change in zip(arms, others[::2], others[1::2], strict=True):
+                    rows.append((f"  {arm['label']}", value, change))
             else:
                 rows.append((label, first, ""))
-    lines = [f"{_cut(name, width if value else WIDTH)}{value:<28}{change}" for name, value, change in rows]
-    for line in ["", *notes(results), *(["", NOTE] if arms else []), "", *protocols(results).splitlines()]:
+    lines = []
+    for name, value, change in rows:
+        lines.append(f"{_cut(name, width if value else WIDTH)}{value:<28}{change}")
+    note = ["", NOTE] if arms else []
+    for line in ["", *notes(results), *note, "", *protocols(results).splitlines()]:
         lines.append(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _cut(text: str, width: int) -> str:
-    """`text` in `width` columns, the last two blank; a long name keeps its two ends, which tell most."""
+    """`text` in `width` columns, the last two blank; a long name keeps both ends, which tell most."""
     if len(text) > width - 2:
         half = width // 2
         text = f"{text[: half - 1]}…{text[half + 2 - width :]}"
