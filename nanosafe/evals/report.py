@@ -28,9 +28,9 @@ LABELS = POOLED | {
     "token_entropy": "entropy, mean over responses", "min_k_plus_plus": "Min-K%++",
 }  # fmt: skip
 NOTE = (
-    "Mean over questions with its 95 % interval. Differences are to the first column, over the questions that both "
-    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each column is one model: "
-    "nothing here says how another training seed would turn out."
+    "Mean over questions with its 95 % interval. Differences are to the first model, over the questions that both "
+    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each model is one "
+    "training run: nothing here says how another seed would turn out."
 )
 WIDTH = 100  # columns of a terminal
 # What a score may hide.
