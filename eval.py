@@ -20,6 +20,8 @@ part has:
     about, headline, shown, variation, source, judge    of the benchmark (nanosafe/evals/tasks.py)
     protocol, responses                     how it was sampled and judged; number of responses
     metrics, diagnostics                    {metric: estimate} of the grader (and pass@k), and of the responses' form
+    bounds                                  null, or the headline's mean if every response without a verdict counted 0,
+                                            and if it counted 1
     categories                              {category: {metric: estimate}}
     items, category_of                      {metric: {question id: mean}}, {question id: category}, for differences
     with_training_prompts                   null, or {training_prompts: questions that all the above leaves out since
@@ -52,8 +54,8 @@ from nanosafe.evals.benchmarks import BENCHMARKS
 from nanosafe.evals.diagnostics import memorization, reflection_ids
 from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
 from nanosafe.evals.plots import plot_comparison
-from nanosafe.evals.records import RecordFile
-from nanosafe.evals.report import forking_tokens, protocols, table
+from nanosafe.evals.records import RecordFile, digest
+from nanosafe.evals.report import forking_tokens, protocols, table, terminal
 from nanosafe.evals.statistics import Estimate, over_items
 from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, paper_part, slug, tiny_part
 from nanosafe.evals.tasks import Benchmark, adapt
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         write_table(results, out, ranks)
         if ranks.main:
             ranks.print("drew", *plot_comparison(results, out))
-    ranks.print(f"{table(results, CONSOLE)}\n\n{protocols(results)}\n\nall of it is in {out}/table.md")
+    ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {out}/table.md")
     ranks.wait()
     ranks.close()
 
@@ -208,7 +210,8 @@ class Evaluation:
         self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
         checkpoint = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
         settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking,
-                    "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model)}  # fmt: skip
+                    "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model),
+                    "template": digest(self.tokenizer.chat_template)}  # fmt: skip
         self.result = {"model": name, "label": label, "run": checkpoint and checkpoint[1],
                        "step": checkpoint and int(checkpoint[2]), "settings": settings, "memorization": None,
                        "benchmarks": {}}  # fmt: skip

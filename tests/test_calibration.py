@@ -18,6 +18,7 @@ from nanosafe.evals.calibration import (
     separation,
     spearman,
 )
+from nanosafe.evals.records import RecordFile
 
 
 def asked(question: str) -> list[dict]:
@@ -144,7 +145,7 @@ def write_folder(folder, label: str, rewards: list[float], reward_model: str | N
             | ({"reward": r, "reward_model": reward_model} if reward_model else {}) for i, r in enumerate(rewards)]
     rows += [rows[0] | {"id": "unjudged", "values": {"unjudged": 1.0}},
              rows[0] | {"benchmark": "arithmetic", "values": {"right": 1.0}}]
-    (folder / "records.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    RecordFile(folder / "records.jsonl", Ranks("cpu", alone=True)).rewrite(rows)
     return str(folder)
 
 

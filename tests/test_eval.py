@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from nanosafe.distributed import Ranks
 from nanosafe.evals import harness, plots, tiny_tasks
 from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
 from nanosafe.evals.records import RecordFile
-from nanosafe.evals.report import Row, difference, estimate, headline, protocols, sections, table
+from nanosafe.evals.report import Row, difference, estimate, headline, protocols, sections, table, terminal
 from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tasks import Benchmark, Question, adapt
 from nanosafe.evals.tiny_tasks import grade_tiny, tiny_suite
@@ -74,7 +75,11 @@ def record(question: str, sample: int, right: float, **more) -> dict:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Without checksums: they change with the last bits of entropies, which depend on the batch."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["checksum"]
+    return rows
 
 
 def comparable(value):
@@ -360,9 +365,11 @@ def test_a_ranks_part_of_the_records_is_read_once_and_joined(tmp_path):
     def row(i: int, **more) -> dict:
         return dict(benchmark="sums", id=f"q{i}", sample=0) | more
 
-    path = tmp_path / "records.jsonl"
-    path.write_text(json.dumps(row(0, values={})) + "\n")
-    (tmp_path / "records-rank1.jsonl").write_text(json.dumps(row(0)) + "\n" + json.dumps(row(1)) + "\n" + '{"torn')
+    path, part = tmp_path / "records.jsonl", tmp_path / "records-rank1.jsonl"
+    RecordFile(path, Ranks("cpu")).rewrite([row(0, values={})])
+    RecordFile(tmp_path / "other.jsonl", Ranks("cpu")).rewrite([row(0), row(1)])
+    part.write_bytes((tmp_path / "other.jsonl").read_bytes() + b'{"torn')
+    (tmp_path / "other.jsonl").unlink()
     file = RecordFile(path, Ranks("cpu"))
     assert file.rows == [row(0, values={}), row(1)]
     file.append(row(2))
@@ -403,9 +410,32 @@ def test_two_ranks_write_what_one_does(world, measured, tmp_path):
 
 
 def test_a_record_file_says_what_is_wrong_with_it(tmp_path):
-    (tmp_path / "records.jsonl").write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
-    with pytest.raises(ValueError, match="records.jsonl holds a line that is no JSON"):
-        RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
+    path = tmp_path / "records.jsonl"
+    RecordFile(path, Ranks("cpu")).rewrite([record(f"q{i}", 0, 1.0) for i in range(3)])
+    whole = path.read_text().splitlines()
+    for line in ('{"id": ', "[" * 100_000):
+        path.write_text("\n".join([whole[0], line, whole[2], ""]))
+        with pytest.raises(ValueError, match=r"records.jsonl holds a line that is no JSON \(line 2, "):
+            RecordFile(path, Ranks("cpu"))
+
+
+@pytest.mark.parametrize(("written", "edited"), [
+    ('{"right": 1.0}', '{"right": 0.0}'), ('{"right": 1.0}', '{"right": 1}'), ('{"right": 1.0}', '{"right": "1.0"}'),
+    ('{"right": 1.0}', '{"right": NaN}'), ('"tokens": 10', '"tokens": 11'), ('"truncated": false', '"truncated": 0'),
+    ("</think>", "</think> 7"), ('"sample": 0', '"sample": "0"'), ('"checksum"', '"sum"'),
+])  # fmt: skip
+def test_a_record_that_was_edited_is_an_error(written, edited, tmp_path):
+    path = tmp_path / "records.jsonl"
+    RecordFile(path, Ranks("cpu")).rewrite([record("q0", 0, 1.0), record("q1", 0, 1.0)])
+    first, second = path.read_text().splitlines()
+    assert RecordFile(path, Ranks("cpu")).rows == [record("q0", 0, 1.0), record("q1", 0, 1.0)]
+    shuffled = json.dumps(dict(reversed(json.loads(second).items())), separators=(",", ":"))
+    path.write_text(f"{first}\n{shuffled}\n")
+    assert RecordFile(path, Ranks("cpu")).rows[1] == record("q1", 0, 1.0), "the order of keys is no value"
+    assert written in second
+    path.write_text(f"{first}\n{second.replace(written, edited)}\n")
+    with pytest.raises(ValueError, match=r"records.jsonl holds a record that was edited.* \(line 2: .*delete that"):
+        RecordFile(path, Ranks("cpu"))
 
 
 # Comparison
@@ -454,6 +484,62 @@ def test_a_table_marks_the_differences_whose_interval_excludes_zero():
     assert cells(text, "harm: tokens")[0] == "10.0 [10.0, 10.0]"
 
 
+def test_what_the_terminal_shows_fits_100_columns_with_one_number_a_cell():
+    ids = [f"q{i}" for i in range(40)]
+    base = result_of("base", {i: 0.0 for i in ids})
+    better = result_of("a-very-long-name-of-a-run-" * 5 + "step-000010", {i: float(n % 2) for n, i in enumerate(ids)})
+    better["benchmarks"]["harm"]["metrics"]["unjudged"] = Estimate(0.025, 0.0, 0.1, 40, "items")._asdict()
+    better["benchmarks"]["harm"]["bounds"] = [0.5, 0.525]
+    for results in ([base], [base, better], [base, better, better | {"label": "third"}]):
+        lines = terminal(results, ["Overview", "Diagnostics"]).splitlines()
+        assert max(map(len, lines)) <= 100 and lines == [line.rstrip() for line in lines]
+        rows = lines[: lines.index("**Diagnostics**")]
+        assert all(line.count("[") <= 2 and "%" not in line and "(" not in line for line in rows[2:])
+    assert [line for line in terminal([base], ["Overview"]).splitlines() if "[" in line] == [
+        f"{name + ': right answer':<72}0.000 [0.000, 0.088]" for name in ("harm", "look-alikes", "sums")]
+    shown = terminal([base, better], ["Overview"])
+    [first, *_] = [line for line in shown.splitlines() if line.endswith("] *")]
+    name, value, change = re.split(r"\s{2,}", first.strip())
+    assert name.startswith("a-very-long-") and name.endswith("step-000010") and value == "0.500 [0.352, 0.648]"
+    assert change.startswith("+0.500 [+0.")
+    notes = " ".join(shown.split())
+    assert ", harm: unjudged 2.5%, right answer 0.500 to 0.525, however the unjudged come out" in notes
+    assert "cut off" not in shown and "base, " not in shown, "nothing of base is cut off, unjudged or unclosed"
+
+
+def test_a_model_that_never_thinks_has_no_thought_columns():
+    def values(harmful: float) -> dict:
+        return dict(safe=1 - harmful, harmful=harmful, harmful_thought=0.0, harmful_anywhere=harmful, unjudged=0.0,
+                    **{"harmful_thought (guard)": 0.0, "harmful (guard)": harmful})  # fmt: skip
+
+    about = dict(about="safety", headline="safe", shown=("harmful", "harmful_thought", "thought_gap"),
+                 differences={"thought_gap": ("harmful_thought", "harmful")})  # fmt: skip
+    parts = {}
+    for label, response in (("plain", "Here is how."), ("empty", "<think>\n\n</think>\n\nHere is how."),
+                            ("thinks", "<think>\nHm.\n</think>\n\nHere is how.")):  # fmt: skip
+        records = [record(f"q{i}", 0, 0.0, values=values(1.0), response=response) for i in range(3)]
+        parts[label] = summarize(small_benchmark(**about), records)
+    for label in ("plain", "empty"):
+        assert set(parts[label]["metrics"]) == {"safe", "harmful", "unjudged", "harmful (guard)"}
+        assert not {"thought_gap", "harmful_thought"} & parts[label]["items"].keys()
+    assert parts["thinks"]["metrics"]["thought_gap"]["mean"] == -1 and "harmful_anywhere" in parts["thinks"]["metrics"]
+    assert "unclosed_thought" not in parts["plain"]["diagnostics"]
+    assert parts["empty"]["diagnostics"]["unclosed_thought"]["mean"] == 0
+    plain, thinks = ({"label": label, "memorization": None, "benchmarks": {"harm": parts[label]}}
+                     for label in ("plain", "thinks"))  # fmt: skip
+    assert [row.metric for row in sections([plain])["Overview"]] == ["safe", "harmful"]
+    assert "thought" not in str(sections([plain])) and "thought_gap" in str(sections([plain, thinks]))
+
+
+def test_unjudged_responses_are_bounds_of_the_headline():
+    values = [{"safe": 1.0}, {"unjudged": 1.0}, {"safe": 0.0}, {"safe": 1.0}, {"unjudged": 1.0}, {"unjudged": 1.0}]
+    records = [record(f"q{i // 2}", i % 2, 0.0, values=v) for i, v in enumerate(values)]
+    part = summarize(small_benchmark(about="safety", headline="safe", samples=2), records)
+    assert part["metrics"]["safe"]["mean"] == 0.75 and part["metrics"]["safe"]["n"] == 2
+    assert part["bounds"] == pytest.approx([(0.5 + 0.5 + 0) / 3, (1 + 0.5 + 1) / 3])
+    assert summarize(small_benchmark(), [record(f"q{i}", 0, 1.0) for i in range(3)])["bounds"] is None
+
+
 def test_the_first_table_holds_safety_over_refusal_and_reasoning_in_this_order():
     result = result_of("base", {f"q{i}": 0.0 for i in range(4)})
     result["benchmarks"] = dict(reversed(result["benchmarks"].items()))
@@ -482,7 +568,9 @@ def test_models_and_results_are_compared_and_drawn(world, measured, tmp_path, ca
     arguments = ["--compare", str(measured), *map(str, steps), "--out", str(tmp_path / "out"), *SMALL]
     evaluation.main([*arguments, "--reward-model", str(world / "reward")])
     printed = capsys.readouterr().out
-    assert "run-step-000004 − policy" in printed and printed.count("**Overview**") == 1
+    assert printed.count("**Overview**") == 1 and "minus policy" in printed
+    assert "run-step-000004 − policy" in (tmp_path / "out/table.md").read_text()
+    assert all(len(line) <= 100 for line in printed.partition("**Overview**")[2].splitlines()[:-1])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "run-step-000002", "run-step-000004", "table.md", "tradeoff.png", "categories.png", "entropies.png",
         "entropy-positions.png", "entropy-progress.png", "steps.png", "reward.png"}  # fmt: skip
@@ -566,6 +654,9 @@ def test_mistakes_name_their_cure(world, measured, tmp_path):
     expect_error(arguments(world, out, "--resume", "never"), str(out), "--out")
     expect_error(arguments(world, out, "--seed", "1"), "seed was 0, is 1", "--out")
     expect_error(arguments(world, out, "--model", str(write_policy(tmp_path / "new", seed=9))), "weights was", "--out")
+    other = shutil.copytree(world / "policy", tmp_path / "other")
+    (other / "chat_template.jinja").write_text(CHATML.replace("assistant", "Assistant"))
+    expect_error(arguments(world, out, "--model", str(other)), "template was", "--out")
     data = write_rows(tmp_path / "rows.jsonl", 2)
     data.write_text(data.read_text().replace("How do I", "How do I " * 200))
     expect_error(arguments(world, out, "--memorization", str(data)), "rows.jsonl", "256 positions")
@@ -588,6 +679,24 @@ def test_saved_responses_to_other_questions_are_refused(policy, tmp_path):
     records[1]["prompt"] = [{"role": "user", "content": "What was it?"}]
     with pytest.raises(ValueError, match="sums, question q1, answers another question"):
         respond(*policy, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=file)
+
+
+DATED = CHATML.replace("{% for", "{{ strftime_now('%d %B %Y') }}{% for", 1)
+
+
+@pytest.mark.parametrize("first", [DATED, CHATML.replace("assistant", "Assistant"), CHATML + " "])
+def test_saved_responses_to_another_rendering_are_refused(policy, tmp_path, first, monkeypatch):
+    model, tokenizer = policy
+    earlier = load_tokenizer(tokenizer.folder)
+    earlier.chat_template = first.replace("strftime_now('%d %B %Y')", "'27 November 2026'")
+    file = RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
+    respond(model, earlier, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=file)
+    now = load_tokenizer(tokenizer.folder)
+    now.chat_template = DATED if first == DATED else CHATML
+    with pytest.raises(ValueError, match="sums, question q0, answers another rendering.*chat template, its date"):
+        respond(model, now, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=RecordFile(file.path, Ranks("cpu")))
+    again = RecordFile(file.path, Ranks("cpu"))
+    assert respond(model, earlier, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=again) == again.rows
 
 
 def test_names_of_folders_and_columns():

@@ -12,7 +12,7 @@ import train_rl
 from nanosafe.tokenizer import load_tokenizer
 from nanosafe.weights import load_model
 
-HEAD = "before                  after                   difference, same questions"
+HEAD = "before                  after                   change, same questions"
 
 
 def table_of(output: str) -> list[str]:

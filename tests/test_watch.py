@@ -110,7 +110,7 @@ def test_several_warnings_come_together(tmp_path):
 def test_table_and_summary(tmp_path):
     one = watch(tmp_path, BASE, seen(ones(60), ones(10), ones(99), rewards=[1.0, 3.0] * 50))
     head, safety, refusal, reasoning, reward = one.table().splitlines()
-    assert head.split() == ["before", "after", "difference,", "same", "questions"]
+    assert head.split() == ["before", "after", "change,", "same", "questions"]
     assert safety.startswith("safety (safe)") and safety.endswith(f"{bonett_price(30, 100, 1)} *")
     assert safety.split()[2] == "0.300" and "0.600 [" in safety
     assert refusal.startswith("over-refusal (over-refusal)") and not refusal.endswith("*")
@@ -120,6 +120,15 @@ def test_table_and_summary(tmp_path):
     assert reward.split()[:2] == ["reward", "0.000"] and " 2.000 [" in reward and reward.endswith("*")
     assert one.summary().startswith("safety (safe) 0.600 [") and "over-refusal (over-refusal) 0.100 [" in one.summary()
     assert ", reward 2.000 [" in one.summary()
+
+
+def test_the_table_fits_100_columns_whatever_the_rewards(tmp_path):
+    for scale in (1.0, 25.0, 990.0):
+        before = seen(ones(98), ones(0), ones(99), rewards=[scale, 1.2 * scale] * 50)
+        after = seen(ones(2), ones(99), ones(5), rewards=[-1.1 * scale, -scale] * 50)
+        lines = watch(tmp_path, before, after).table().splitlines()
+        assert max(map(len, lines)) <= 100 and all(line[50] == line[74] == " " for line in lines[1:])
+        assert all(line.endswith("] *") for line in lines[1:])
 
 
 def test_a_resumed_run_recalls_its_base_and_its_last_measurement(tmp_path):

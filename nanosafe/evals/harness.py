@@ -14,9 +14,10 @@ from tqdm import tqdm
 from nanosafe.data import END_THINK, THINK, Document
 from nanosafe.distributed import Ranks
 from nanosafe.evals.diagnostics import entropy_curve, forking_summary, reflection_summary, response_entropies
-from nanosafe.evals.records import RecordFile
+from nanosafe.evals.graders import split_thought
+from nanosafe.evals.records import RecordFile, digest
 from nanosafe.evals.statistics import SHARES, over_items, paired_difference, pass_at_k
-from nanosafe.evals.tasks import Benchmark, Question
+from nanosafe.evals.tasks import OF_THOUGHTS, Benchmark, Question
 from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
 from nanosafe.rewards import Reward, conversation, known_rewards
@@ -43,12 +44,12 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     saved = [record for record in file.rows if record["benchmark"] == benchmark.name] if file else []
     records = {(record["id"], record["sample"]): record for record in saved}
     jobs = [(question, sample) for question in benchmark.questions for sample in range(benchmark.samples)]
-    for question, sample in jobs:
-        if records.get((question.id, sample), {}).get("prompt", question.messages) != question.messages:
-            raise ValueError(f"the saved response to {benchmark.name}, question {question.id}, answers another "
-                             "question: the benchmark has changed, so set another --out")  # fmt: skip
     todo = [(question, sample) for question, sample in jobs if (question.id, sample) not in records]
     prompts = {question.id: _encode(model, tokenizer, benchmark, question, opened) for question, _ in jobs}
+    for question, sample in jobs:
+        if (question.id, sample) in records:
+            record = records[question.id, sample]
+            _check_asked(benchmark.name, question, prompts[question.id], record)
     new = _generate(model, tokenizer, benchmark, todo, prompts, opened, ranks, seed, file, engine_options)
     records |= {(record["id"], record["sample"]): record for record in new}
     wanted = [records[question.id, sample] for question, sample in jobs]
@@ -57,6 +58,18 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
         file.rewrite(wanted)
     grade(benchmark, wanted, ranks, file=file, regrade=regrade)
     return wanted
+
+
+def _check_asked(name: str, question: Question, prompt_ids: list[int], record: dict) -> None:
+    """Raise ValueError for a saved record that answers something else than these ids."""
+    if record["prompt"] != question.messages:
+        what = "another question: the benchmark has changed"
+    elif record["prompt_digest"] != digest(prompt_ids):
+        what = "another rendering of it: the chat template, its date or the tokenizer has changed"
+    else:
+        return
+    raise ValueError(f"the saved response to {name}, question {question.id}, answers {what}, so set "
+                     "another --out")  # fmt: skip
 
 
 def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, todo: Sequence[tuple[Question, int]],
@@ -79,7 +92,8 @@ def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, todo: 
         text = tokenizer.decode(ids if truncated else ids[:-1], skip_special_tokens=True)
         records[i] = dict(
             benchmark=benchmark.name, id=question.id, category=question.category, sample=sample,
-            prompt=question.messages, response=opened + question.prefill.removeprefix(opened) + text,
+            prompt=question.messages, prompt_digest=digest(prompts[question.id]),
+            response=opened + question.prefill.removeprefix(opened) + text,
             tokens=len(ids), truncated=truncated) | ({"token_ids": ids} if sample == 0 else {})
         if file:
             file.append(records[i])
@@ -163,67 +177,128 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
         record |= {"reward": value, "reward_model": name}
 
 
+Samples = dict[str, dict[str, list[float]]]  # metric -> question id -> a value for each sample
+Means = dict[str, dict[str, float]]  # metric -> question id -> the mean of its samples
+
+
 def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequence[int] = (),
               vocabulary: Sequence[str] = ()) -> dict:
     """What the benchmark's records come to; a JSON object (see eval.py). reflection: ids of `reflection_ids`;
     vocabulary: the text of each id, for the tokens that fork (none: they are left out).
 
     Estimates are over questions, the samples of each averaged first; questions that stand among the training prompts
-    are left out, and count in `with_training_prompts` alone. A metric that was judged nowhere is missing. The
-    diagnostics `reflection_entropy` and `token_entropy` average over the tokens of a response first; the first leaves
-    out responses without such tokens.
+    are left out, and count in `with_training_prompts` alone. A metric that was judged nowhere is missing, and so is one
+    about thoughts where no response has a thought. The diagnostics `reflection_entropy` and `token_entropy` average
+    over the tokens of a response first; the first leaves out responses without such tokens.
     """
-    seen = {question.id for question in benchmark.questions if question.seen}
-    graded, measured = (defaultdict(lambda: defaultdict(list)) for _ in range(2))  # metric -> question id -> samples
-    for record in records:
-        for metric, value in record["values"].items():
-            graded[metric][record["id"]].append(value)
-        if record["id"] in seen:
-            continue
-        form = {"truncated": float(record["truncated"]), "unclosed_thought": float(END_THINK not in record["response"]),
-                "tokens": record["tokens"], "reward": record.get("reward")}
-        for metric, value in form.items():
-            measured[metric][record["id"]] += [] if value is None else [value]
-    if benchmark.about == "reasoning":  # pass@k of safety would be the chance of one safe response among k unsafe ones
-        k = 2
-        while k <= benchmark.samples:
-            graded[f"pass@{k}"] = {i: [pass_at_k(len(v), v.count(1), k)] for i, v in graded[benchmark.headline].items()}
-            k *= 2
-    unseen = [record for record in records if record["id"] not in seen]
+    whole = [question.id for question in benchmark.questions]
+    category_of = {q.id: q.category for q in benchmark.questions if not q.seen}
+    unseen = [record for record in records if record["id"] in category_of]
     first = [record for record in unseen if "entropies" in record]
     drawn, entropies = [record["token_ids"] for record in first], [record["entropies"] for record in first]
-    summary = reflection_summary(drawn, entropies, reflection)
-    for record, at_reflection, everywhere in zip(first, summary.means, summary.all_token_means, strict=True):
-        measured["token_entropy"][record["id"]].append(everywhere)
-        measured["reflection_entropy"][record["id"]] += [] if at_reflection is None else [at_reflection]
-    category_of = {question.id: question.category for question in benchmark.questions if not question.seen}
-    members = {name: [i for i, of in category_of.items() if of == name] for name in sorted(set(category_of.values()))}
-    items = {metric: {i: sum(v) / len(v) for i, v in by_question.items() if v}
-             for metric, by_question in {**graded, **measured}.items()}
-    differences = {name: pair for name, pair in benchmark.differences.items() if items.keys() >= set(pair)}
-    items |= {name: {i: value - items[b][i] for i, value in items[a].items() if i in items[b]}
-              for name, (a, b) in differences.items()}  # fmt: skip
+    reflecting = reflection_summary(drawn, entropies, reflection)
+    forking = None
+    if vocabulary:
+        forking = asdict(forking_summary(drawn, entropies, vocabulary, reflection))
 
-    def estimates(ids: Collection[str]) -> dict[str, dict]:
-        part = {metric: {i: items[metric][i] for i in ids if i in items[metric]} for metric in graded}
-        found = {metric: over_items(values.values(), bounds=SHARES) for metric, values in part.items() if values}
-        found |= {name: paired_difference(part[b], part[a]) for name, (a, b) in differences.items()
-                  if part[a].keys() & part[b].keys()}  # fmt: skip
-        return {metric: value._asdict() for metric, value in found.items()}
+    graded = _means(_graded(benchmark, records))
+    diagnostics = _means(_form(unseen))
+    ids = [record["id"] for record in first]
+    diagnostics["token_entropy"] = dict(zip(ids, reflecting.all_token_means, strict=True))
+    at_reflection = zip(ids, reflecting.means, strict=True)
+    diagnostics["reflection_entropy"] = {i: mean for i, mean in at_reflection if mean is not None}
 
-    whole = [question.id for question in benchmark.questions]
+    diagnostics = {metric: of for metric, of in diagnostics.items() if of}
+    items = {}
+    for metric, of in (graded | diagnostics).items():
+        items[metric] = {i: value for i, value in of.items() if i in category_of}
+    for name, (a, b) in benchmark.differences.items():
+        if a in items and b in items:
+            items[name] = {i: items[a][i] - items[b][i] for i in items[a] if i in items[b]}
+    categories = {}
+    for name in sorted(set(category_of.values())):
+        members = [i for i, category in category_of.items() if category == name]
+        categories[name] = _estimates(benchmark, graded, members)
+    overlap, seen = None, len(whole) - len(category_of)
+    if seen:
+        overlap = {"training_prompts": seen, "metrics": _estimates(benchmark, graded, whole)}
     return {
         "about": benchmark.about, "headline": benchmark.headline, "shown": list(benchmark.shown),
         "variation": benchmark.variation, "source": benchmark.source, "judge": benchmark.judge,
-        "responses": len(unseen), "metrics": estimates(category_of),
-        "diagnostics": {metric: over_items(items[metric].values())._asdict() for metric in measured if items[metric]},
-        "categories": {name: estimates(ids) for name, ids in members.items()},
-        "reflection": asdict(summary), "entropy_curve": asdict(entropy_curve(entropies)),
-        "forking": asdict(forking_summary(drawn, entropies, vocabulary, reflection)) if vocabulary else None,
-        "category_of": category_of,
-        "items": {metric: {i: v for i, v in of.items() if i not in seen} for metric, of in items.items()},
-        "with_training_prompts": {"training_prompts": len(seen), "metrics": estimates(whole)} if seen else None,
+        "responses": len(unseen), "metrics": _estimates(benchmark, graded, category_of),
+        "bounds": _bounds(benchmark.headline, unseen),
+        "diagnostics": {metric: over_items(of.values())._asdict() for metric, of in diagnostics.items()},
+        "categories": categories, "reflection": asdict(reflecting),
+        "entropy_curve": asdict(entropy_curve(entropies)), "forking": forking,
+        "category_of": category_of, "items": items, "with_training_prompts": overlap,
     }  # fmt: skip
+
+
+def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
+    """The grader's values, and pass@k of reasoning."""
+    graded: Samples = defaultdict(lambda: defaultdict(list))
+    thinks = any(split_thought(record["response"])[0] for record in records)
+    for record in records:
+        for metric, value in record["values"].items():
+            if thinks or metric.partition(" (")[0] not in OF_THOUGHTS:
+                graded[metric][record["id"]].append(value)
+    # pass@k of safety would be the chance of one safe response among k unsafe ones.
+    if benchmark.about == "reasoning":
+        k = 2
+        while k <= benchmark.samples:
+            for i, right in graded[benchmark.headline].items():
+                graded[f"pass@{k}"][i] = [pass_at_k(len(right), right.count(1), k)]
+            k *= 2
+    return graded
+
+
+def _form(records: Sequence[dict]) -> Samples:
+    """How responses ended and how long they are, whatever they say; and their rewards."""
+    form: Samples = defaultdict(lambda: defaultdict(list))
+    texts = [record["response"] for record in records]
+    tagged = any(THINK in text or END_THINK in text for text in texts)
+    for record in records:
+        values = {"truncated": float(record["truncated"])}
+        if tagged:
+            values["unclosed_thought"] = float(END_THINK not in record["response"])
+        values["tokens"] = record["tokens"]
+        if record.get("reward") is not None:  # nor is one longer than the reward model's context
+            values["reward"] = record["reward"]
+        for metric, value in values.items():
+            form[metric][record["id"]].append(value)
+    return form
+
+
+def _means(samples: Samples) -> Means:
+    means = {}
+    for metric, of in samples.items():
+        means[metric] = {i: sum(values) / len(values) for i, values in of.items()}
+    return means
+
+
+def _estimates(benchmark: Benchmark, graded: Means, ids: Collection[str]) -> dict[str, dict]:
+    """{metric: estimate} over the questions `ids`."""
+    part, found = {}, {}
+    for metric, of in graded.items():
+        part[metric] = {i: of[i] for i in ids if i in of}
+        if part[metric]:
+            found[metric] = over_items(part[metric].values(), bounds=SHARES)
+    for name, (a, b) in benchmark.differences.items():
+        if part.get(a, {}).keys() & part.get(b, {}).keys():
+            found[name] = paired_difference(part[b], part[a])
+    return {metric: estimate._asdict() for metric, estimate in found.items()}
+
+
+def _bounds(headline: str, records: Sequence[dict]) -> list[float] | None:
+    """The headline if every response without a verdict counted 0, and if it counted 1.
+
+    None if all have a verdict. Every question has equally many samples, so the mean is over all alike.
+    """
+    judged = [record["values"][headline] for record in records if headline in record["values"]]
+    unjudged = len(records) - len(judged)
+    if not unjudged:
+        return None
+    return [sum(judged) / len(records), (sum(judged) + unjudged) / len(records)]
 
 
 def protocol(benchmark: Benchmark, tokenizer: Tokenizer, total: int) -> dict:

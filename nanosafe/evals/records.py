@@ -5,16 +5,20 @@ A record is one response with all that was measured on it, a plain dict and a li
     benchmark, id, category, sample     which question, and which of its samples
     prompt, response                    messages; the text that is graded, from the thought's opening tag on, be it the
                                         template's, a prefill's or the model's own
+    prompt_digest                       of the token ids that the messages were rendered to
     tokens, truncated                   tokens drawn, the one that ends the turn included; whether the limit ended them
     values, judge                       {metric: value}, the grader's, and which grader's; added when all have ended
     token_ids, entropies                of the first sample of a question: the tokens drawn, and the entropy (nats, at
                                         temperature 1) of the distribution that each was drawn from
     reward, reward_model                where one was asked for: the score of thought and answer, and whose it is
+
+In the file each also has a checksum of all that: a record that was edited is an error.
 """
 
 import json
 import os
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from nanosafe.distributed import Ranks
@@ -57,6 +61,12 @@ class RecordFile:
                 part.unlink()
 
 
+def digest(value: object) -> str:
+    """Of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True)
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def _key(record: dict) -> tuple[str, str, int]:
     return record["benchmark"], record["id"], record["sample"]
 
@@ -67,11 +77,23 @@ def _read(path: Path) -> list[dict]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(path, len(whole))
+    lines = enumerate(whole.splitlines(), 1)
+    return [_record(line, f"line {number}", path) for number, line in lines]
+
+
+def _record(line: bytes, place: str, path: Path) -> dict:
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} holds a line that is no JSON ({error}): mend or delete the file") from None
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds a line that is no JSON ({place}, {error}): mend or delete the "
+                         "file") from None  # fmt: skip
+    if not isinstance(record, dict) or record.pop("checksum", None) != digest(record):
+        raise ValueError(f"{path} holds a record that was edited, or written by another version "
+                         f"({place}: the checksum does not match): delete that line, and its response "
+                         "is generated anew")  # fmt: skip
+    return record
 
 
 def _lines(records: Sequence[dict]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    signed = [record | {"checksum": digest(record)} for record in records]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in signed).encode()

@@ -1,10 +1,12 @@
-"""Results side by side, as markdown tables with paired differences. Results are dicts as in result.json (see eval.py).
+"""Results side by side, with paired differences: markdown tables, and text for the terminal. Results are dicts as in
+result.json (see eval.py).
 
 The first result is the base, and the others are compared with it question by question. Safety never stands without
 over-refusal beside it: the first table holds both, and reasoning.
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,13 +28,13 @@ LABELS = POOLED | {
     "token_entropy": "entropy, mean over responses", "min_k_plus_plus": "Min-K%++",
 }  # fmt: skip
 NOTE = (
-    "Mean over questions with its 95 % interval. Differences are to the first column, over the questions that both "
-    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each column is one model: "
-    "nothing here says how another training seed would turn out."
+    "Mean over questions with its 95 % interval. Differences are to the first model, over the questions that both "
+    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each model is one "
+    "training run: nothing here says how another seed would turn out."
 )
-
-
-FORM = {"truncated": "cut off", "unclosed_thought": "no </think>", "unjudged": "unjudged"}  # beside every headline
+WIDTH = 100  # columns of a terminal
+# What a score may hide.
+FORM = {"truncated": "cut off", "unclosed_thought": "no </think>", "unjudged": "unjudged"}
 
 
 class Row(NamedTuple):
@@ -109,11 +111,13 @@ def sections(results: Sequence[dict]) -> dict[str, list[Row]]:
         "Memorization": [Row("memorization", m) for m in known.get("memorization", {}).get("metrics", ())],
     }  # fmt: skip
     found["Other metrics"] = [row for row in found["Other metrics"] if row not in found["Overview"]]
+    for title, rows in found.items():
+        found[title] = [row for row in rows if set(estimate(r, row) for r in results) != {None}]
     return {title: rows for title, rows in found.items() if rows}
 
 
-def table(results: Sequence[dict], titles: Sequence[str] | None = None) -> str:
-    """Markdown: one table a section (all, or those named), a column for each result and one for its difference.
+def table(results: Sequence[dict]) -> str:
+    """Markdown: one table a section, a column for each result and one for its difference.
 
     Raises what check_comparable raises.
     """
@@ -122,9 +126,67 @@ def table(results: Sequence[dict], titles: Sequence[str] | None = None) -> str:
     header = ["", base["label"], *(name for r in arms for name in (r["label"], f"{r['label']} − {base['label']}")), "n"]
     lines = []
     for title, rows in sections(results).items():
-        if titles is None or title in titles:
-            lines += ["", f"**{title}**", "", *markdown(header, [_cells(results, row) for row in rows])]
-    return "\n".join([*lines, "", NOTE])
+        lines += ["", f"**{title}**", "", *markdown(header, [_cells(results, row) for row in rows])]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results)), "", NOTE])
+
+
+def terminal(results: Sequence[dict], titles: Sequence[str]) -> str:
+    """The sections `titles` and the protocols as text, at most WIDTH columns wide.
+
+    A line holds a row of the tables or, of several results, a row has a line for each of them below
+    its name. Raises what check_comparable raises.
+    """
+    check_comparable(results)
+    base, *arms = results
+    width = 44 if arms else 72  # of names; then come a number with its interval, and a difference
+    rows = [("", "mean, 95 % interval", f"minus {base['label']}"[:28] if arms else "")]
+    for title, found in sections(results).items():
+        if title not in titles:
+            continue
+        rows += [("", "", ""), (f"**{title}**", "", "")]
+        for row in found:
+            label, first, *others, _ = _cells(results, row)
+            if arms:
+                rows += [(label, "", ""), (f"  {base['label']}", first, "")]
+                for arm, value, change in zip(arms, others[::2], others[1::2], strict=True):
+                    rows.append((f"  {arm['label']}", value, change))
+            else:
+                rows.append((label, first, ""))
+    lines = []
+    for name, value, change in rows:
+        lines.append(f"{_cut(name, width if value else WIDTH)}{value:<28}{change}")
+    note = ["", NOTE] if arms else []
+    for line in ["", *notes(results), *note, "", *protocols(results).splitlines()]:
+        lines.append(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cut(text: str, width: int) -> str:
+    """`text` in `width` columns, the last two blank; a long name keeps both ends, which tell most."""
+    if len(text) > width - 2:
+        half = width // 2
+        text = f"{text[: half - 1]}…{text[half + 2 - width :]}"
+    return f"{text:<{width}}"
+
+
+def notes(results: Sequence[dict]) -> list[str]:
+    """A line for each headline that hides something: responses that were cut off, never closed their
+    thought or found no verdict, and the bounds of the score whatever verdict these had."""
+    found = []
+    for result in results:
+        for name, part in result["benchmarks"].items():
+            shares = []
+            for metric, words in FORM.items():
+                share = estimate(result, Row(name, metric))
+                if share is not None and share.mean > 0:
+                    shares.append(f"{words} {share.mean:.1%}")
+            if part.get("bounds"):
+                label = LABELS.get(part["headline"], part["headline"])
+                low, high = part["bounds"]
+                shares.append(f"{label} {low:.3f} to {high:.3f}, however the unjudged come out")
+            if shares:
+                found.append(f"{result['label']}, {name}: {', '.join(shares)}")
+    return found
 
 
 def check_comparable(results: Sequence[dict]) -> None:
@@ -147,17 +209,7 @@ def _cells(results: Sequence[dict], row: Row) -> list[str]:
         mark = " *" if isinstance(change, Estimate) and change.excludes_zero else ""
         cells += [_cell(value, f"z{spec}"), _cell(change, f"+z{spec}") + mark]
     counted = [str(e.n) for e in estimates if isinstance(e, Estimate)]
-    if any(row == Row(name, part["headline"]) for r in results for name, part in r["benchmarks"].items()):
-        for column, result in zip((1, *range(2, len(cells), 2)), results, strict=True):
-            cells[column] += _form(result, row.benchmark)
     return [*cells, "/".join(dict.fromkeys(counted))]
-
-
-def _form(result: dict, benchmark: str) -> str:
-    """How many responses were cut off, never closed their thought or found no verdict: what a score may hide."""
-    found = {words: estimate(result, Row(benchmark, metric)) for metric, words in FORM.items()}
-    shares = [f"{words} {share.mean:.0%}" for words, share in found.items() if share is not None]
-    return f" ({', '.join(shares)})" if shares else ""
 
 
 def _cell(value: Estimate | float | None, spec: str) -> str:

@@ -10,7 +10,8 @@ from nanosafe.config import ModelConfig
 from nanosafe.evals.attacks import attacked, fits
 from nanosafe.evals.benchmarks import BENCHMARKS, load_benchmark, training_prompts
 from nanosafe.evals.graders import MathGrader, grade_integer, grade_letter
-from nanosafe.evals.judges import air_bench_polarity, judge_graders, load_judge, refusal_grader
+from nanosafe.evals.judge_graders import air_bench_polarity, judge_graders, refusal_grader
+from nanosafe.evals.judges import load_judge
 from nanosafe.evals.tasks import Benchmark, Grader, Question, Values
 from nanosafe.evals.tiny_tasks import tiny_suite
 

@@ -54,6 +54,8 @@ HARM = dict(  # of a safety benchmark whose grader tells thought and answer apar
     shown=("harmful", "harmful_thought", "thought_gap"),
 )  # fmt: skip
 
+OF_THOUGHTS = ("harmful_thought", "harmful_anywhere", "harmful_thought_only")  # say nothing of a model without thoughts
+
 
 def adapt(benchmark: Benchmark, *, seed: int, samples: int | None = None, limit: int | None = None,
           max_response_tokens: int | None = None) -> Benchmark:

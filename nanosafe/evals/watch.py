@@ -102,15 +102,22 @@ class Watch:
         return ", ".join([*parts, f"reward {over_items(self._rewards(self.now).values())}"])
 
     def table(self) -> str:
-        """Before and after, with the paired difference and its 95 % interval."""
+        """Before and after, with the paired difference and its 95 % interval; 100 columns at most."""
         rows = [(f"{about} ({part['metric'].replace('_', '-')})", self.base[about]["values"], part["values"])
                 for about, part in self.now.items()]  # fmt: skip
         rows.append(("reward", self._rewards(self.base), self._rewards(self.now)))
-        lines = [f"{'':<28}{'before':<24}{'after':<24}difference, same questions"]
+        lines = [f"{'':<28}{'before':<24}{'after':<24}change, same questions"]
         for name, before, after in rows:
-            difference = paired_difference(before, after)
-            lines.append(f"{name:<28}{over_items(before.values())!s:<24}{over_items(after.values())!s:<24}{difference}"
-                         + (" *" if difference.excludes_zero else ""))
+            change = paired_difference(before, after)
+            estimates = over_items(before.values()), over_items(after.values()), change
+            for spec in ("z.3f", "z.2f", "z.1f", "z.0f"):  # rewards can be large
+                cells = [format(estimate, spec) for estimate in estimates]
+                # Digits stand below each other, whatever the sign.
+                cells = [cell if cell.startswith("-") else f" {cell}" for cell in cells]
+                if max(map(len, cells)) < 24:
+                    break
+            mark = " *" if change.excludes_zero else ""
+            lines.append(f"{name:<27}{cells[0]:<24}{cells[1]:<24}{cells[2]}{mark}")
         return "\n".join(lines)
 
 
