@@ -229,7 +229,7 @@ class ModelConfig:
     residual_multiplier: float
     logits_scaling: float  # logits are divided by it
     pad_token_id: int | None
-    eos_ids: tuple[int, ...]  # of config.json and generation_config.json together
+    eos_ids: tuple[int, ...]  # of config.json, generation_config.json and, by load_model, the tokenizer
     raw: dict = field(repr=False, hash=False, compare=False)  # config.json as read, written back by save_model
     generation: dict | None = field(repr=False, hash=False, compare=False, default=None)  # generation_config.json
     hybrid: Hybrid | None = None  # Granite 4

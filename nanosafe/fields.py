@@ -25,17 +25,13 @@ class Field(NamedTuple):
 
 
 def number(low: float, high: float, default: Any = None) -> Field:
-    def good(value: Any) -> bool:
-        return type(value) in (int, float) and low <= value <= high
-
-    return Field(f"a number from {low:g} to {high:g}", good, default)
+    meaning = f"a number from {low:g} to {high:g}"
+    return Field(meaning, lambda v: type(v) in (int, float) and low <= v <= high, default)
 
 
 def whole(low: int, high: int, default: Any = None) -> Field:
-    def good(value: Any) -> bool:
-        return type(value) in (int, float) and low <= value <= high and value == int(value)
-
-    return Field(f"a whole number from {low} to {high}", good, default, int)
+    within, meaning = number(low, high).good, f"a whole number from {low} to {high}"
+    return Field(meaning, lambda value: within(value) and value == int(value), default, int)
 
 
 def flag(default: bool) -> Field:
@@ -96,7 +92,6 @@ LAYER_TYPES = Field("a list with the kind of each layer", lambda value: isinstan
 WIDTH, COUNT, POSITIONS = 1 << 22, 1 << 12, 1 << 31
 SCALE = (1e-6, 1e6)
 FOREIGN = absent("it is not part of this family")
-
 
 CONFIG = _table(
     (whole(1, 1 << 24, REQUIRED), "vocab_size"),
@@ -223,11 +218,9 @@ def read_json(path: Path) -> dict:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file of its own folder (see own_file), of MAX_BYTES at most."""
-    with open(own_file(path), "rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
+    if own_file(path).stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has over {MAX_BYTES >> 20} MiB: it is not what its name says")
-    return content
+    return path.read_bytes()
 
 
 def own_file(path: Path) -> Path:
