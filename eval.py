@@ -40,6 +40,7 @@ import json
 import re
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from datetime import date
 from hashlib import blake2b
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def flags() -> ArgumentParser:
     add("--training-prompts", default=RECIPES["sft"]["data"], metavar="FILE", help="SFT data (hub id or file) whose "
         "prompts are left out of safety's headline figures, or none (default: %(default)s)")
     add("--thinking", **script.THINKING)
+    add("--date", **script.DATE)
     add("--split", choices=("test", "validation"), default="test", help="of the tiny world (default: %(default)s)")
     add("--samples", type=script.positive_int, help="responses to each question (default: the benchmark's own)")
     add("--limit", type=script.positive_int, help="questions of each benchmark, drawn by --seed (default: all)")
@@ -124,16 +126,18 @@ def main(argv: list[str] | None = None) -> None:
     ranks = Ranks(args.device)
     args.dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
     ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}, PyTorch {torch.__version__}")
+    top = Path(args.out or "evals")
+    outs = [top if args.out and len(names) == 1 else top / short_name(label) for label in labels]
+    args.date = comparison_date(args.date, [*map(Path, ready), *outs], ranks)
     reward, results, suite = None, [], Suite(args, ranks)
     if args.reward_model:
         with ranks.main_first():
-            reward = load_reward(args.reward_model, device=ranks.device, dtype=getattr(torch, args.dtype))
-    top = Path(args.out or "evals")
-    for name, label in zip(names, labels, strict=True):
+            dtype = getattr(torch, args.dtype)
+            reward = load_reward(args.reward_model, device=ranks.device, dtype=dtype, date=args.date)
+    for name, label, out in zip(names, labels, outs, strict=True):
         if name in ready:
             results.append(ready[name] | {"label": label})
         else:
-            out = top if args.out and len(names) == 1 else top / short_name(label)
             results.append(Evaluation(name, label, out, args, ranks, suite).run(reward))
     if len(results) > 1 or ready:
         out = top if args.out else top / "comparison"
@@ -143,6 +147,16 @@ def main(argv: list[str] | None = None) -> None:
     ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {out}/table.md")
     ranks.wait()
     ranks.close()
+
+
+def comparison_date(given: str | None, folders: list[Path], ranks: Ranks) -> str:
+    """The day that templates of a comparison write: `given`, a measured result's, or today."""
+    files = [folder / "result.json" for folder in folders if (folder / "result.json").exists()]
+    found = {read_json(file).get("settings", {}).get("date") for file in files} - {None}
+    if len(found) > 1:
+        days = ", ".join(sorted(found))
+        ranks.print(f"warning: asked on different days ({days}), which some chat templates write")
+    return given or ranks.gather([*sorted(found), date.today().isoformat()])[0]
 
 
 def short_name(model: str) -> str:
@@ -206,10 +220,11 @@ class Evaluation:
         self.suite = suite.of(name, ModelConfig.from_folder(folder))
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.think(args.thinking == "on")
+        self.tokenizer.date = args.date
         self.vocabulary = self.tokenizer.vocabulary()
         self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
         checkpoint = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
-        settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking,
+        settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
                     "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model),
                     "template": digest(self.tokenizer.chat_template)}  # fmt: skip
         self.result = {"model": name, "label": label, "run": checkpoint and checkpoint[1],

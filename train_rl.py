@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         base = find_checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device, dtype=dtype,
-                             offload=args.offload)
+                             offload=args.offload, date=args.date)
     run.check_data(args.prompts, rows)
     policy = load_model(run.resumed or base, device=ranks.device, dtype=dtype, ranks=ranks)
     policy.recompute(ranks.device.type == "cuda" and not args.no_recompute)
@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = load_model(base, device=home, dtype=dtype).requires_grad_(False) if args.kl_coef else None
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
+    tokenizer.date = args.date
     optimizer = Optimizer(policy, low_memory=args.low_memory)
     run.attach(policy, tokenizer, optimizer)
     prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)

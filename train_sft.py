@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     model.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
+    tokenizer.date = args.date
     optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
     run.attach(model, tokenizer, optimizer)
     parts = [sft_documents(row, tokenizer, args.max_tokens) for row in script.progress(rows, "tokenising", ranks)]

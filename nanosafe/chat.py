@@ -16,6 +16,7 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from nanosafe.config import ModelConfig
 from nanosafe.data import END_THINK, THINK, opens_thought
 from nanosafe.distributed import Ranks
 from nanosafe.engine import Engine, Sequence
+from nanosafe.fields import GENERATION, check
 from nanosafe.sampler import SamplingParams, sequence
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import load_model
@@ -74,7 +76,8 @@ def talk(args: Namespace) -> None:
     limit = args.max_tokens or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     if limit > config.max_position_embeddings:
         raise ValueError(f"--max-tokens {limit}: {args.model} has only {config.max_position_embeddings} positions")
-    settings = sampling_settings(args, config.generation or {}, console)
+    path = tokenizer.folder / "generation_config.json"
+    settings = sampling_settings(args, config.generation or {}, console, path)
     settings |= dict(seed=args.seed, stop_token_ids=tokenizer.eos_ids)
     SamplingParams(**settings)
 
@@ -103,11 +106,23 @@ def talk(args: Namespace) -> None:
         answer([*opening, {"role": "user", "content": args.prompt}])
 
 
-def sampling_settings(args: Namespace, checkpoint: dict, console: "Console") -> dict:
-    """Fields of SamplingParams that the command line sets, or else `checkpoint`, its generation_config.json."""
+def sampling_settings(args: Namespace, checkpoint: dict, console: "Console",
+                      path: str | Path = "generation_config.json") -> dict:
+    """Fields of SamplingParams by the command line, or else by `checkpoint`, the object in `path`.
+
+    Raises ValueError where that asks for what is not computed and no --temperature is given.
+    """
     names = ("temperature", "top_p", "top_k", "min_p")
     ours = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    theirs = {name: checkpoint[name] for name in names if checkpoint.get(name) is not None and name not in ours}
+    fields = check(checkpoint, GENERATION, path)
+    theirs = {name: fields[name] for name in names if fields[name] is not None and name not in ours}
+    if args.temperature is None:
+        if not fields["do_sample"]:
+            theirs["temperature"] = 0.0  # greedy, whatever temperature the file has
+        if fields["repetition_penalty"] != 1:
+            penalty = f"a repetition_penalty of {fields['repetition_penalty']}"
+            raise ValueError(f"{path} asks for {penalty}, which is not computed: "
+                             "set --temperature to draw without it")
     for origin, values in (("the command line", ours), ("generation_config.json", theirs)):
         if values:
             console.note(f"from {origin}: {', '.join(f'{name} {value}' for name, value in values.items())}")

@@ -15,6 +15,7 @@ import shutil
 import signal
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class RunFolder:
             raise ValueError(f"{self.out} already holds a run: use --resume auto to go on, or another --out")
         if found:
             old = read_json(self.out / "args.json")
+            args.date = args.date or old.get("date")
             changed = [
                 f"--{name.replace('_', '-')} was {old.get(name)!r}, is {value!r}"
                 for name, value in vars(args).items()
@@ -52,7 +54,9 @@ class RunFolder:
             ]
             if changed:
                 raise ValueError(f"{self.out} holds another run ({'; '.join(changed)}): repeat its flags or set --out")
-        ranks.wait()  # every rank has read the folder before rank 0 changes it
+        # One day for all ranks; and that every rank has read the folder before rank 0 changes it.
+        args.date = args.date or ranks.gather([date.today().isoformat()])[0]
+        ranks.wait()
         self.resumed = found[-1] if found else None
         self.state = read_json(self.resumed / "trainer" / "state.json") if found else {"step": 0, "skipped": 0}
         self.complete = (self.out / "final").exists()

@@ -6,12 +6,12 @@ a config that loads is a config that is computed exactly. Also here: short names
 recipes of the two training scripts.
 """
 
-import json
-import math
+import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from nanosafe.fields import CONFIG, DENSE, GENERATION, HYBRID, ROPE, check, read_json, wrong
 
 # alias -> hub repository, pinned to the commit that was checked where one is known
 ALIASES = {
@@ -149,8 +149,8 @@ def tiny_seed(model: str) -> int | None:
     """The seed that a model of the tiny world grew from, by its name or by the config.json of a folder; else None."""
     if match := re.fullmatch(r"tiny(?:-llama|-granite)?(?:@(\d+))?", model):
         return int(match[1] or 0)
-    path = Path(model).expanduser() / "config.json"
-    return read_json(path).get("nanosafe_seed") if path.is_file() else None
+    path, name = Path(model).expanduser() / "config.json", "nanosafe_seed"
+    return check(read_json(path), {name: CONFIG[name]}, path)[name] if path.is_file() else None
 
 
 ARCHITECTURES = {  # config.json "architectures" -> (model_type, has a score head)
@@ -176,6 +176,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None  # None: derived from factor and the two mscales
+    attn_factor: float = 1.0  # multiplied in as well: YaRN's own name for a correction
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
@@ -228,10 +229,11 @@ class ModelConfig:
     residual_multiplier: float
     logits_scaling: float  # logits are divided by it
     pad_token_id: int | None
-    eos_ids: tuple[int, ...]  # of config.json and generation_config.json together
+    eos_ids: tuple[int, ...]  # of config.json, generation_config.json and, by load_model, the tokenizer
     raw: dict = field(repr=False, hash=False, compare=False)  # config.json as read, written back by save_model
     generation: dict | None = field(repr=False, hash=False, compare=False, default=None)  # generation_config.json
     hybrid: Hybrid | None = None  # Granite 4
+    source: str = field(repr=False, hash=False, compare=False, default="config.json")  # its path
 
     @property
     def attention_layers(self) -> int:
@@ -243,184 +245,153 @@ class ModelConfig:
 
         Raises FileNotFoundError, or ValueError naming the file and the field that cannot be computed exactly.
         """
-        generation = Path(folder) / "generation_config.json"
-        return cls.from_dict(
-            read_json(Path(folder) / "config.json"),
-            read_json(generation) if generation.exists() else None,
-            source=str(Path(folder) / "config.json"),
-        )
+        path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
+        raw = read_json(path)
+        found = read_json(generation) if os.path.lexists(generation) else None
+        return cls.from_dict(raw, found, source=str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, generation: dict | None = None, source: str = "config.json") -> "ModelConfig":
-        def need(name, default=None):
-            value = default if raw.get(name) is None else raw[name]
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{source}: field {name!r} must be a positive number, found {value!r}")
-            return value
-
-        architecture = (raw.get("architectures") or [None])[0]
-        if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"{source}: field 'architectures' is {raw.get('architectures')}; supported: {', '.join(ARCHITECTURES)}"
-            )
+        """The model that config.json's object describes; `source`, its path, is for errors."""
+        names = raw.get("architectures")
+        architecture = names[0] if isinstance(names, list) and names else None
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise wrong(source, "architectures", names, f"a list that begins with one of {known}")
         family, has_score = ARCHITECTURES[architecture]
         if raw.get("model_type", family) != family:
-            raise ValueError(
-                f"{source}: field 'model_type' is {raw['model_type']!r} but the architecture is {architecture}"
-            )
-        hybrid = family == "granitemoehybrid"
-        _refuse_unsupported(raw, source, hybrid)
-        bias, granite = bool(raw.get("attention_bias", False)), family.startswith("granite")
-        heads = int(need("num_attention_heads"))
-        kv_heads = int(need("num_key_value_heads", heads))
+            meaning = f"{family}, as the architecture is {architecture}"
+            raise wrong(source, "model_type", raw["model_type"], meaning)
+        hybrid, granite = family == "granitemoehybrid", family.startswith("granite")
+        fields = check(raw, CONFIG | (HYBRID if hybrid else DENSE), source)
+        beside = Path(source).with_name("generation_config.json")
+        theirs = check(generation or {}, GENERATION, beside)
+        more = _read_hybrid(fields, source) if hybrid else None
+        if not hybrid:
+            _refuse_windows(raw, fields, source)
+        intermediate = fields["intermediate_size"]
+        if not intermediate and more and not more.experts:  # then the shared MLP is the only one
+            intermediate = more.shared_intermediate_size
+        if not intermediate:
+            raise wrong(source, "intermediate_size", raw.get("intermediate_size"), "at least 1")
+        heads, bias = fields["num_attention_heads"], fields["attention_bias"]
+        kv_heads = fields["num_key_value_heads"]
+        if kv_heads is None:  # as in transformers, where Qwen's default is 32 for an absent field
+            absent = "num_key_value_heads" not in raw
+            kv_heads = 32 if absent and family.startswith("qwen") else heads
         if heads % kv_heads:
-            raise ValueError(f"{source}: field 'num_key_value_heads' = {kv_heads} does not divide the {heads} heads")
+            raise wrong(source, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
         # transformers' own defaults for an absent head_dim: 128 in Qwen3, the quotient in the older families
-        head_dim = int(need("head_dim", 128 if family == "qwen3" else need("hidden_size") // heads))
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        quotient = fields["hidden_size"] // heads
+        head_dim = fields["head_dim"] or (128 if family == "qwen3" else quotient)
+        rotates = not hybrid or fields["position_embedding_type"] == "rope"
+        rope = _read_rope(raw, fields, source) if rotates else None
+        if not head_dim or rope and head_dim % 2:
+            raise wrong(source, "head_dim", head_dim, "an even number of at least 2")
+        same = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings",
+                "rms_norm_eps", "tie_word_embeddings", "pad_token_id")  # fmt: skip
         scales = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
         return cls(
             model_type=family,
-            **{name: int(need(name)) for name in sizes},
-            **{name: need(name, 1.0) if granite else 1.0 for name in scales},
+            **{name: fields[name] for name in same},
+            **{name: fields[name] if granite else 1.0 for name in scales},
+            intermediate_size=intermediate,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=need("rms_norm_eps"),
-            rope=_read_rope(raw, source) if not hybrid or raw.get("position_embedding_type") == "rope" else None,
+            rope=rope,
             qkv_bias=bias or family == "qwen2",
             o_bias=bias and family != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)) and family in ("llama", "granite"),
-            hybrid=_read_hybrid(raw, source, need) if hybrid else None,
+            mlp_bias=fields["mlp_bias"] and family in ("llama", "granite"),
+            hybrid=more,
             qk_norm=family == "qwen3",
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            num_labels=_count_labels(raw, source) if has_score else 0,
-            attention_multiplier=need("attention_multiplier", 1.0) if granite else head_dim**-0.5,
-            pad_token_id=raw.get("pad_token_id"),
-            eos_ids=tuple(sorted(eos_ids(raw) | eos_ids(generation or {}))),
+            num_labels=_count_labels(fields, source) if has_score else 0,
+            attention_multiplier=fields["attention_multiplier"] if granite else head_dim**-0.5,
+            eos_ids=tuple(sorted(fields["eos_token_id"] | theirs["eos_token_id"])),
             raw=raw,
             generation=generation,
+            source=source,
         )
 
 
-def read_json(path: Path) -> dict:
-    """The object in `path`; FileNotFoundError or ValueError name the file and, for broken JSON, the line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: a model folder needs it (official Hugging Face layout)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or mend it") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
-
-
-def eos_ids(raw: dict) -> set[int]:
-    """`eos_token_id` of a config.json or generation_config.json: absent, one id or a list."""
-    value = raw.get("eos_token_id")
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
-
-
-def _count_labels(raw: dict, source: str) -> int:
-    labels = len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)  # 2 is transformers' default
+def _count_labels(fields: dict, source: str) -> int:
+    labels = fields["num_labels"] or len(fields["id2label"]) or 2  # 2 is transformers' default
     if labels != 1:
         raise ValueError(f"{source}: a reward model has one label, field 'id2label'/'num_labels' gives {labels}")
     return labels
 
 
-def _read_hybrid(raw: dict, source: str, need: Callable[..., int | float]) -> Hybrid:
-    """GraniteMoeHybrid's own fields, with transformers' defaults for absent ones."""
-
-    def refuse(name, why):
-        raise ValueError(f"{source}: field {name!r} = {raw.get(name)!r} is not supported ({why})")
-
-    layers, heads, groups = int(need("num_hidden_layers")), int(need("mamba_n_heads", 128)), need("mamba_n_groups", 1)
-    inner = int(need("mamba_expand", 2) * need("hidden_size"))
-    if raw.get("mamba_d_head") not in (None, "auto", inner // heads) or inner % heads:
-        refuse("mamba_d_head", f"{heads} heads must make up mamba_expand * hidden_size = {inner}")
-    if heads % groups:
-        refuse("mamba_n_groups", f"it must divide the {heads} heads")
-    names = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention", "full_attention": "attention"}
-    kinds = raw.get("layer_types") or ["mamba"] * layers
+def _read_hybrid(fields: dict, source: str) -> Hybrid:
+    """GraniteMoeHybrid's own; the fields of Mamba must fit together where a layer is Mamba."""
+    layers, heads = fields["num_hidden_layers"], fields["mamba_n_heads"]
+    groups, inner = fields["mamba_n_groups"], fields["mamba_expand"] * fields["hidden_size"]
+    names = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention",
+             "full_attention": "attention"}  # fmt: skip
+    kinds = fields["layer_types"] or fields["layers_block_type"] or ["mamba"] * layers
     if len(kinds) != layers or not set(kinds) <= names.keys():
-        refuse("layer_types", f"{layers} of {', '.join(names)}")
-    if raw.get("position_embedding_type") not in (None, "nope", "rope"):
-        refuse("position_embedding_type", "nope or rope")
-    limits = raw.get("time_step_limit") or (0.0, math.inf)
-    if limits[0] != 0 or limits[1] not in (math.inf, {"__float__": "Infinity"}):  # as transformers writes infinity
-        refuse("time_step_limit", "time steps are not clamped")
-    experts = raw.get("num_local_experts", 8)
-    if not isinstance(experts, int) or experts < 0:
-        refuse("num_local_experts", "a number, 0 for none")
-    chosen = int(need("num_experts_per_tok", 2))
-    if experts and chosen > experts:
-        refuse("num_experts_per_tok", f"there are {experts} experts")
+        raise wrong(source, "layer_types", kinds, f"{layers} of {', '.join(names)}")
+    layer_types = tuple(names[kind] for kind in kinds)
+    if "mamba" in layer_types:
+        if fields["mamba_d_head"] not in (None, "auto", inner // heads) or inner % heads:
+            meaning = f"mamba_expand * hidden_size = {inner} by mamba_n_heads = {heads}"
+            raise wrong(source, "mamba_d_head", fields["mamba_d_head"], meaning)
+        if heads % groups:
+            raise wrong(source, "mamba_n_groups", groups, f"a divisor of the {heads} heads")
+    experts, chosen = fields["num_local_experts"], fields["num_experts_per_tok"]
+    if experts and not 1 <= chosen <= experts:
+        raise wrong(source, "num_experts_per_tok", chosen, f"from 1 to the {experts} experts")
+    balanced = experts and fields["output_router_logits"]
     return Hybrid(
-        layer_types=tuple(names[kind] for kind in kinds), mamba_heads=heads, mamba_head_dim=inner // heads,
-        groups=int(groups), state_size=int(need("mamba_d_state", 256)), conv_size=int(need("mamba_d_conv", 4)),
-        chunk_size=int(need("mamba_chunk_size", 256)),
-        shared_intermediate_size=int(need("shared_intermediate_size", 1024)),
-        conv_bias=bool(raw.get("mamba_conv_bias", True)), proj_bias=bool(raw.get("mamba_proj_bias", False)),
-        experts=experts, experts_per_token=chosen if experts else 0,
-        balance_coef=raw.get("router_aux_loss_coef", 0.001) if experts and raw.get("output_router_logits") else 0.0,
+        layer_types=layer_types, mamba_heads=heads, mamba_head_dim=inner // heads, groups=groups,
+        state_size=fields["mamba_d_state"], conv_size=fields["mamba_d_conv"],
+        chunk_size=fields["mamba_chunk_size"], conv_bias=fields["mamba_conv_bias"],
+        proj_bias=fields["mamba_proj_bias"], experts=experts,
+        experts_per_token=chosen if experts else 0,
+        shared_intermediate_size=fields["shared_intermediate_size"],
+        balance_coef=fields["router_aux_loss_coef"] if balanced else 0.0,
     )  # fmt: skip
 
 
-def _refuse_unsupported(raw: dict, source: str, hybrid: bool) -> None:
-    """Fields that change the forward pass of these families and that the decoder does not compute."""
+def _refuse_windows(raw: dict, fields: dict, source: str) -> None:
+    """Every layer must attend to the whole context, as one does whose window is as long as that.
 
-    def refuse(name, why):
-        raise ValueError(f"{source}: field {name!r} = {raw[name]!r} is not supported ({why})")
-
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", "only silu is")
-    for name in ("quantization_config", "compression_config"):
-        if raw.get(name):
-            refuse(name, "quantised weights; use the original bf16 checkpoint")
-    if raw.get("auto_map"):
-        refuse("auto_map", "it names code to run from the checkpoint; nanosafe never runs remote code")
-    # As Qwen reads these fields: the window is 4096 where the file has none, on the layers from max_window_layers on.
-    sliding = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
-    if sliding and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0) and not raw.get("layer_types"):
-        refuse("use_sliding_window", "every layer must attend to the whole context")
-    if not hybrid and any(kind not in ("full_attention", "attention") for kind in raw.get("layer_types") or ()):
-        refuse("layer_types", "every layer must be full_attention")
-    if not raw.get("is_causal", True):
-        refuse("is_causal", "attention is causal")
-    for name in ("per_layer_config", "num_local_experts", "num_experts", "use_mrope", "attn_logit_softcapping",
-                 "final_logit_softcapping"):  # fmt: skip
-        if raw.get(name) and not (hybrid and name == "num_local_experts"):
-            refuse(name, "not part of this family")
+    As Qwen reads these fields, there is no window where the file has null for it, but one where it
+    has nothing; it is on the layers from max_window_layers on.
+    """
+    window = fields["sliding_window"]
+    slides = fields["use_sliding_window"] and raw.get("sliding_window", "not given") is not None
+    whole = slides and window is not None and window >= fields["max_position_embeddings"]
+    kinds, layers = fields["layer_types"], fields["num_hidden_layers"]
+    if slides and not whole and not kinds and fields["max_window_layers"] < layers:
+        meaning = "false: every layer must attend to the whole context"
+        raise wrong(source, "use_sliding_window", True, meaning)
+    known = {"full_attention", "attention", "sliding_attention" if whole else "full_attention"}
+    if kinds and (len(kinds) != layers or not set(kinds) <= known):
+        raise wrong(source, "layer_types", kinds, f"full_attention, {layers} times")
 
 
-def _read_rope(raw: dict, source: str) -> Rope:
+def _read_rope(raw: dict, fields: dict, source: str) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (the official files)."""
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # transformers lets rope_scaling win
-    given = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get(name) or {})  # transformers' default_theta
-    kind = given.get("rope_type", given.get("type", "default"))
-    if any(isinstance(value, dict) for value in given.values()):
-        raise ValueError(f"{source}: field {name!r} differs between layers, which is not supported")
-    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(
-            f"{source}: field 'partial_rotary_factor' = {partial} is not supported (only whole heads rotate)"
-        )
-    required = {"default": (), "linear": ("factor",), "yarn": ("factor",),
-                "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
-    if kind not in required:
-        raise ValueError(f"{source}: {name} type {kind!r} is not supported; known: {', '.join(required)}")
-    missing = [key for key in ("rope_theta", *required[kind]) if not isinstance(given.get(key), int | float)]
-    if missing:
-        raise ValueError(f"{source}: field {name!r} of type {kind!r} needs numbers for {', '.join(missing)}")
+    # transformers lets rope_scaling win, and has the same default_theta.
+    name = "rope_scaling" if fields["rope_scaling"] else "rope_parameters"
+    where = f"{source}: field {name!r}" if fields[name] else source
+    given = {"rope_theta": raw.get("rope_theta", 10000.0)} | fields[name]
+    for key, value in given.items():
+        if key not in ROPE and value is not None:
+            raise wrong(where, key, value, f"absent: known are {', '.join(ROPE)}")
+    values = check(given, ROPE, where)
+    kind = values["rope_type"] or values["type"] or "default"
+    needed = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]  # fmt: skip
+    for key in needed:
+        if values[key] is None:
+            raise ValueError(f"{where}: field {key!r} is missing: {kind} needs it")
     if kind == "default":
-        return Rope(kind, given["rope_theta"])
-    original = raw.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
-    optional = (
-        "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
-        "mscale", "mscale_all_dim",
-    )  # fmt: skip
-    return Rope(
-        kind, given["rope_theta"], given["factor"], original or raw.get("max_position_embeddings", 0),
-        **{key: given[key] for key in optional if given.get(key) is not None},
-    )  # fmt: skip
+        return Rope(kind, values["rope_theta"])
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise wrong(where, "low_freq_factor", values["low_freq_factor"], "below high_freq_factor")
+    name = "original_max_position_embeddings"
+    original = fields[name] or values[name] or fields["max_position_embeddings"]
+    own = Rope.__annotations__.keys() - {"type"}
+    read = {key: value for key, value in values.items() if key in own and value is not None}
+    return Rope(kind, values["rope_theta"], original_max_positions=original, **read)

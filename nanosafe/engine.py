@@ -428,6 +428,11 @@ class Engine:
             sequences, torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=False
         ):
             for token, logprob in zip(drawn, theirs, strict=True):
+                if not math.isfinite(logprob):
+                    raise ValueError(
+                        f"the model of {self.model.config.source} gave a token the log-prob {logprob}: "
+                        f"its weights hold NaN or infinity, or overflow in {self.cache.keys.dtype}; "
+                        "try --dtype float32 or an earlier checkpoint")
                 sequence.token_ids.append(token)
                 sequence.logprobs.append(logprob)
                 if sequence.finish_reason:

@@ -226,7 +226,7 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
         high = high + 0.001 if low == high else high
         slow = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
         frequencies = (1.0 / (rope.factor * powers)) * slow + frequencies * (1 - slow)
-        factor = _yarn_attention_factor(rope)
+        factor = _yarn_attention_factor(rope) * rope.attn_factor
     return frequencies.to(device), factor
 
 

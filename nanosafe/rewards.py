@@ -57,10 +57,12 @@ def load_reward(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     offload: bool = False,
+    date: str | None = None,
 ) -> Reward:
     """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
 
     offload: the reward model stays in CPU memory and is on `device` only while it scores.
+    date: the day that its template writes, as in Tokenizer.
 
     The callable takes conversations that end with the assistant's turn, and for each the reference answer of its row,
     which only rule:math reads: it raises ValueError naming the row that has none. A reward model gives UNREAD to what
@@ -70,6 +72,7 @@ def load_reward(
     if not spec.startswith("rule:"):
         model = load_reward_model(spec, device="cpu" if offload else device, dtype=dtype)
         model.device = torch.device(device)
+        model.tokenizer.date = date or model.tokenizer.date
         probe = conversation([{"role": "user", "content": "?"}], f"{PROBE}{END_THINK}!", opened_thought=True)
         if scope == "response" and PROBE not in model.tokenizer.render(probe):
             raise ValueError(f"the chat template of {spec} deletes thoughts, so they have no reward: "

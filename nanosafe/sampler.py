@@ -72,11 +72,11 @@ def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | 
              finished: Callable[[int, Completion], None] | None = None) -> list[list[Completion]]:
     """Sample `params.n` completions of every prompt (token ids); the result is a list of n Completions per prompt.
 
-    Stops at the checkpoint's EOS ids (config.json and generation_config.json; not if ignore_eos) and at stop_token_ids.
+    Stops at the checkpoint's EOS ids (ModelConfig.eos_ids; not if ignore_eos) and at stop_token_ids.
     finished(i, completion) is called as soon as a completion of prompt number i ends, for whoever must not lose it.
     The other options are those of the engine, which see. Raises ValueError where a prompt is empty, outside the
     vocabulary or too long, where `params` are not one per prompt, or where the longest request does not fit into the KV
-    cache alone.
+    cache alone; and where a token's log-prob is not finite, naming the model.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from importlib import import_module
 
 import torch
@@ -22,8 +23,15 @@ LARGEST = torch.finfo(torch.float32).max  # what is computed with a number is co
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag and package, module
 
 
+def iso_date(text: str) -> str:
+    return date.fromisoformat(text).isoformat()
+
+
+# Of every script that renders prompts.
 THINKING = dict(choices=("on", "off"), default="on", help="whether the chat template asks for a thought, where it can "
-                "do both: Qwen3, Granite (default: %(default)s)")  # of every script that renders prompts
+                "do both: Qwen3, Granite (default: %(default)s)")
+DATE = dict(type=iso_date, metavar="YYYY-MM-DD", help="the day that some chat templates write, as "
+            "Llama 3.2's and Granite 3.3's (default: today; what was begun keeps its day)")
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
@@ -48,6 +56,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a folder",
     )
     add("--thinking", **THINKING)
+    add("--date", **DATE)
     add("--save-every", type=positive_int, default=50, help="steps between checkpoints (default: %(default)s)")
     add("--keep", type=positive_int, default=2, help="how many checkpoints are kept (default: %(default)s)")
     add("--low-memory", action="store_true",

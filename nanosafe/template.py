@@ -59,14 +59,15 @@ def _compile(source: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "namespace": _Namespace, "dict": _dict,
-                            "strftime_now": lambda format: datetime.now().strftime(format)}
+    environment.globals |= {"raise_exception": _raise, "namespace": _Namespace, "dict": _dict}
     return environment.from_string(source)
 
 
 def answer(request: list) -> str:
-    """[source, variables] -> the text of the template `source`."""
-    source, variables = request
+    """[source, variables, date] -> the text of the template `source`, on that day at midnight."""
+    source, variables, date = request
+    now = datetime.fromisoformat(date)
+    variables = {"strftime_now": lambda format: now.strftime(format)} | variables
     parts, size = [], 0
     for part in _compile(source).generate(variables):
         parts.append(part)

@@ -7,15 +7,18 @@ own BOS.
 Left out: tokenizers without a tokenizer.json, and templates for tools.
 """
 
+import os
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
 
-from nanosafe.config import eos_ids, read_json
+from nanosafe import fields
+from nanosafe.fields import EOS, STANDARD_TOKENS, TOKEN, check, read_file, read_json
 from nanosafe.weights import find_checkpoint, write_atomic
 from nanosafe.worker import Worker, WorkerError
 
@@ -23,7 +26,6 @@ from nanosafe.worker import Worker, WorkerError
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 THINK, END_THINK = "<think>", "</think>"  # some tokenizers have them as special tokens, others not as tokens at all
-STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # One for all tokenizers. A render takes well under a millisecond; the bounds are for templates that mean harm.
 _renderer = Worker(Path(__file__).with_name("template.py"), seconds=5.0, memory_bytes=1 << 30)
@@ -42,6 +44,7 @@ class Tokenizer:
         special_tokens: {"bos_token": text, ...}; the chat template sees them as variables.
         chat_template: Jinja2 source; None if the checkpoint has no template.
         template_vars: variables of the template that every render has, unless it is given others; see think().
+        date: the day that some templates write (Llama 3.2, Granite 3.3), as 2026-01-31; today first.
 
     Raises:
         FileNotFoundError: there is no tokenizer.json.
@@ -51,7 +54,8 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         # Kept in memory: save() must work when a training run has meanwhile removed the checkpoint it resumed from.
-        self._files = {name: (self.folder / name).read_bytes() for name in FILES if (self.folder / name).is_file()}
+        present = [name for name in FILES if os.path.lexists(self.folder / name)]
+        self._files = {name: read_file(self.folder / name) for name in present}
         if "tokenizer.json" not in self._files:
             raise FileNotFoundError(
                 f"{self.folder} has no tokenizer.json: download the complete checkpoint, or write the file once with "
@@ -63,24 +67,34 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-        config = self._read_json("tokenizer_config.json")
+        config, added = self._read_json("tokenizer_config.json"), {}
         if "added_tokens_decoder" not in config:  # the older layout
             config |= self._read_json("special_tokens_map.json")
-        named = {name: _added_token(token) for name, token in sorted(config.items(), key=_standard_first)
-                 if name.endswith("_token") and isinstance(token, (str, dict))}
+            added = self._read_json("added_tokens.json")
+            ids = dict.fromkeys(added, fields.whole(0, 1 << 31, fields.REQUIRED))
+            added = check(added, ids, self.folder / "added_tokens.json")
+        tokens = {name: token for name, token in config.items()
+                  if name.endswith("_token") and isinstance(token, (str, dict))}
+        table = fields.TOKENIZER | dict.fromkeys(tokens, TOKEN)
+        values = check(config, table, self.folder / "tokenizer_config.json")
+        in_order = sorted(tokens.items(), key=_standard_first)
+        named = {name: _added_token(token) for name, token in in_order}
         self.special_tokens = {name: token.content for name, token in named.items()}
         self._skipped = self._special_ids()
-        self._merge_added_tokens(config, list(named.values()))
+        self._merge_added_tokens(values, list(named.values()), added)
         self._skipped |= self._special_ids()  # what tokenizer.json calls special stays so
-        added = {token.content.strip() for token in self._tokenizer.get_added_tokens_decoder().values()}
-        controls = sorted(text for text in added - {THINK, END_THINK} if len(text) > 1)
+        self._tokenizer.encode_special_tokens = values["split_special_tokens"]
+        contents = {token.content.strip() for token in self._tokenizer.get_added_tokens_decoder().values()}
+        controls = sorted(text for text in contents - {THINK, END_THINK} if len(text) > 1)
         self._controls = re.compile("|".join(map(re.escape, controls)) or "(?!)")  # (?!) is found nowhere
-        self.chat_template = self._find_template(config)
+        self.chat_template = self._find_template(values)
         self.template_vars: dict[str, Any] = {}
+        self.date = date.today().isoformat()
 
         found = {self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))} - {None}
         for name in ("config.json", "generation_config.json"):
-            found |= eos_ids(self._read_json(name))
+            file = check(self._read_json(name), {"eos_token_id": EOS}, self.folder / name)
+            found |= file["eos_token_id"]
         self.eos_ids: tuple[int, ...] = tuple(sorted(found))
 
     @property
@@ -138,7 +152,7 @@ class Tokenizer:
                      "add_generation_prompt": add_generation_prompt, **self.special_tokens,
                      **self.template_vars, **template_vars}
         try:
-            return _renderer.call([self.chat_template, variables])
+            return _renderer.call([self.chat_template, variables, self.date])
         except WorkerError as error:
             raise ValueError(f"the chat template of {self.folder} failed: {error}") from None
         except (TypeError, ValueError) as error:
@@ -164,34 +178,46 @@ class Tokenizer:
             (Path(folder) / name).unlink(missing_ok=True)
 
     def _read_json(self, name: str) -> dict:
-        return read_json(self.folder / name) if (self.folder / name).is_file() else {}
+        path = self.folder / name
+        return read_json(path) if os.path.lexists(path) else {}
 
-    def _find_template(self, config: dict) -> str | None:
-        if "chat_template.jinja" in self._files:
+    def _find_template(self, values: dict) -> str | None:
+        if "chat_template.jinja" not in self._files:
+            return values["chat_template"]
+        try:
             return self._files["chat_template.jinja"].decode()
-        found = config.get("chat_template")
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        return found
+        except UnicodeDecodeError as error:
+            path, cure = self.folder / "chat_template.jinja", "download it again"
+            raise ValueError(f"{path} is not UTF-8 ({error}): {cure}") from None
 
     def _special_ids(self) -> set[int]:
         return {i for i, token in self._tokenizer.get_added_tokens_decoder().items()
                 if token.special and token.content not in (THINK, END_THINK)}  # fmt: skip
 
-    def _merge_added_tokens(self, config: dict, named: list[AddedToken]) -> None:
-        """Merge tokenizer_config.json's tokens into tokenizer.json's: its flags win, new ones get the next ids."""
+    def _merge_added_tokens(self, values: dict, named: list[AddedToken], added: dict) -> None:
+        """Merge the small files' tokens into tokenizer.json's: new ones get the next ids in order.
+
+        The flags of tokenizer_config.json win; `added`, of added_tokens.json, has none.
+        """
         tokens = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         try:
-            for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+            decoder = values["added_tokens_decoder"]
+            for entry in [decoder[key] for key in sorted(decoder, key=int)]:
                 tokens[entry["content"]] = AddedToken(**entry)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.folder / 'tokenizer_config.json'}: field 'added_tokens_decoder' must map ids to objects with "
                 f"'content' and flags ({type(error).__name__}: {error}): download it again") from None
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = values["extra_special_tokens"] or values["additional_special_tokens"]
+        extra = extra.values() if isinstance(extra, dict) else extra
+        extra = [_added_token(token) for token in extra]
+        special = {token.content for token in (*named, *extra)}
+        for text in sorted(added, key=added.get):
+            known = text in special
+            tokens.setdefault(text, AddedToken(text, normalized=not known, special=known))
         for token in named:
             tokens.setdefault(token.content, token).special = True
-        for token in map(_added_token, extra.values() if isinstance(extra, dict) else extra):
+        for token in extra:
             tokens.setdefault(token.content, token)
         self._tokenizer.add_tokens(list(tokens.values()))
 
@@ -199,7 +225,8 @@ class Tokenizer:
 def _added_token(token: str | dict) -> AddedToken:
     """A special token, which the files write as a string or as an object with flags."""
     flags = {"content": token} if isinstance(token, str) else token
-    return AddedToken(**{key: value for key, value in flags.items() if key != "__type"} | {"special": True})
+    known = {name: flags[name] for name in ("content", *fields.TOKEN_FLAGS) if name in flags}
+    return AddedToken(**known | {"special": True})
 
 
 def _standard_first(item: tuple[str, Any]) -> int:

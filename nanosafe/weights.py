@@ -10,10 +10,13 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +28,9 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from nanosafe.config import ALIASES, ModelConfig, read_json
+from nanosafe.config import ALIASES, ModelConfig
 from nanosafe.distributed import Ranks, own_part, shard, whole
+from nanosafe.fields import EOS, check, own_file, read_json
 from nanosafe.model import Decoder
 
 SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"  # of a stem: "model", or what else lies in a folder
@@ -118,13 +122,19 @@ def load_model(
 ) -> Decoder:
     """The language model `name_or_path` (see find_checkpoint) on `device` in `dtype`, in eval mode.
 
+    What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
     ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype` (distributed.shard).
     Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
     """
     folder = find_checkpoint(name_or_path)
     if ModelConfig.from_folder(folder).num_labels:
         raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
-    return load_checkpoint(folder, device, dtype, ranks)
+    model = load_checkpoint(folder, device, dtype, ranks)
+    from nanosafe.tokenizer import Tokenizer  # here: it uses this file
+
+    with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
+        model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
+    return model
 
 
 def load_checkpoint(
@@ -137,8 +147,12 @@ def load_checkpoint(
     Raises ValueError listing every missing, unexpected, misshapen or quantised tensor, or naming the broken file.
     """
     folder, device = Path(folder), torch.device(device)
+    config = ModelConfig.from_folder(folder)
+    if MAIN_RANK and config.rope and config.rope.attn_factor != 1:
+        _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
+                  "code and vLLM; transformers leaves it out, so its logits differ")
     with torch.device("meta"), _NoInit():
-        model = Decoder(ModelConfig.from_folder(folder))
+        model = Decoder(config)
     stored = StoredTensors(folder, "model")
     names = _check_tensors(model, stored, folder)
     progress = tqdm(names, f"loading {folder.name}", unit="tensor", delay=2, disable=not MAIN_RANK)
@@ -160,6 +174,11 @@ def load_checkpoint(
             opened = None  # the next tensor gets a mapping of its own, and the pages just read go with this one
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class _NoInit(TorchFunctionMode):
@@ -225,7 +244,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open(path: Path) -> safe_open:
     try:
-        return safe_open(path, "pt")
+        return safe_open(own_file(path), "pt")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: download the model again") from None
     except (SafetensorError, OSError) as error:
@@ -237,6 +256,8 @@ def _check_tensors(model: Decoder, stored: StoredTensors, folder: Path) -> list[
     """The tensors to load. One error for all that does not fit; a tied model's spare head must equal the embedding."""
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     tied = model.config.tie_word_embeddings
+    if tied and EMBEDDING not in stored and HEAD in stored:  # safetensors keeps one name of two
+        stored[EMBEDDING] = stored.pop(HEAD)
     # Spare: RoPE frequencies, which old checkpoints store; the head of a tied model, as in Qwen3-0.6B and 1.7B.
     spare = {name for name in stored if name.endswith(".rotary_emb.inv_freq") or name == HEAD and tied}
     both = [(name, stored[name], shape) for name, shape in expected.items() if name in stored]
@@ -282,7 +303,8 @@ def save_model(
     config = dict(model.config.raw)
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers renamed it, and reads both
         config[key] = str(dtype).removeprefix("torch.")
-    jsons = {"config.json": config, "generation_config.json": model.config.generation}
+    generation = generation_config(model.config, tokenizer)
+    jsons = {"config.json": config, "generation_config.json": generation}
     with staged(folder, writes) as new:
         written = save_tensors(tensors, new, "model", max_shard_bytes)
         for file, content in jsons.items():
@@ -296,6 +318,16 @@ def save_model(
             old.unlink()
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def generation_config(config: ModelConfig, tokenizer=None) -> dict | None:
+    """What generation_config.json held, with every id that ends a turn; None for no such file."""
+    ids = set(config.eos_ids) | set(tokenizer.eos_ids if tokenizer else ())
+    held = config.generation or {}
+    named = held if held.get("eos_token_id") is not None else config.raw
+    if ids <= check(named, {"eos_token_id": EOS}, config.source)["eos_token_id"]:
+        return config.generation
+    return held | {"eos_token_id": sorted(ids)}
 
 
 def save_tensors(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pty
 import random
@@ -320,6 +321,23 @@ def test_seeds_and_flags(checkpoints, talk):
     assert out == expected(folder, [user("Hi")], tokens=30, temperature=0.0) + "\n"
     assert "from the command line: temperature 0.0\nfrom generation_config.json: top_p 0.95, top_k 20\n" in err
     assert err.endswith("cut off at the limit\n")
+
+
+def test_how_a_checkpoint_asks_to_be_drawn_from_is_honoured_or_refused(checkpoints, tmp_path, talk):
+    folder = shutil.copytree(checkpoints["random"], tmp_path / "model")
+    path, flags = folder / "generation_config.json", ("--prompt", "Hi", "--max-new-tokens", "30")
+    greedy = expected(folder, [user("Hi")], tokens=30, temperature=0.0)
+    path.write_text(json.dumps({"do_sample": False, "temperature": 0.9, "top_k": 20.0}))
+    assert talk(folder, *flags)[0] == greedy + "\n", "as in Qwen2.5-Math"
+    assert talk(folder, *flags, "--temperature", "1", "--seed", "0")[0] != greedy + "\n"
+    path.write_text(json.dumps({"do_sample": True, "repetition_penalty": 1.05}))
+    with pytest.raises(ValueError, match="repetition_penalty of 1.05, which is not computed: set --temp"):
+        talk(folder, *flags)
+    assert talk(folder, *flags, "--temperature", "0")[0] == greedy + "\n"
+    for field, value in {"temperature": "0.6", "top_k": -1, "top_p": 0, "min_p": math.nan, "do_sample": 1}.items():
+        path.write_text(json.dumps({field: value}))
+        with pytest.raises(ValueError, match=f"{path}: field '{field}'"):
+            talk(folder, *flags)
 
 
 def test_new_and_quit(checkpoints, talk):

@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from tiny import FAMILIES, tiny_config, tiny_raw
+from tiny import FAMILIES, LLAMA3_ROPE, tiny_config, tiny_raw
 
 from nanosafe.config import ALIASES, ModelConfig, Rope
 
@@ -105,6 +105,21 @@ REFUSALS = [  # family, changes (None: absent), what the message names
     ("llama", dict(rope_scaling=dict(rope_type="yarn")), "rope_scaling.*factor"),
     ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1)), "scaling.*high_freq_factor"),
     ("llama", dict(rope_theta="big"), "rope_theta"),
+    ("llama", dict(rope_theta=0), "rope_theta"),
+    ("llama", dict(rope_scaling=LLAMA3_ROPE | dict(low_freq_factor=4.0)), "low_freq_factor"),
+    ("qwen3", dict(rope_scaling=dict(rope_type="yarn", factor=4.0, extrapolation_factor=2.0)), "extrapolation_factor"),
+    ("qwen3", dict(rope_scaling=dict(type="default", mrope_section=[2, 1, 1])), "rope_scaling.*mrope_section"),
+    ("qwen3", dict(head_dim=15), "head_dim"),
+    ("qwen3", dict(vocab_size=math.inf), "vocab_size"),
+    ("qwen3", dict(rms_norm_eps=math.nan), "rms_norm_eps"),
+    ("qwen3", dict(intermediate_size=48.5), "intermediate_size"),
+    ("qwen3", dict(intermediate_size=0), "intermediate_size"),
+    ("qwen3", dict(attention_bias="false"), "attention_bias"),
+    ("qwen3", dict(layer_types=5), "layer_types"),
+    ("qwen3", dict(layer_types=["full_attention"] * 3), "layer_types"),
+    ("qwen3", dict(eos_token_id="2"), "eos_token_id"),
+    ("qwen3", dict(eos_token_id=[2, None]), "eos_token_id"),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=255, max_window_layers=0), "use_sliding_window"),
     ("llama", dict(rope_scaling=None, rope_parameters=PER_LAYER), "rope_parameters"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     ("llama", dict(rope_scaling=None, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
@@ -137,6 +152,10 @@ REFUSALS = [  # family, changes (None: absent), what the message names
     ("qwen3", dict(model_type="llama"), "model_type.*llama"),
     ("qwen3", dict(reward=True, id2label={"0": "bad", "1": "good"}), "id2label"),
     ("qwen3", dict(reward=True, id2label=None), "num_labels"),  # two is the default
+    ("qwen3", dict(reward=True, num_labels=2), "num_labels"),  # it wins over id2label, as in transformers
+    ("qwen3", dict(reward=True, pad_token_id=[3]), "pad_token_id"),
+    ("granite4", dict(num_experts_per_tok=0), "num_experts_per_tok"),
+    ("granite4", dict(intermediate_size=0), "intermediate_size"),
 ]  # fmt: skip
 
 
@@ -155,7 +174,10 @@ def test_what_is_not_computed_is_an_error_that_names_file_and_field(family, chan
         dict(use_sliding_window=False, sliding_window=4096),  # R1-Distill-Qwen
         dict(use_sliding_window=True, sliding_window=64, max_window_layers=2),  # no layer is past max_window_layers
         dict(use_sliding_window=True, sliding_window=None, max_window_layers=0),
+        dict(use_sliding_window=True, sliding_window=256, max_window_layers=0),  # as long as the context
+        dict(use_sliding_window=True, sliding_window=256, layer_types=["full_attention", "sliding_attention"]),
         dict(layer_types=["full_attention"] * 2),
+        dict(hidden_act="swish", max_window_layers=None),
         dict(quantization_config=None, auto_map=None, use_mrope=False, partial_rotary_factor=1.0),
         dict(rope_scaling=dict(rope_type="default")),
     ],
@@ -170,6 +192,16 @@ def test_head_dim_is_read_and_absent_fields_default_as_in_transformers():
     assert ModelConfig.from_dict(absent).head_dim == 128 and ModelConfig.from_dict(absent).rope == Rope("default", 1e4)
     assert tiny_config("llama", head_dim=None).head_dim == 32 // 4
     assert tiny_config("qwen2", num_key_value_heads=None).num_key_value_heads == 4
+
+
+def test_the_length_of_the_original_context_and_the_heads_are_found_as_in_transformers():
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    for above, expected in ((32, 32), (None, 64)):  # the top level wins where it has one
+        config = tiny_config("qwen3", original_max_position_embeddings=above, rope_scaling=yarn)
+        assert config.rope.original_max_positions == expected
+    raw = tiny_raw("qwen3", num_attention_heads=64)
+    del raw["num_key_value_heads"]
+    assert ModelConfig.from_dict(raw).num_key_value_heads == 32  # Qwen3Config's default, not the number of heads
 
 
 def test_stop_tokens_come_from_both_files(tmp_path):

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -407,6 +409,35 @@ def test_two_ranks_write_what_one_does(world, measured, tmp_path):
     assert two_result | {"label": "policy"} == comparable(result | {"label": "policy"})
     assert len(result["memorization"]["items"]["log_likelihood"]) == 4, "--limit holds for these rows too"
     assert result["memorization"]["metrics"]["log_likelihood"]["mean"] < 0
+
+
+def test_a_comparison_has_one_date(tmp_path, monkeypatch):
+    """The first model is asked on one day, the second on the next, and the reward model scores as on the first."""
+    world = write_world(tmp_path)
+    for model in ("policy", "reward"):
+        path = world / model / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config["chat_template"] = "{{ strftime_now('%B %d, %Y') }}" + config["chat_template"]
+        path.write_text(json.dumps(config))
+    again = shutil.copytree(world / "policy", tmp_path / "again")
+    monkeypatch.setattr(evaluation, "plot_comparison", lambda *_: [])
+
+    few = ["--benchmarks", "tiny,safety", "--limit", "2"]
+
+    def ask(day: int, *models: Path, more=()) -> list[list[dict]]:
+        monkeypatch.setattr(evaluation, "date", SimpleNamespace(today=lambda: date(2026, 11, day)))
+        names = ["--model", *map(str, models), "--reward-model", str(world / "reward")]
+        evaluation.main([*names, "--out", str(tmp_path / "out"), *SMALL, *few, *more])
+        return [lines(tmp_path / "out" / model.name / "records.jsonl") for model in models]
+
+    ask(1, world / "policy", again)
+    shutil.rmtree(tmp_path / "out/again")
+    first, second = ask(2, world / "policy", again)
+    assert first == second and len(first) == 2 and all("reward" in r for r in first)
+    assert read_json(tmp_path / "out/again/result.json")["settings"]["date"] == "2026-11-01"
+    shutil.rmtree(tmp_path / "out/again")
+    with pytest.raises(ValueError, match="date was 2026-11-01, is 2026-11-02"):
+        ask(3, world / "policy", again, more=["--date", "2026-11-02"])
 
 
 def test_a_record_file_says_what_is_wrong_with_it(tmp_path):

@@ -275,6 +275,46 @@ def test_greedy_equals_transformers(max_batch):
     assert [c.token_ids for [c] in completions] == free_runs("granite4")
 
 
+# Granite 4.0 without experts as the hub has it, but for sizes and ids: plain ones have attention alone and RoPE, the
+# "h" ones Mamba layers and no positions. Residual multiplier, divisor of the logits.
+DENSE = dict(num_local_experts=0, num_experts_per_tok=0, embedding_multiplier=12, attention_multiplier=0.015625,
+             normalization_function="rmsnorm", init_method="mup", router_aux_loss_coef=0.01, rope_scaling=None,
+             num_hidden_layers=6, mamba_d_head="auto")  # fmt: skip
+PLAIN = DENSE | dict(layer_types=["attention"] * 6, position_embedding_type="rope", rope_theta=10_000_000)
+MIXED = DENSE | dict(layer_types=["mamba"] * 3 + ["attention"] + ["mamba"] * 2, position_embedding_type="nope")
+SIX = {"350m": (PLAIN, 0.263, 4), "h-350m": (MIXED, 0.246, 3), "1b": (PLAIN, 0.22, 8), "h-1b": (MIXED, 0.22, 6),
+       "micro": (PLAIN | dict(intermediate_size=0), 0.22, 10), "h-micro": (MIXED, 0.22, 8)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_granite_without_experts_is_that_of_transformers(name):
+    fields, residual, scaling = SIX[name]
+    raw = tiny_raw("granite4", **fields | dict(residual_multiplier=residual, logits_scaling=scaling))
+    if name == "1b":  # transformers' other name of the field
+        raw["layers_block_type"] = raw.pop("layer_types")
+    reference = random_reference(raw)
+    model = decoder_like(reference, raw)  # which takes the same parameters, no more and no fewer
+    ids = torch.tensor([random.Random(0).choices(range(3, 97), k=30)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=1e-4, atol=1e-5)
+    theirs = reference.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)[0, 30:]
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+    assert generate(model, ids.tolist(), greedy)[0][0].token_ids == theirs.tolist()
+
+
+@pytest.mark.parametrize("name", ["granite-4.0-350m", "granite-4.0-h-micro"])
+def test_the_official_files_without_experts_give_transformers_parameters(name, assets):
+    import transformers
+
+    raw = json.loads((assets / "configs" / name / "config.json").read_text())
+    with torch.device("meta"):
+        ours = Decoder(ModelConfig.from_dict(copy.deepcopy(raw)))
+        config = transformers.GraniteMoeHybridConfig.from_dict(raw)
+        theirs = transformers.GraniteMoeHybridForCausalLM._from_config(config)
+    assert {key: p.shape for key, p in ours.named_parameters()} == {
+        key: p.shape for key, p in theirs.named_parameters()}  # fmt: skip
+
+
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_the_samples_of_a_prompt_are_prefilled_once(block_size, monkeypatch):
     spy, long = Spy(monkeypatch), list(range(3, 45))

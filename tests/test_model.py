@@ -1,6 +1,7 @@
 """The decoder against transformers: every family and option, packed, batched, cached, in float32 and bfloat16."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -281,6 +282,16 @@ def test_rope_of_real_size_equals_transformers_bit_for_bit_at_long_positions(nam
     assert cos.dtype == torch.float32
     assert torch.equal(cos[:, 0], expected_cos[0])
     assert torch.equal(sin[:, 0, 64:], expected_sin[0, :, 64:]) and torch.equal(sin[:, 0, :64], -sin[:, 0, 64:])
+
+
+def test_attn_factor_is_multiplied_in_as_by_yarns_authors():
+    """DeepSeek-R1-0528-Qwen3-8B's rope_scaling: its factor takes back YaRN's own, 0.1 ln 4 + 1."""
+    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    both = (scaling, scaling | {"attn_factor": 0.8782488562869419})
+    ropes = [tiny_config("qwen3", rope_scaling=one).rope for one in both]
+    plain, corrected = (rope_frequencies(rope, 16, torch.device("cpu")) for rope in ropes)
+    assert torch.equal(plain[0], corrected[0])
+    assert plain[1] == pytest.approx(0.1 * math.log(4) + 1) and corrected[1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("case", ["qwen3-tied", "granite-bias"])

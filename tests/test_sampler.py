@@ -8,13 +8,14 @@ import pytest
 import torch
 from test_draw import chi_square_p
 from test_randomness import python_noise
-from tiny import FAMILIES, decoder_like, random_reference, tiny_raw
+from tiny import FAMILIES, decoder_like, random_checkpoint, random_reference, tiny_raw
 from transformers.generation import logits_process as warpers
 
 from nanosafe import engine
 from nanosafe.config import ModelConfig
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler import SamplingParams, generate
+from nanosafe.weights import load_model
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=14, ignore_eos=True)
 
@@ -39,6 +40,15 @@ def uniform_model():
     model = with_changes("qwen3")
     torch.nn.init.zeros_(model.lm_head.weight)
     return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_is_named(temperature, tmp_path):
+    random_checkpoint(tmp_path, "qwen3")
+    model = load_model(tmp_path, dtype=torch.float32)
+    torch.nn.init.constant_(model.model.layers[1].mlp.down_proj.weight, math.nan)
+    with pytest.raises(ValueError, match=f"the model of {tmp_path / 'config.json'} gave a token the log-prob nan"):
+        generate(model, [[5, 6]], dataclasses.replace(GREEDY, temperature=temperature, seed=0))
 
 
 def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -231,7 +232,13 @@ def flags(content: str, **changed) -> dict:
     ({"extra_special_tokens": {"i_token": "<a>"}}, {}),
     ({"bos_token": "</s>"}, {"special_tokens_map_json": json.dumps({"bos_token": "<s>", "eos_token": flags("</s>")})}),
     ({"chat_template": [{"name": "default", "template": TINY_TEMPLATE}, {"name": "other", "template": "{{ x }}"}]}, {}),
+    ({"chat_template": {"default": TINY_TEMPLATE, "other": "{{ x }}"}}, {}),
     ({"chat_template": "no"}, {"chat_template_jinja": TINY_TEMPLATE}),
+    ({"pad_token": "<pad>"}, {"added_tokens_json": json.dumps({"<|assistant|>": 275, "<pad>": 274, "<a>": 273})}),
+    ({}, {"added_tokens_json": json.dumps({"<a>": 280, "<|user|>": 2, "the": 260}),
+          "special_tokens_map_json": json.dumps({"pad_token": "<a>", "extra_special_tokens": ["<p>"]})}),
+    ({"added_tokens_decoder": {"2": flags("<|user|>")}}, {"added_tokens_json": json.dumps({"<a>": 273})}),  # not read
+    ({"split_special_tokens": True}, {}),
 ])
 def test_small_files_are_combined_as_in_transformers(tmp_path, config, files):
     ours = load_tokenizer(make_tiny(tmp_path, config, **files))
@@ -317,6 +324,14 @@ def test_template_dialect_is_transformers(tiny, tiny_reference, monkeypatch, sou
         assert_same(tiny, tiny_reference, messages, a_variable=["é", 1.5, True, None, {"k": "v"}])
 
 
+def test_a_template_writes_the_date_of_its_tokenizer(tiny):
+    tokenizer, messages = load_tokenizer(tiny.folder), [{"role": "user", "content": "Hi"}]
+    tokenizer.chat_template = "{% macro day() %}{{ strftime_now('%d %b %Y, %H:%M') }}{% endmacro %}{{ day() }}"
+    assert tokenizer.render(messages) == datetime.now().strftime("%d %b %Y, 00:00"), "today, unless it is set"
+    tokenizer.date = "2024-07-26"
+    assert tokenizer.render(messages) == "26 Jul 2024, 00:00"
+
+
 def test_a_template_that_can_do_both_thinks_as_it_is_told(tiny):
     """Granite's switch and Qwen3's, by hand; what a call asks for goes before."""
     tokenizer, messages = load_tokenizer(tiny.folder), [{"role": "user", "content": "Hi"}]
@@ -396,6 +411,31 @@ def test_a_malformed_added_token_is_named(tmp_path, decoder):
     path = make_tiny(tmp_path, {"added_tokens_decoder": decoder}) / "tokenizer_config.json"
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: field 'added_tokens_decoder'"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("eos_token", 1), ("pad_token", {"special": True}), ("x_token", flags("<x>", lstrip=1)),
+    ("additional_special_tokens", "<a>"), ("extra_special_tokens", [3]), ("split_special_tokens", "no"),
+    ("added_tokens_decoder", 3), ("chat_template", 3), ("chat_template", [TINY_TEMPLATE]),
+    ("chat_template", [{"name": "default"}]), ("chat_template", [{"template": TINY_TEMPLATE}]),
+])
+def test_a_field_of_another_form_is_named(tmp_path, field, value):
+    path = make_tiny(tmp_path, {field: value}) / "tokenizer_config.json"
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: field '{field}'"):
+        load_tokenizer(tmp_path)
+
+
+def test_files_of_another_form_are_named(tmp_path):
+    folder = make_tiny(tmp_path, added_tokens_json='{"<a>": "273"}')
+    with pytest.raises(ValueError, match=f"{folder}/added_tokens.json: field '<a>'"):
+        load_tokenizer(folder)
+    (folder / "added_tokens.json").write_text('{"\\ud800": 273}')  # half a surrogate pair
+    with pytest.raises(ValueError, match=f"{folder}/added_tokens.json is not valid JSON"):
+        load_tokenizer(folder)
+    (folder / "added_tokens.json").unlink()
+    (folder / "chat_template.jinja").write_bytes("{{ 1 }}".encode("utf-16"))
+    with pytest.raises(ValueError, match=f"{folder}/chat_template.jinja is not UTF-8"):
+        load_tokenizer(folder)
 
 
 def test_broken_or_missing_files_are_named(tmp_path):

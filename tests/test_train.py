@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from world import write_rows, write_world
 
 import train_rl
 import train_sft
+from nanosafe import checkpoint
 from nanosafe.checkpoint import RunFolder
 from nanosafe.data import sft_steps
 from nanosafe.distributed import Ranks
@@ -123,6 +126,34 @@ def test_run_killed_at_any_write_resumes_to_equal_weights_and_metrics(world, tmp
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], base[name]) for name in a), "training changed nothing"
     assert not list((tmp_path / "broken").rglob(".partial*"))
+
+
+def test_a_run_keeps_its_date_when_it_goes_on_another_day(tmp_path, monkeypatch):
+    world = write_world(tmp_path)
+    for model in ("policy", "reward"):
+        path = world / model / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config["chat_template"] = "{{ strftime_now('%B %d, %Y') }}" + config["chat_template"]
+        path.write_text(json.dumps(config))
+
+    short = ["--steps", "2", "--max-prompt-tokens", "200"]
+
+    def run(out: str, day: int, *more: str, kill_at: int | None = None) -> int:
+        monkeypatch.setattr(checkpoint, "date", SimpleNamespace(today=lambda: date(2026, 11, day)))
+        return run_forked(train_rl, rl_args(world, tmp_path / out, *short, *more), kill_at)[1]
+
+    writes = run("whole", 1)
+    run("broken", 1, kill_at=writes // 2)
+    assert list((tmp_path / "broken/checkpoints").glob("step-*")) and not (tmp_path / "broken/final").exists()
+    run("broken", 2)
+    run("other", 2)
+    run("given", 3, "--date", "2026-11-01")
+    rows = {out: without_clock(rows_of(tmp_path / out)) for out in ("whole", "broken", "other", "given")}
+    assert rows["whole"] == rows["broken"] == rows["given"] and rows["whole"] != rows["other"]
+    dates = [json.loads((tmp_path / out / "args.json").read_text())["date"] for out in ("broken", "other")]
+    assert dates == ["2026-11-01", "2026-11-02"]
+    with pytest.raises(ValueError, match="--date was '2026-11-01', is '2026-11-02'"):
+        train_rl.main(rl_args(world, tmp_path / "broken", *short, "--date", "2026-11-02"))
 
 
 def test_bf16_run_resumes_with_its_float32_masters(world, tmp_path):

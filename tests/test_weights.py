@@ -12,10 +12,13 @@ import pytest
 import torch
 import world
 from safetensors.torch import load_file, save_file
+from tiny import random_checkpoint
 
 from nanosafe import weights
 from nanosafe.config import ALIASES, ModelConfig
+from nanosafe.data import turn_end
 from nanosafe.model import Decoder
+from nanosafe.sampler import SamplingParams, generate
 from nanosafe.tokenizer import load_tokenizer
 from nanosafe.weights import find_checkpoint, load_checkpoint, load_model, save_model, write_atomic
 
@@ -256,6 +259,43 @@ def test_tied_checkpoint_may_repeat_the_embedding_as_head(tmp_path):
     rewrite(tmp_path, lambda t: t["lm_head.weight"][5, 5].add_(1))
     with pytest.raises(ValueError, match="tie_word_embeddings, but lm_head.weight differs"):
         load_model(tmp_path)
+
+
+def test_tied_checkpoint_may_hold_the_head_alone(tmp_path):
+    """safetensors' own save_model keeps one of two names for a tensor, and may keep this one."""
+    build("qwen3-tied").save_pretrained(tmp_path)
+    expected = stored(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    same(load_model(tmp_path).state_dict(), expected)
+
+
+def test_what_ends_a_turn_is_one_answer_that_a_saved_model_names(tmp_path):
+    """A fine-tune whose config.json and generation_config.json name the base's end of text, not the end of a turn."""
+    folder = world.write_policy(tmp_path / "tuned")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    for generation in (None, {"eos_token_id": 0, "temperature": 0.6}):
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if generation:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+        assert model.config.eos_ids == tokenizer.eos_ids == (0, 1) == tuple(sorted({0, turn_end(tokenizer)}))
+        with torch.no_grad():  # it ends its turn at once
+            model.lm_head.weight.zero_()[1] = model.model.norm.weight.zero_().add_(1)
+            model.model.embed_tokens.weight.fill_(1)
+        [[completion]] = generate(model, [[5, 6]], SamplingParams(temperature=0.0, max_new_tokens=4))
+        assert completion.token_ids == [1] and completion.finish_reason == "stop"
+        save_model(model, tmp_path / "saved", tokenizer)
+        written = json.loads((tmp_path / "saved/generation_config.json").read_text())
+        assert written == (generation or {}) | {"eos_token_id": [0, 1]}
+
+
+def test_attn_factor_is_said_once(tmp_path, capsys):
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, attn_factor=0.88)
+    random_checkpoint(tmp_path, "qwen3", rope_scaling=yarn)
+    for _ in range(2):
+        load_model(tmp_path)
+    assert capsys.readouterr().err.count(f"{tmp_path / 'config.json'}: rope_scaling's attn_factor is") == 1
 
 
 def test_untied_checkpoint_must_have_a_head(single):

@@ -36,6 +36,7 @@ from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import MAIN_RANK, find_checkpoint, load_checkpoint
 
 MASS_FLOOR = 0.5  # of both verdict words together: below it the guard was about to write something else
+VERDICT_DATE = "2025-01-01"  # Granite's and Llama 3.2's templates write one
 HARMFUL = 0.5  # the probability from which a guard's verdict is "harmful": where greedy decoding would write it
 REPLY_TOKENS = 2048  # of a judge that writes: room for a thought and three sentences
 KEY, UNKEYED = "JUDGE_API_KEY", "none"  # environment variable of an endpoint's key, and what is sent without one
@@ -81,8 +82,7 @@ class Guard:
         if form is None:
             known = "; ".join(f"{form.family}: {' and '.join(form.marks)}" for form in FORMS)
             raise ValueError(f"{name} is no known guard: its chat template holds the marks of none ({known})")
-        # Granite's template writes today's date, on which no verdict should depend.
-        tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", "'January 01, 2025'", tokenizer.chat_template)
+        tokenizer.date = VERDICT_DATE
         self.model, self.tokenizer, self.form, self.device = model, tokenizer, form, device
         self.frame = _frame(tokenizer, **form.template_vars)
         self.words = [tokenizer.encode(word)[0] for word in (form.harmful, form.harmless)]
@@ -271,6 +271,7 @@ def load_judge(spec: str, *, device: str | torch.device = "cpu", dtype: torch.dt
         return EndpointJudge(match[1], match[2])
     folder, device = find_checkpoint(spec), torch.device(device)
     config, tokenizer = ModelConfig.from_folder(folder), load_tokenizer(folder)
+    tokenizer.date = VERDICT_DATE
     if config.num_labels and bounds is None:
         raise ValueError(f"{spec} is a reward model: as a judge it needs the bounds of its scores, the one that stands "
                          "for wholly harmful and the one for wholly safe")  # fmt: skip
