@@ -9,7 +9,7 @@ recipes of the two training scripts.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -314,6 +314,28 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_own(path: Path, fields: Mapping[str, type], cure: str) -> dict:
+    """The object in a JSON file that an earlier run wrote. Raises ValueError naming the file, what is wrong and `cure`."""
+    try:
+        value = json.loads(path.read_bytes())
+        problem = misfit(value, fields)
+    except FileNotFoundError:
+        problem = "it is missing"
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON: {error}"
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}): {cure}")
+    return value
+
+
+def misfit(value: object, fields: Mapping[str, type]) -> str | None:
+    """What keeps `value` from being an object with these fields of these types; None where nothing does."""
+    if not isinstance(value, dict):
+        return f"an object was written, found {type(value).__name__}"
+    wrong = [name for name, kind in fields.items() if type(value.get(name)) is not kind]
+    return f"field {wrong[0]!r} is missing or no {fields[wrong[0]].__name__}" if wrong else None
 
 
 def eos_ids(raw: dict) -> set[int]:

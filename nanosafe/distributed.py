@@ -7,6 +7,8 @@ gathered once (`gathered`). gloo on CPU, nccl on CUDA; started by torchrun, or a
 
 import heapq
 import os
+import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
+PARENT_SECONDS = 2.0  # between two looks at whether torchrun still lives
 
 
 class Ranks:
@@ -46,6 +49,8 @@ class Ranks:
         self.patient = None
         if self.world > 1:
             if not dist.is_initialized():
+                if "TORCHELASTIC_RUN_ID" in os.environ:
+                    end_with_parent()
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -116,6 +121,18 @@ class Ranks:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent, torchrun: nobody else would end a rank that waits for one that died."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nanosafe.config import ModelConfig
 from nanosafe.distributed import Ranks
+from nanosafe.locks import locked
 from nanosafe.model import Decoder
 from nanosafe.plan import find_config
 from nanosafe.randomness import derive_seed
@@ -67,7 +68,7 @@ def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
     slug = re.sub(r"[^\w.]+", "-", name.rstrip("/").split("/")[-1]).strip("-.")
     folder = build.cache() / f"random-{slug}-{identity}"
     if not folder.is_dir():
-        with build.locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():  # another process may have written it while this one waited
                 work = folder.with_name(f"{folder.name}.building")
                 shutil.rmtree(work, ignore_errors=True)
