@@ -52,6 +52,10 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
     if folder.is_dir():
+        steps = sorted(folder.glob("checkpoints/step-*/config.json"), reverse=True)
+        inside = [*folder.glob("final/config.json"), *steps]
+        if inside and not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} is a run folder, no model: did you mean {inside[0].parent}?")
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")

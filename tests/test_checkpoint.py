@@ -1,6 +1,5 @@
 """The run folder: one writer, what is no run, damaged files, a full disk, and how a run that was stopped ends."""
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_train import ROOT, expect_error, rows_of, run_script, sft_args
 from world import write_world
 
+import eval as evaluation
+import train_rl
 import train_sft
 from nanosafe import locks
 from nanosafe.checkpoint import RunFolder
@@ -138,6 +139,25 @@ def test_a_finished_run_without_checkpoints_still_compares_flags(world, finished
     assert "the run is complete" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script, flag", [
+    (train_sft, "--model"), (train_rl, "--model"), (train_rl, "--reward-model"), (evaluation, "--model"),
+    (evaluation, "--compare"), (evaluation, "--reward-model"), (train_rl, "--plan"),
+], ids=str)  # fmt: skip
+def test_a_run_folder_in_place_of_a_model_asks_whether_its_final_was_meant(world, finished, cut, tmp_path, script, flag):
+    more = {"--plan": ["--plan"], "--reward-model": ["--model", str(finished / "final")]}.get(flag, [])
+    for folder, meant in ((finished, finished / "final"), (cut, cut / "checkpoints/step-000003")):
+        arguments = [flag.replace("--plan", "--model"), str(folder), "--out", str(tmp_path / "out"), *more]
+        arguments += [] if script is evaluation else ["--prompts" if script is train_rl else "--data", str(world / "rows.jsonl")]
+        expect_error(arguments, script, f"{folder} is a run folder, no model: did you mean {meant}?")
+
+
+def test_chat_asks_it_too(finished, capfd):
+    from nanosafe import chat
+
+    with pytest.raises(FileNotFoundError, match="did you mean .*/run/final"):
+        chat.talk(chat.flags().parse_args(["--model", str(finished)]))
+
+
 # Damage.
 
 
@@ -181,6 +201,18 @@ def test_a_damaged_file_is_named_with_its_cure_and_nothing_is_changed(world, cut
 
 
 # The end.
+
+
+def test_ranks_end_when_their_torchrun_is_killed(tmp_path):
+    """Rank 0 waits for rank 1, which never comes: without torchrun nobody else would end either."""
+    (tmp_path / "waiting.py").write_text("import time; from nanosafe.distributed import Ranks; ranks = Ranks('cpu')\n"
+                                         "print('up', flush=True); ranks.wait() if ranks.main else time.sleep(600)")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = subprocess.Popen([*command, str(tmp_path / "waiting.py")], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    assert [launcher.stdout.readline() for _ in range(2)] == [b"up\n", b"up\n"]
+    launcher.kill()
+    launcher.communicate(timeout=20)  # until no process has the pipe any more
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -252,7 +252,8 @@ def test_a_job_whose_parent_was_killed_is_waited_for_and_not_started_beside_itse
     parent.wait()
     orphan = re.search(r"process (\d+) on ", (fake.out / "slow/job.lock").read_text())
     assert run_jobs([fake("slow", "ended"), fake("other")], fake.out, 2) == {}
-    assert f"waiting for slow, which goes on without the command that started it, as {orphan[0]}" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"waiting for slow, which goes on without the command that started it, as {orphan[0]}" in said
     assert fake.order() == ["slow", "other", "slow"], "begun again only after it had ended"
     assert (fake.out / "slow/final").read_text() == "the first"
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nanosafe.data import END_THINK, THINK, Document
 from nanosafe.distributed import Ranks
 from nanosafe.evals.diagnostics import entropy_curve, forking_summary, reflection_summary, response_entropies
-from nanosafe.evals.records import RecordFile
+from nanosafe.evals.records import CURE, RecordFile
 from nanosafe.evals.statistics import SHARES, over_items, paired_difference, pass_at_k
 from nanosafe.evals.tasks import Benchmark, Question
 from nanosafe.model import Decoder
@@ -43,6 +43,10 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     saved = [record for record in file.rows if record["benchmark"] == benchmark.name] if file else []
     records = {(record["id"], record["sample"]): record for record in saved}
     jobs = [(question, sample) for question in benchmark.questions for sample in range(benchmark.samples)]
+    for record in saved:
+        if lacking := {"prompt", "response", "tokens", "truncated"} - record.keys():
+            raise ValueError(f"{file.path}: the response to {benchmark.name}, question {record['id']}, has no "
+                             f"{', no '.join(sorted(lacking))}: {CURE}")  # fmt: skip
     for question, sample in jobs:
         if records.get((question.id, sample), {}).get("prompt", question.messages) != question.messages:
             raise ValueError(f"the saved response to {benchmark.name}, question {question.id}, answers another "

@@ -17,8 +17,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanosafe.config import misfit
 from nanosafe.distributed import Ranks
 from nanosafe.weights import write_atomic
+
+
+KEY = {"benchmark": str, "id": str, "sample": int}
+FIELDS = {"category": str, "prompt": list, "response": str, "tokens": int, "truncated": bool, "values": dict,
+          "judge": str, "token_ids": list, "entropies": list}  # fmt: skip
+CURE = "mend the line, or delete it and its response is generated again"
 
 
 class RecordFile:
@@ -68,9 +75,14 @@ def _read(path: Path) -> list[dict]:
     if whole != data:
         os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} holds a line that is no JSON ({error}): mend or delete the file") from None
+        rows = [json.loads(line) for line in whole.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds a line that is no JSON ({error}): {CURE}") from None
+    for number, row in enumerate(rows, 1):
+        there = {name: FIELDS[name] for name in FIELDS.keys() & row} if isinstance(row, dict) else {}
+        if problem := misfit(row, KEY | there):
+            raise ValueError(f"{path}, line {number}, is no record ({problem}): {CURE}")
+    return rows
 
 
 def _lines(records: Sequence[dict]) -> bytes:
