@@ -83,8 +83,9 @@ def flags() -> ArgumentParser:
     add("--judge-bounds", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of a reward model as --judge: the scores "
         "that count as wholly harmful and wholly safe")
     add("--regrade", action="store_true", help="ask the judge again about responses that it has judged")
-    add("--training-prompts", metavar="FILE", help="SFT data (hub id or file) whose prompts are left out of safety's "
-        f"headline figures, or none (default: {TRAINING_SET}; where the hub cannot be reached, none of --data's files)")
+    add("--training-prompts", metavar="FILE", help="SFT data (hub id or file) whose prompts are left "
+        f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, none "
+        "where it cannot be reached)")
     add("--thinking", **script.THINKING)
     add("--split", choices=("test", "validation"), default="test", help="of the tiny world (default: %(default)s)")
     add("--samples", type=script.positive_int, help="responses to each question (default: the benchmark's own)")
@@ -145,14 +146,11 @@ def short_name(model: str) -> str:
 
 
 def comparison_folder(names: list[str], out: str | None) -> Path:
-    """The folder for the table and plots of several models: `out`, or one in evals/ that is named after them.
+    """Of the table and plots of several models: `out`, or one in evals/ that is named after them.
 
     Raises ValueError for one that holds another table.
     """
-    name = "-vs-".join(map(short_name, names))
-    if len(name) > 100:
-        name = f"{name[:80]}-{blake2b(name.encode(), digest_size=4).hexdigest()}"
-    folder = Path(out or f"evals/{name}")
+    folder = Path(out or "evals/" + "-vs-".join(map(short_name, names))[:100])
     path = folder / "table.md"
     if path.exists() and compared(names) not in path.read_text().splitlines():
         raise ValueError(f"{path} is the table of other models: set another --out")
@@ -192,8 +190,8 @@ class Suite:
         names = [one for one in self.chosen if one in BENCHMARKS]
         unused = sorted(self.files.keys() - set(names or PAPER))
         if unused or self.files and tiny and not names:
-            raise ValueError(f"--data {' '.join(unused or self.files)}: {name} is not asked that: name it in "
-                             "--benchmarks, or leave the file out")  # fmt: skip
+            raise ValueError(f"--data {' '.join(unused or self.files)}: {name} is not asked that: "
+                             "name it in --benchmarks, or leave the file out")
         if not tiny and not names:
             if self.chosen:
                 raise ValueError(f"{name} is no model of the tiny world: --benchmarks tiny,{args.benchmarks} asks it "
@@ -205,7 +203,8 @@ class Suite:
             with self.ranks.main_first():
                 self.paper = paper_part(
                     names, judges=args.judge, bounds=args.judge_bounds, attacks=args.attack, files=self.files,
-                    training=args.training_prompts, seed=args.seed, device=self.ranks.device, dtype=getattr(torch, args.dtype),
+                    training=args.training_prompts, seed=args.seed, device=self.ranks.device,
+                    dtype=getattr(torch, args.dtype),
                 )  # fmt: skip
         return tiny + (self.paper if names else [])
 
@@ -234,20 +233,23 @@ class Evaluation:
         if self.records.rows and args.resume == "never":
             raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
         if self.records.rows:
-            old = read_result(out / "result.json", MEASURED) if (out / "result.json").exists() else {}
+            path = out / "result.json"
+            old = read_result(path, MEASURED) if path.exists() else {}
             before = {} if misfit(old, {"settings": dict}) else old["settings"]
             changed = [f"{key} was {before.get(key)}, is {settings[key]}" for key in settings
                        if before.get(key) != settings[key]]  # fmt: skip
             if changed:
                 raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
                                  "set another --out, or delete it")
-            self.result |= {"memorization": old.get("memorization"), "benchmarks": old["benchmarks"]}
+            self.result["memorization"] = old.get("memorization")
+            self.result["benchmarks"] = old["benchmarks"]
         ranks.wait()  # every rank has read the folder before rank 0 changes it
 
     def run(self, reward: Reward | None) -> dict:
         """Measure what --benchmarks and --memorization name; result.json grows by each."""
-        asked = [adapt(benchmark, seed=self.args.seed, samples=self.args.samples, limit=self.args.limit,
-                       max_response_tokens=self.args.max_response_tokens) for benchmark in self.suite]
+        args = self.args
+        asked = [adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
+                       max_response_tokens=args.max_response_tokens) for benchmark in self.suite]
         for benchmark in asked:
             self.check(benchmark)
         self.save()
@@ -263,16 +265,18 @@ class Evaluation:
     def check(self, benchmark: Benchmark) -> None:
         """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
 
-        Where --out names the folder of one model, it is taken at its word: the responses are kept in any case.
+        Less is what is wanted where --out names the folder itself; the responses are kept anyway.
         """
         before = self.result["benchmarks"].get(benchmark.name)
         if before and before["source"] != benchmark.source:
-            raise ValueError(f"{self.out} holds {benchmark.name} from {before['source']}, now it is from "
-                             f"{benchmark.source}: set another --out")
+            raise ValueError(f"{self.out} holds {benchmark.name} from {before['source']}, now it is "
+                             f"from {benchmark.source}: set another --out")
         held = before["protocol"]["questions"] if before else 0
         if len(benchmark.questions) < held and self.out != Path(self.args.out or ""):
-            raise ValueError(f"{self.out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
-                             f"{len(benchmark.questions)}: --compare {self.out} takes it as it is, or set another --out")
+            raise ValueError(
+                f"{self.out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
+                f"{len(benchmark.questions)}: --compare {self.out} takes it as it is, or set another --out"
+            )
 
     def measure(self, benchmark: Benchmark, total: int, reflection: list[int], reward: Reward | None) -> None:
         start, before = time.perf_counter(), len(self.records.rows)

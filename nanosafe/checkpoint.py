@@ -82,13 +82,15 @@ class RunFolder:
         names = sorted(os.listdir(self.out)) if self.out.exists() else []
         known, old = re.compile(BEFORE_A_RUN), {}
         if "args.json" in names:
-            old = read_own(self.out / "args.json", {"save_every": int, "keep": int}, "set another --out, or mend it")
+            path = self.out / "args.json"
+            old = read_own(path, {"save_every": int, "keep": int}, "set another --out, or mend it")
             known = re.compile(OF_A_RUN)
             if self.checkpoints() or "final" in names:
                 return old  # whatever its user has put beside it
             names += [f"checkpoints/{path.name}" for path in self.out.glob("checkpoints/*")]
         if others := [name for name in names if not known.fullmatch(name)]:
-            raise ValueError(f"{self.out} holds other things than a run ({', '.join(others[:5])}): set another --out")
+            raise ValueError(f"{self.out} holds other things than a run ({', '.join(others[:5])}): set "
+                             "another --out")
         return old
 
     def checkpoints(self) -> list[Path]:
@@ -104,7 +106,8 @@ class RunFolder:
 
     def _cure(self) -> str:
         """Of a damaged checkpoint."""
-        return f"delete {self.resumed}, and the same command goes on from the checkpoint before it, or from the start"
+        return (f"delete {self.resumed}, and the same command goes on from the checkpoint before it, or "
+                "from the start")
 
     def attach(self, model: Decoder, tokenizer: Tokenizer, optimizer: Optimizer) -> None:
         """What is to be saved. If the run is resumed (`model` from `resumed`), restores the optimizer."""
@@ -221,6 +224,7 @@ class RunFolder:
                 if step > self.state["step"]:
                     break
             except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number}: not a row with its step; mend the line or delete it") from None
+                raise ValueError(f"{path}, line {number}, is no row with its step: mend the line or "
+                                 "delete it") from None
             kept.append(line)
         return b"".join(kept)

@@ -317,7 +317,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_own(path: Path, fields: Mapping[str, type], cure: str) -> dict:
-    """The object in a JSON file that an earlier run wrote. Raises ValueError naming the file, what is wrong and `cure`."""
+    """The object, with `fields`, of a file that an earlier run wrote.
+
+    Raises ValueError naming the file, what is wrong and `cure`.
+    """
     try:
         value = json.loads(path.read_bytes())
         problem = misfit(value, fields)
@@ -331,7 +334,7 @@ def read_own(path: Path, fields: Mapping[str, type], cure: str) -> dict:
 
 
 def misfit(value: object, fields: Mapping[str, type]) -> str | None:
-    """What keeps `value` from being an object with these fields of these types; None where nothing does."""
+    """What keeps `value` from being an object with these fields; None where nothing does."""
     if not isinstance(value, dict):
         return f"an object was written, found {type(value).__name__}"
     wrong = [name for name, kind in fields.items() if type(value.get(name)) is not kind]

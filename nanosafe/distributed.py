@@ -124,7 +124,8 @@ class Ranks:
 
 
 def end_with_parent() -> None:
-    """End this process soon after its parent, torchrun: nobody else would end a rank that waits for one that died."""
+    """End this process soon after its parent, torchrun, which would have ended the ranks that wait for
+    one that died."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -82,8 +82,8 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int) -> dict[str, str]:
                     own = Lock(out / job.name / "job.lock")
                     if not own.take():
                         if job.name not in orphans:
-                            tqdm.write(f"waiting for {job.name}, which goes on without the command that started it, as "
-                                       f"{own.holder()}", file=sys.stderr)  # fmt: skip
+                            tqdm.write(f"waiting for {job.name}, which goes on without the command "
+                                       f"that started it, as {own.holder()}", file=sys.stderr)
                         orphans.add(job.name)
                         continue
                     running.append(_start(job, out, environment, own))
@@ -113,7 +113,8 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int) -> dict[str, str]:
 
 def _start(job: Job, out: Path, environment: dict, lock: Lock) -> Running:
     with open(out / job.name / "log.txt", "a") as log:
-        # In a session of its own, so that the terminal's Ctrl-C reaches it only through _stop. It inherits the lock.
+        # In a session of its own, so that the terminal's Ctrl-C reaches it only through _stop. The lock
+        # goes with it.
         process = subprocess.Popen([sys.executable, "-m", *job.command], env=environment, stdin=subprocess.DEVNULL,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                                    pass_fds=[lock.descriptor])

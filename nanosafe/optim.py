@@ -122,9 +122,16 @@ class Optimizer:
 
         Raises ValueError, having changed nothing, for the state of another one.
         """
-        if wrong := self._misfits(stored):
-            raise ValueError("optimizer.safetensors does not fit the model; missing, of another shape or of no "
-                             f"parameter: {', '.join(wrong[:5])}")
+        kinds = {path.split("/")[0] for path in stored}  # all of them, or none, are there for every parameter
+        wrong = stored.keys() ^ {f"{kind}/{name}" for kind in kinds for name in self.masters}
+        for path, tensor in stored.items():
+            kind, name = path.split("/", 1)
+            elementwise = kind not in ("step", "scale")
+            if elementwise and path not in wrong and tensor.shape != list(self.masters[name].shape):
+                wrong.add(path)
+        if wrong:
+            raise ValueError("optimizer.safetensors does not fit the model; missing, misshapen or "
+                             f"of no parameter: {', '.join(sorted(wrong)[:5])}")
         for path in stored:
             key, name = path.split("/", 1)
             master = self.masters[name]
@@ -133,17 +140,3 @@ class Optimizer:
                 master.copy_(value)
             else:
                 self.adam.state[master][key] = value if key == "step" else value.to(master.device)
-
-    def _misfits(self, stored: StoredTensors) -> list[str]:
-        """What a saved state lacks, has in another shape, or has of no parameter."""
-        expected = {}
-        for name, master in self.masters.items():
-            fresh = {"step": torch.zeros(()), "exp_avg": master, "exp_avg_sq": master}  # AdamW makes them in a step
-            moments = self.adam.state.get(master) or fresh
-            if any(f"{key}/{name}" in stored for key in moments):  # a parameter without a gradient has none
-                expected |= {f"{key}/{name}": value for key, value in moments.items()}
-            if master is not self.parameters[name] or f"master/{name}" in stored:
-                expected[f"master/{name}"] = master
-        shapes = {path: list(value.shape) for path, value in expected.items()}
-        return [path for path in shapes | stored
-                if path not in shapes or path not in stored or stored[path].shape != shapes[path]]

@@ -17,12 +17,10 @@ import torch
 
 from nanosafe.config import tiny_seed
 from nanosafe.data import read_records
-from nanosafe.evals import plots
+from nanosafe.evals import plots, report
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.harness import summarize
-from nanosafe.evals.report import (
-    SUBJECTS, Row, check_comparable, difference, estimate, headline, markdown, read_result, sections,
-)  # fmt: skip
+from nanosafe.evals.report import SUBJECTS, Row, check_comparable, difference, estimate, headline, markdown, sections
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 from nanosafe.evals.tiny_tasks import tiny_suite
 from nanosafe.tiny import world
@@ -95,7 +93,7 @@ def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str)
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
                 rows = [row for row, _ in read_records(steps)] if steps.exists() else []
-                runs[arm.name][seed] = read_result(path) | {"steps": rows}
+                runs[arm.name][seed] = report.read_result(path) | {"steps": rows}
     check_comparable([result for of in runs.values() for result in of.values()])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
         runs["always refuse"] = dict.fromkeys(runs["base"], always_refuse(FAMILIES[model].style))

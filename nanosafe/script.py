@@ -201,7 +201,7 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters written out: from a file's field they could rule the user's terminal."""
+    """`text` with control characters written out: a file's could rule the user's terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 

@@ -352,7 +352,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write `content`, or let it write to the path it is given; `path` is always wholly old or wholly new."""
     path = Path(path)
-    with naming(path), staged(path.parent) as new:
+    with staged(path.parent) as new, naming(path):
         content(new / path.name) if callable(content) else (new / path.name).write_bytes(content)
 
 

@@ -24,6 +24,8 @@ from nanosafe import locks
 from nanosafe.checkpoint import RunFolder
 from nanosafe.distributed import Ranks
 from nanosafe.locks import hold
+from nanosafe.script import readable_errors
+from nanosafe.weights import load_model, write_atomic
 
 ENVIRONMENT = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
 
@@ -143,11 +145,12 @@ def test_a_finished_run_without_checkpoints_still_compares_flags(world, finished
     (train_sft, "--model"), (train_rl, "--model"), (train_rl, "--reward-model"), (evaluation, "--model"),
     (evaluation, "--compare"), (evaluation, "--reward-model"), (train_rl, "--plan"),
 ], ids=str)  # fmt: skip
-def test_a_run_folder_in_place_of_a_model_asks_whether_its_final_was_meant(world, finished, cut, tmp_path, script, flag):
+def test_a_run_folder_in_place_of_a_model_asks_for_its_final(world, finished, cut, tmp_path, script, flag):
     more = {"--plan": ["--plan"], "--reward-model": ["--model", str(finished / "final")]}.get(flag, [])
     for folder, meant in ((finished, finished / "final"), (cut, cut / "checkpoints/step-000003")):
         arguments = [flag.replace("--plan", "--model"), str(folder), "--out", str(tmp_path / "out"), *more]
-        arguments += [] if script is evaluation else ["--prompts" if script is train_rl else "--data", str(world / "rows.jsonl")]
+        data = {train_rl: "--prompts", train_sft: "--data", evaluation: "--memorization"}[script]
+        arguments += [data, str(world / "rows.jsonl")]
         expect_error(arguments, script, f"{folder} is a run folder, no model: did you mean {meant}?")
 
 
@@ -215,6 +218,15 @@ def test_ranks_end_when_their_torchrun_is_killed(tmp_path):
     launcher.communicate(timeout=20)  # until no process has the pipe any more
 
 
+def test_control_characters_in_an_error_are_shown_and_not_sent(capfd):
+    child = os.fork()
+    if child == 0:  # the script ends its process
+        with readable_errors():
+            raise ValueError("field '\x1b]0;owned\x07\x9b2J' of\nmodel.json, \u202e\u00e9")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert "error: field '\\x1b]0;owned\\x07\\x9b2J' of\nmodel.json, \\u202e\u00e9\n" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_was_stopped_says_so_by_its_exit_code(world, cut, monkeypatch, number):
     backward = train_sft.backward
@@ -230,14 +242,15 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_folder(finished, tmp_path
     out = tmp_path / "run"
     run = RunFolder(Namespace(out=str(out), dtype="float32", resume="auto", save_every=1, keep=1), Ranks("cpu"))
     run.state, run.total = {"step": 1, "skipped": 0}, 1
-    from nanosafe.weights import load_model
-
     run.model, run.tokenizer = load_model(finished / "final", dtype=torch.float32), None
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/args.json'"):
+            write_atomic(out / "args.json", b"{}")
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
             run.log("metrics.jsonl", [{"step": 1}])

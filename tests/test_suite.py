@@ -148,7 +148,7 @@ def test_own_data_needs_no_training_set_from_the_hub(small, tmp_path, monkeypatc
     flags = [*small[:position], *small[position + 2 :]]
     assert not _seen(["attaq"], {"attaq": "x.jsonl"}, None)
     warning = capsys.readouterr().err
-    assert "attaq: no question is left out" in warning and "HF_HUB_OFFLINE" in warning
+    assert "no question is left out" in warning and "HF_HUB_OFFLINE" in warning
     for harmful, files, training in ((["attaq"], {}, None), (["attaq"], {"attaq": "x.jsonl"}, "owner/name")):
         with pytest.raises(ConnectionError):
             _seen(harmful, files, training)

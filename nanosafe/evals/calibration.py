@@ -83,7 +83,8 @@ def load_records(folders: Sequence[str], ranks: Ranks) -> tuple[list[Text], dict
         if not rows:
             raise ValueError(f"{folder}/records.jsonl holds no judged response with a value 'safe': measure safety "
                              "with eval.py first")  # fmt: skip
-        label = read_own(folder / "result.json", {"label": str}, "measure with eval.py again")["label"]
+        path = folder / "result.json"
+        label = read_own(path, {"label": str}, "measure with eval.py again")["label"]
         texts += [Text(r["prompt"], r["response"], r["values"]["safe"] == 1, r["category"], label) for r in rows]
         rewards += [(r.get("reward_model"), r.get("reward")) for r in rows]
     [name, *others] = {name for name, _ in rewards}

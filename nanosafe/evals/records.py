@@ -21,7 +21,6 @@ from nanosafe.config import misfit
 from nanosafe.distributed import Ranks
 from nanosafe.weights import write_atomic
 
-
 KEY = {"benchmark": str, "id": str, "sample": int}
 FIELDS = {"category": str, "prompt": list, "response": str, "tokens": int, "truncated": bool, "values": dict,
           "judge": str, "token_ids": list, "entropies": list}  # fmt: skip

@@ -53,7 +53,10 @@ class Row(NamedTuple):
 
 
 def read_result(path: Path, of_part: Mapping[str, type] = PART) -> dict:
-    """A result.json, each of its benchmarks with these fields. Raises ValueError naming the file, the field and the cure where it is damaged."""
+    """A result.json, each of its benchmarks with these fields.
+
+    Raises ValueError naming the file, the field and the cure where it is damaged.
+    """
     cure = "delete it; eval.py on its folder measures again, from the responses that are kept there"
     result = read_own(path, RESULT, cure)
     for name, part in result["benchmarks"].items():

@@ -45,7 +45,8 @@ def paper_part(names: Sequence[str], *, judges: Sequence[str] | None, attacks: S
 
     judges: specs of judges.load_judge, the first for the headline figures (None: Granite Guardian, where a benchmark
     cannot do without); on `device` only while they judge. files: in place of the table's sources. training: SFT data
-    whose prompts are left out of the headline figures, "none", or None: TRAINING_SET's. Raises what load_benchmark, load_judge and attacked raise.
+    whose prompts are left out of the headline figures, or "none" (None: TRAINING_SET). Raises what load_benchmark,
+    load_judge and attacked raise.
     """
     kinds = {BENCHMARKS[name].grader for name in names}
     specs = judges or [DEFAULT_JUDGE] * bool(kinds & {"harm", "air-bench", "strongreject"})
@@ -72,16 +73,15 @@ def paper_part(names: Sequence[str], *, judges: Sequence[str] | None, attacks: S
 
 
 def _seen(harmful: Sequence[str], files: Mapping[str, str], training: str | None) -> frozenset[str]:
-    """The normalised prompts of the training set, where there are benchmarks that leave them out."""
-    if not harmful or training == "none":
-        return frozenset()
+    """The normalised prompts of the training set. The default one, if the hub is out of reach, is
+    done without where the data are the user's own."""
     try:
-        return training_prompts(training or TRAINING_SET)
+        wanted = harmful and training != "none"
+        return training_prompts(training or TRAINING_SET) if wanted else frozenset()
     except ConnectionError as error:
-        if training or set(harmful) - files.keys():  # what needs the hub anyway
+        if training or set(harmful) - files.keys():
             raise
-        print(f"warning: {', '.join(harmful)}: no question is left out for being a training prompt ({error})",
-              file=sys.stderr)
+        print("warning: no question is left out for being a training prompt:", error, file=sys.stderr)
         return frozenset()
 
 
