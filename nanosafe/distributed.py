@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
-PARENT_SECONDS = 2.0  # between two looks at whether torchrun still lives
+PARENT_SECONDS = 1.0  # between two looks at whether torchrun still lives
 
 
 class Ranks:

@@ -72,7 +72,11 @@ def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
             if not folder.is_dir():  # another process may have written it while this one waited
                 work = folder.with_name(f"{folder.name}.building")
                 shutil.rmtree(work, ignore_errors=True)
-                _write(config, work, shard_bytes)
+                try:
+                    _write(config, work, shard_bytes)
+                except OSError:  # a full disk, say: what was written would fill it for good
+                    shutil.rmtree(work, ignore_errors=True)
+                    raise
                 os.rename(work, folder)
                 sync(folder.parent)
     return folder

@@ -208,8 +208,9 @@ def test_a_damaged_file_is_named_with_its_cure_and_nothing_is_changed(world, cut
 
 def test_ranks_end_when_their_torchrun_is_killed(tmp_path):
     """Rank 0 waits for rank 1, which never comes: without torchrun nobody else would end either."""
-    (tmp_path / "waiting.py").write_text("import time; from nanosafe.distributed import Ranks; ranks = Ranks('cpu')\n"
-                                         "print('up', flush=True); ranks.wait() if ranks.main else time.sleep(600)")
+    code = ("import os, time; from nanosafe.distributed import Ranks; ranks = Ranks('cpu')\n"
+            "os.write(1, b'up\\n'); ranks.wait() if ranks.main else time.sleep(60)")
+    (tmp_path / "waiting.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launcher = subprocess.Popen([*command, str(tmp_path / "waiting.py")], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip

@@ -258,7 +258,8 @@ def test_a_job_whose_parent_was_killed_is_waited_for_and_not_started_beside_itse
     assert (fake.out / "slow/final").read_text() == "the first"
 
 
-def test_a_second_command_on_the_same_folder_is_refused_and_writes_nothing(tmp_path):
+def test_a_second_command_on_the_same_folder_is_refused_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "run_jobs", lambda *_: {})
     with held_by_another(tmp_path) as process, pytest.raises(ValueError, match=f"written by process {process} on "):
         paper.main(["--model", "tiny", "--seeds", "1", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
