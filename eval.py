@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 
 from nanosafe import script
-from nanosafe.config import RECIPES, ModelConfig, read_json
+from nanosafe.config import ModelConfig, misfit
 from nanosafe.data import load_rows, sft_documents
 from nanosafe.distributed import Ranks
 from nanosafe.evals.attacks import ATTACKS
@@ -56,17 +56,19 @@ from nanosafe.evals.diagnostics import memorization, reflection_ids
 from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
 from nanosafe.evals.plots import plot_comparison
 from nanosafe.evals.records import RecordFile, digest
-from nanosafe.evals.report import forking_tokens, protocols, table, terminal
+from nanosafe.evals.report import PART, forking_tokens, protocols, read_result, table, terminal
 from nanosafe.evals.statistics import Estimate, over_items
-from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, paper_part, slug, tiny_part
+from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, TRAINING_SET, paper_part, slug, tiny_part
 from nanosafe.evals.tasks import Benchmark, adapt
 from nanosafe.evals.tiny_tasks import tiny_suite
 from nanosafe.evals.unitxt import write_unitxt
+from nanosafe.locks import hold
 from nanosafe.model import Decoder
 from nanosafe.rewards import Reward, load_reward
 from nanosafe.tokenizer import load_tokenizer
 from nanosafe.weights import find_checkpoint, load_model, write_atomic
 
+MEASURED = PART | {"protocol": dict}
 CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")  # sections that are printed too
 
 
@@ -90,8 +92,9 @@ def flags() -> ArgumentParser:
     add("--judge-bounds", nargs=2, type=script.finite_float, metavar=("LOW", "HIGH"),
         help="of a reward model as --judge: the scores that count as wholly harmful and wholly safe")
     add("--regrade", action="store_true", help="ask the judge again about responses that it has judged")
-    add("--training-prompts", default=RECIPES["sft"]["data"], metavar="FILE", help="SFT data (hub id or file) whose "
-        "prompts are left out of safety's headline figures, or none (default: %(default)s)")
+    add("--training-prompts", metavar="FILE", help="SFT data (hub id or file) whose prompts are left "
+        f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, none "
+        "where it cannot be reached)")
     add("--thinking", **script.THINKING)
     add("--date", **script.DATE)
     add("--split", choices=("test", "validation"), default="test", help="of the tiny world (default: %(default)s)")
@@ -101,7 +104,7 @@ def flags() -> ArgumentParser:
     add("--reward-model", help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
     add("--memorization", metavar="FILE", help="SFT data (hub id or file): how well the model knows its responses "
         "(those of the first --limit rows)")
-    add("--out", help="folder (default: evals/NAME, of several models evals/)")
+    add("--out", help="folder (default: evals/NAME, of several models evals/ and evals/NAME-vs-NAME)")
     add("--resume", choices=("auto", "never"), default="auto",
         help="auto: keep the responses that OUT holds (default); never: refuse such a folder")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if low >= high:
         raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")
     names = args.compare or args.model
-    ready = {name: read_json(Path(name) / "result.json") for name in args.compare or ()
+    ready = {name: read_result(Path(name) / "result.json", MEASURED) for name in args.compare or ()
              if (Path(name) / "result.json").exists()}
     labels = args.label or [ready[name]["label"] if name in ready else short_name(name) for name in names]
     if len(labels) != len(names) or len(set(labels)) < len(labels):
@@ -126,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks = Ranks(args.device)
     args.dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
     ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}, PyTorch {torch.__version__}")
-    top = Path(args.out or "evals")
+    top, several = Path(args.out or "evals"), len(names) > 1 or bool(ready)
+    together = comparison_folder(names, args.out) if several else None
     outs = [top if args.out and len(names) == 1 else top / short_name(label) for label in labels]
     args.date = comparison_date(args.date, [*map(Path, ready), *outs], ranks)
     reward, results, suite = None, [], Suite(args, ranks)
@@ -139,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
             results.append(ready[name] | {"label": label})
         else:
             results.append(Evaluation(name, label, out, args, ranks, suite).run(reward))
-    if len(results) > 1 or ready:
-        out = top if args.out else top / "comparison"
-        write_table(results, out, ranks)
+    if several:
+        out = together
+        write_table(results, out, ranks, compared(names))
         if ranks.main:
             ranks.print("drew", *plot_comparison(results, out))
     ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {out}/table.md")
@@ -152,7 +156,11 @@ def main(argv: list[str] | None = None) -> None:
 def comparison_date(given: str | None, folders: list[Path], ranks: Ranks) -> str:
     """The day that templates of a comparison write: `given`, a measured result's, or today."""
     files = [folder / "result.json" for folder in folders if (folder / "result.json").exists()]
-    found = {read_json(file).get("settings", {}).get("date") for file in files} - {None}
+    found = set()
+    for file in files:
+        settings = read_result(file, MEASURED).get("settings")
+        if isinstance(settings, dict) and settings.get("date"):
+            found.add(settings["date"])
     if len(found) > 1:
         days = ", ".join(sorted(found))
         ranks.print(f"warning: asked on different days ({days}), which some chat templates write")
@@ -166,8 +174,25 @@ def short_name(model: str) -> str:
     return re.sub(r"[@/:\\]", "-", f"{parents[-1]}-{last}" if belongs else last)
 
 
-def write_table(results: list[dict], folder: Path, ranks: Ranks) -> None:
-    text = f"{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
+def comparison_folder(names: list[str], out: str | None) -> Path:
+    """Of the table and plots of several models: `out`, or one in evals/ that is named after them.
+
+    Raises ValueError for one that holds another table.
+    """
+    folder = Path(out or "evals/" + "-vs-".join(map(short_name, names))[:100])
+    path = folder / "table.md"
+    if path.exists() and compared(names) not in path.read_text().splitlines():
+        raise ValueError(f"{path} is the table of other models: set another --out")
+    return folder
+
+
+def compared(names: list[str]) -> str:
+    """The line by which a table says whose it is."""
+    return f"Compared: {', '.join(f'`{name}`' for name in names)}"
+
+
+def write_table(results: list[dict], folder: Path, ranks: Ranks, title: str = "") -> None:
+    text = f"{title}\n\n{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
     if lines := forking_tokens(results):
         text += "\n".join(["\n**Forking tokens** (those in the top fifth by entropy; nats)", *lines, ""])
     if ranks.main:
@@ -192,6 +217,10 @@ class Suite:
         """Those that the model in `name` is asked; raises ValueError where the flags choose none for it."""
         args, tiny = self.args, tiny_part(config, self.chosen, self.args.split)
         names = [one for one in self.chosen if one in BENCHMARKS]
+        unused = sorted(self.files.keys() - set(names or PAPER))
+        if unused or self.files and tiny and not names:
+            raise ValueError(f"--data {' '.join(unused or self.files)}: {name} is not asked that: "
+                             "name it in --benchmarks, or leave the file out")
         if not tiny and not names:
             if self.chosen:
                 raise ValueError(f"{name} is no model of the tiny world: --benchmarks tiny,{args.benchmarks} asks it "
@@ -200,11 +229,11 @@ class Suite:
         if args.attack and not names:
             raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has attacks of its own")
         if names and self.paper is None:
-            training = None if args.training_prompts == "none" else args.training_prompts
             with self.ranks.main_first():
                 self.paper = paper_part(
                     names, judges=args.judge, bounds=args.judge_bounds, attacks=args.attack, files=self.files,
-                    training=training, seed=args.seed, device=self.ranks.device, dtype=getattr(torch, args.dtype),
+                    training=args.training_prompts, seed=args.seed, device=self.ranks.device,
+                    dtype=getattr(torch, args.dtype),
                 )  # fmt: skip
         return tiny + (self.paper if names else [])
 
@@ -230,39 +259,57 @@ class Evaluation:
         self.result = {"model": name, "label": label, "run": checkpoint and checkpoint[1],
                        "step": checkpoint and int(checkpoint[2]), "settings": settings, "memorization": None,
                        "benchmarks": {}}  # fmt: skip
+        self.lock = hold(out) if ranks.main else None
         self.records = RecordFile(out / "records.jsonl", ranks)
         if self.records.rows and args.resume == "never":
             raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
         if self.records.rows:
-            old = read_json(out / "result.json") if (out / "result.json").exists() else {}
-            before = old.get("settings", {})
+            path = out / "result.json"
+            old = read_result(path, MEASURED) if path.exists() else {}
+            before = {} if misfit(old, {"settings": dict}) else old["settings"]
             changed = [f"{key} was {before.get(key)}, is {settings[key]}" for key in settings
                        if before.get(key) != settings[key]]  # fmt: skip
             if changed:
                 raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
                                  "set another --out, or delete it")
-            self.result |= {key: old[key] for key in ("memorization", "benchmarks")}
+            self.result["memorization"] = old.get("memorization")
+            self.result["benchmarks"] = old["benchmarks"]
         ranks.wait()  # every rank has read the folder before rank 0 changes it
 
     def run(self, reward: Reward | None) -> dict:
         """Measure what --benchmarks and --memorization name; result.json grows by each."""
+        args = self.args
+        asked = [adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
+                       max_response_tokens=args.max_response_tokens) for benchmark in self.suite]
+        for benchmark in asked:
+            self.check(benchmark)
         self.save()
         reflection = reflection_ids(self.tokenizer)
-        for benchmark in self.suite:
-            asked = adapt(benchmark, seed=self.args.seed, samples=self.args.samples, limit=self.args.limit,
-                          max_response_tokens=self.args.max_response_tokens)
-            self.measure(asked, len(benchmark.questions), reflection, reward)
+        for benchmark, whole in zip(asked, self.suite, strict=True):
+            self.measure(benchmark, len(whole.questions), reflection, reward)
         if self.args.memorization:
             self.result["memorization"] = self.memorized()
             self.save()
         write_table([self.result], self.out, self.ranks)
         return self.result
 
+    def check(self, benchmark: Benchmark) -> None:
+        """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
+
+        Less is what is wanted where --out names the folder itself; the responses are kept anyway.
+        """
+        before = self.result["benchmarks"].get(benchmark.name)
+        if before and before["source"] != benchmark.source:
+            raise ValueError(f"{self.out} holds {benchmark.name} from {before['source']}, now it is "
+                             f"from {benchmark.source}: set another --out")
+        held = before["protocol"]["questions"] if before else 0
+        if len(benchmark.questions) < held and self.out != Path(self.args.out or ""):
+            raise ValueError(
+                f"{self.out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
+                f"{len(benchmark.questions)}: --compare {self.out} takes it as it is, or set another --out"
+            )
+
     def measure(self, benchmark: Benchmark, total: int, reflection: list[int], reward: Reward | None) -> None:
-        source = self.result["benchmarks"].get(benchmark.name, {}).get("source", benchmark.source)
-        if source != benchmark.source:
-            raise ValueError(f"{self.out} holds {benchmark.name} from {source}, now it is from {benchmark.source}: set "
-                             "another --out")  # fmt: skip
         start, before = time.perf_counter(), len(self.records.rows)
         records = respond(
             self.model, self.tokenizer, benchmark, ranks=self.ranks, seed=self.args.seed, file=self.records,

@@ -178,10 +178,10 @@ def main(argv: list[str] | None = None) -> None:
         for warning in watch.warnings() if due else ():
             ranks.print(f"  warning: {warning}")
         run.save_if_due()
-    run.finish()
-    if watch is not None and run.state["step"] == args.steps:
-        ranks.print(watch.table())
     tracker.close()
+    run.finish()
+    if watch is not None:
+        ranks.print(watch.table())
     ranks.close()
 
 

@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         tracker.log(row)
         ranks.print(console_line(row, steps))
         run.save_if_due()
-    run.finish()
     tracker.close()
+    run.finish()
     ranks.close()
 
 

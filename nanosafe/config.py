@@ -6,8 +6,10 @@ a config that loads is a config that is computed exactly. Also here: short names
 recipes of the two training scripts.
 """
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -312,6 +314,31 @@ class ModelConfig:
             generation=generation,
             source=source,
         )
+
+
+def read_own(path: Path, fields: Mapping[str, type], cure: str) -> dict:
+    """The object, with `fields`, of a file that an earlier run wrote.
+
+    Raises ValueError naming the file, what is wrong and `cure`.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        problem = misfit(value, fields)
+    except FileNotFoundError:
+        problem = "it is missing"
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON: {error}"
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}): {cure}")
+    return value
+
+
+def misfit(value: object, fields: Mapping[str, type]) -> str | None:
+    """What keeps `value` from being an object with these fields; None where nothing does."""
+    if not isinstance(value, dict):
+        return f"an object was written, found {type(value).__name__}"
+    wrong = [name for name, kind in fields.items() if type(value.get(name)) is not kind]
+    return f"field {wrong[0]!r} is missing or no {fields[wrong[0]].__name__}" if wrong else None
 
 
 def _count_labels(fields: dict, source: str) -> int:

@@ -8,6 +8,8 @@ gathered once (`gathered`). gloo on CPU, nccl on CUDA; started by torchrun, or a
 import heapq
 import os
 import re
+import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
+PARENT_SECONDS = 1.0  # between two looks at whether torchrun still lives
 
 
 class Ranks:
@@ -51,6 +54,8 @@ class Ranks:
         self.patient = None
         if self.world > 1:
             if not dist.is_initialized():
+                if "TORCHELASTIC_RUN_ID" in os.environ:
+                    end_with_parent()
                 join_group(self.device)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -129,6 +134,19 @@ def join_group(device: torch.device, **options) -> None:
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **options)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT, **options)
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent, torchrun, which would have ended the ranks that wait for
+    one that died."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:

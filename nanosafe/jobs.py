@@ -1,7 +1,8 @@
 """Commands as processes side by side, each in a folder of its own: started when what they need is done, and resumable.
 
 A job's folder gets log.txt and, when the job ends, job.json: {"command", "done", "seconds"}. A job is done if that says
-so of the same command and its output stands; any other is started (again), and resumes by itself as far as it can.
+so of the same command and its output stands; any other is started (again), and resumes by itself as far as it can. A
+job holds job.lock as long as it runs: one whose parent was killed is waited for, not started beside itself.
 """
 
 import json
@@ -16,7 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanosafe.config import read_own
 from nanosafe.distributed import available_cores
+from nanosafe.locks import Lock
+from nanosafe.script import visible
 from nanosafe.weights import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +36,12 @@ class Job:
     seconds: float | None = None  # expected; None: not known
 
     def state(self, out: Path) -> dict:
-        """job.json; seconds are those of all runs, interrupted ones too."""
+        """job.json; seconds are those of all runs, interrupted ones too. Raises ValueError where it is damaged."""
         path = out / self.name / "job.json"
-        return json.loads(path.read_text()) if path.exists() else {"command": [], "done": False, "seconds": 0.0}
+        if not path.exists():
+            return {"command": [], "done": False, "seconds": 0.0}
+        return read_own(path, {"command": list, "done": bool, "seconds": float},
+                        "delete it, and the job is started again and goes on where it was")
 
     def is_done(self, out: Path) -> bool:
         state = self.state(out)
@@ -57,6 +64,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int) -> dict[str, str]:
     threads = max(1, available_cores() // workers)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    orphans: set[str] = set()
     waiting = [job for job in jobs if not job.is_done(out)]
     done, failed = {job.name for job in jobs} - {job.name for job in waiting}, {}
     running: list[Running] = []
@@ -71,7 +79,14 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int) -> dict[str, str]:
                 if broken:
                     failed[job.name] = f"not started: {broken[0]} failed"
                 elif len(running) < workers and done.issuperset(job.needs):
-                    running.append(_start(job, out, environment))
+                    own = Lock(out / job.name / "job.lock")
+                    if not own.take():
+                        if job.name not in orphans:
+                            tqdm.write(f"waiting for {job.name}, which goes on without the command "
+                                       f"that started it, as {own.holder()}", file=sys.stderr)
+                        orphans.add(job.name)
+                        continue
+                    running.append(_start(job, out, environment, own))
                 else:
                     continue
                 waiting.remove(job)
@@ -92,22 +107,24 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int) -> dict[str, str]:
         bar.close()
         signal.signal(signal.SIGTERM, previous)
     for name, why in failed.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
+        print(visible(f"failed: {name}: {why}"), file=sys.stderr)
     return failed
 
 
-def _start(job: Job, out: Path, environment: dict) -> Running:
-    folder = out / job.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log:
-        # In a session of its own, so that the terminal's Ctrl-C reaches it only through _stop.
+def _start(job: Job, out: Path, environment: dict, lock: Lock) -> Running:
+    with open(out / job.name / "log.txt", "a") as log:
+        # In a session of its own, so that the terminal's Ctrl-C reaches it only through _stop. The lock
+        # goes with it.
         process = subprocess.Popen([sys.executable, "-m", *job.command], env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                   pass_fds=[lock.descriptor])
+    lock.name_holder(process.pid)
+    lock.close()
     return Running(job, process, time.monotonic())
 
 
 def _settle(entry: Running, out: Path) -> str | None:
-    """Note how a job ended; -> what went wrong, if something did. (A script that was stopped exits with 0.)"""
+    """Note how a job ended; -> what went wrong, if something did."""
     job, folder, code = entry.job, out / entry.job.name, entry.process.returncode
     done = code == 0 and (folder / job.output).exists()
     seconds = job.state(out)["seconds"] + time.monotonic() - entry.began

@@ -121,7 +121,20 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, stored: StoredTensors) -> None:
-        """The inverse of `state`, on an optimizer of the same model, whatever number of processes saved it."""
+        """The inverse of `state`, on an optimizer of the same model, whatever number of processes saved it.
+
+        Raises ValueError, having changed nothing, for the state of another one.
+        """
+        kinds = {path.split("/")[0] for path in stored}  # all of them, or none, are there for every parameter
+        wrong = stored.keys() ^ {f"{kind}/{name}" for kind in kinds for name in self.masters}
+        for path, tensor in stored.items():
+            kind, name = path.split("/", 1)
+            elementwise = kind not in ("step", "scale")
+            if elementwise and path not in wrong and tensor.shape != list(self.masters[name].shape):
+                wrong.add(path)
+        if wrong:
+            raise ValueError("optimizer.safetensors does not fit the model; missing, misshapen or "
+                             f"of no parameter: {', '.join(sorted(wrong)[:5])}")
         for path in stored:
             key, name = path.split("/", 1)
             master = self.masters[name]

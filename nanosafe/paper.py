@@ -33,6 +33,7 @@ from nanosafe.evals.suite import PAPER as PAPER_SUITE
 from nanosafe.evals.suite import slug
 from nanosafe.evals.tiny_tasks import tiny_suite
 from nanosafe.jobs import Job, run_jobs
+from nanosafe.locks import hold
 from nanosafe.script import positive_int, readable_errors
 from nanosafe.tiny.build import FAMILIES, is_tiny
 
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
     out, failed = Path(args.out), {}
-    out.mkdir(parents=True, exist_ok=True)
+    lock = hold(out)
     try:
         failed = run_jobs(list(jobs.values()), out, workers)
     finally:
@@ -129,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             command = shlex.join(["python", "-m", "nanosafe.paper", *(sys.argv[1:] if argv is None else argv)])
             file.write(json.dumps({"command": command, "began": began, "seconds": time.time() - began}) + "\n")
         print("wrote", paper_report.write(kind, out, arms, seeds, failed))
+        lock.close()
     if failed:
         raise SystemExit(1)
 

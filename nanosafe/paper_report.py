@@ -5,7 +5,6 @@ numbers. Two kinds of interval are kept apart: over seeds (would another trainin
 paired within one seed (would other questions?).
 """
 
-import json
 import platform
 import subprocess
 from collections import defaultdict
@@ -16,8 +15,9 @@ from statistics import StatisticsError, correlation
 
 import torch
 
-from nanosafe.config import read_json, tiny_seed
-from nanosafe.evals import plots
+from nanosafe.config import tiny_seed
+from nanosafe.data import read_records
+from nanosafe.evals import plots, report
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.harness import summarize
 from nanosafe.evals.report import SUBJECTS, Row, check_comparable, difference, estimate, headline, markdown, sections
@@ -92,8 +92,8 @@ def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str)
             folder = out / f"{model.split('/')[-1]}-{seed}" / arm.slug
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
-                rows = steps.read_text().splitlines() if steps.exists() else []
-                runs[arm.name][seed] = read_json(path) | {"steps": [json.loads(row) for row in rows]}
+                rows = [row for row, _ in read_records(steps)] if steps.exists() else []
+                runs[arm.name][seed] = report.read_result(path) | {"steps": rows}
     check_comparable([result for of in runs.values() for result in of.values()])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
         runs["always refuse"] = dict.fromkeys(runs["base"], always_refuse(FAMILIES[model].style))
@@ -346,7 +346,7 @@ def tuning(runs: Runs) -> list[str]:
 
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
-    rows = [json.loads(line) for line in sessions.read_text().splitlines()] if sessions.exists() else []
+    rows = [row for row, _ in read_records(sessions)] if sessions.exists() else []
     git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
                          text=True)
     minutes = sum(row["seconds"] for row in rows) / 60

@@ -144,7 +144,8 @@ def known_config(name: str) -> tuple[ModelConfig, str] | None:
     from nanosafe.tiny import build  # here: it uses the scripts' files
 
     base, repos = name.partition("@")[0], {repo.partition("@")[0]: alias for alias, repo in ALIASES.items()}
-    if (folder := Path(name).expanduser()).is_dir():
+    if Path(name).expanduser().is_dir():
+        folder = find_checkpoint(name)
         return ModelConfig.from_folder(folder), str(folder / "config.json")
     if build.is_tiny(name):
         policy = build.FAMILIES.get(base)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nanosafe.config import ModelConfig
 from nanosafe.distributed import Ranks
+from nanosafe.locks import locked
 from nanosafe.model import Decoder
 from nanosafe.plan import find_config
 from nanosafe.randomness import derive_seed
@@ -67,11 +68,15 @@ def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
     slug = re.sub(r"[^\w.]+", "-", name.rstrip("/").split("/")[-1]).strip("-.")
     folder = build.cache() / f"random-{slug}-{identity}"
     if not folder.is_dir():
-        with build.locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():  # another process may have written it while this one waited
                 work = folder.with_name(f"{folder.name}.building")
                 shutil.rmtree(work, ignore_errors=True)
-                _write(config, work, shard_bytes)
+                try:
+                    _write(config, work, shard_bytes)
+                except OSError:  # a full disk, say: what was written would fill it for good
+                    shutil.rmtree(work, ignore_errors=True)
+                    raise
                 os.rename(work, folder)
                 sync(folder.parent)
     return folder

@@ -220,6 +220,12 @@ def progress(items: Sequence, what: str, ranks: Ranks) -> Iterable:
 
 
 @contextmanager
+def visible(text: str) -> str:
+    """`text` with control characters written out: a file's could rule the user's terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
 def readable_errors() -> Iterator[None]:
     """A user's mistake (a missing file, a wrong field, a full disk) ends the script with its message alone."""
     try:
@@ -231,6 +237,6 @@ def readable_errors() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             message += "\nA smaller --tokens-per-microbatch or a smaller model needs less memory."
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}{message}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        print(f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         # Without clean-up: leaving the process group would wait for ranks that may never come.
         os._exit(1)

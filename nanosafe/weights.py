@@ -56,6 +56,10 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
     if folder.is_dir():
+        steps = sorted(folder.glob("checkpoints/step-*/config.json"), reverse=True)
+        inside = [*folder.glob("final/config.json"), *steps]
+        if inside and not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} is a run folder, no model: did you mean {inside[0].parent}?")
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
@@ -380,7 +384,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write `content`, or let it write to the path it is given; `path` is always wholly old or wholly new."""
     path = Path(path)
-    with staged(path.parent) as new:
+    with staged(path.parent) as new, naming(path):
         content(new / path.name) if callable(content) else (new / path.name).write_bytes(content)
 
 
@@ -396,7 +400,8 @@ def staged(folder: Path, writes: bool = True) -> Iterator[Path | None]:
     folder.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
-        yield new
+        with naming(folder):
+            yield new
         files = sorted(new.iterdir())  # so that shards ("model-") come before their index ("model.")
         for file in files:
             file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
@@ -412,5 +417,17 @@ def staged(folder: Path, writes: bool = True) -> Iterator[Path | None]:
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
+    with naming(path):
+        os.fsync(descriptor)
     os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error in writing, such as of a full disk, names no file by itself: it is given `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

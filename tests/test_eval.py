@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_checkpoint import held_by_another
 from world import CHATML, write_policy, write_rows, write_world
 
 import eval as evaluation
@@ -469,6 +470,44 @@ def test_a_record_that_was_edited_is_an_error(written, edited, tmp_path):
         RecordFile(path, Ranks("cpu"))
 
 
+@pytest.mark.parametrize("row, problem", [
+    ("7", "an object was written"), ('{"benchmark": "sums", "id": "q0"}', "'sample'"),
+    ('{"benchmark": "sums", "id": ["q"], "sample": 0}', "'id'"),
+    ('{"benchmark": "sums", "id": "q0", "sample": 0, "token_ids": 3}', "'token_ids'"),
+])  # fmt: skip
+def test_a_damaged_record_is_named_with_its_line(tmp_path, row, problem):
+    (tmp_path / "records.jsonl").write_text(json.dumps(record("q1", 0, 1.0)) + "\n" + row + "\n")
+    with pytest.raises(ValueError, match=f"records.jsonl, line 2, is no record .*{problem}.*: mend the line"):
+        RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
+
+
+def test_a_record_without_its_response_is_named(policy, tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"benchmark": "sums", "id": "q1", "sample": 0, "prompt": []}\n')
+    file = RecordFile(tmp_path / "records.jsonl", Ranks("cpu"))
+    with pytest.raises(ValueError, match="records.jsonl: .* question q1, has no response, no tokens, no truncated"):
+        respond(*policy, small_benchmark(), ranks=Ranks("cpu"), seed=0, file=file)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: text.replace('"benchmarks"', '"benchmark"'),
+    lambda text: text.replace('"headline"', '"head"', 1), lambda text: text.replace('"protocol"', '"protocols"', 1),
+])  # fmt: skip
+def test_a_damaged_result_is_named_with_its_cure(world, measured, tmp_path, damage):
+    out = shutil.copytree(measured, tmp_path / "out")
+    (out / "result.json").write_text(damage((out / "result.json").read_text()))
+    expect_error(arguments(world, out), f"{out}/result.json is damaged", "delete it; eval.py")
+    expect_error(["--compare", str(out), str(measured)], f"{out}/result.json is damaged")
+
+
+def test_an_evaluation_that_another_process_writes_is_left_to_it(world, measured, tmp_path):
+    out = shutil.copytree(measured, tmp_path / "out")
+    before = (out / "records.jsonl").read_bytes()
+    (out / "records.jsonl").write_bytes(before + b'{"half a li')
+    with held_by_another(out) as process:
+        expect_error(arguments(world, out), f"{out} is being written by process {process} on ", "another --out")
+    assert (out / "records.jsonl").read_bytes() == before + b'{"half a li', "a line that is being written is not cut"
+
+
 # Comparison
 
 
@@ -611,6 +650,31 @@ def test_models_and_results_are_compared_and_drawn(world, measured, tmp_path, ca
     assert "**Diagnostics**" in (tmp_path / "out/table.md").read_text()
 
 
+def test_a_comparison_does_not_overwrite_another(world, measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(measured, tmp_path / name)
+        result = read_json(tmp_path / name / "result.json")
+        (tmp_path / name / "result.json").write_text(json.dumps(result | {"label": name}))
+    evaluation.main(["--compare", str(measured), "one"])
+    evaluation.main(["--compare", str(measured), "two"])
+    evaluation.main(["--compare", str(measured), "two"])
+    found = {path.parent.name: path.read_text() for path in (tmp_path / "evals").glob("*/table.md")}
+    assert sorted(found) == ["policy-vs-one", "policy-vs-two"]
+    assert all(f"| {name.removeprefix('policy-vs-')} − policy |" in text for name, text in found.items())
+    expect_error(["--compare", str(measured), "one", "--out", "evals/policy-vs-two"], "table of other models", "--out")
+    assert (tmp_path / "evals/policy-vs-two/table.md").read_text() == found["policy-vs-two"]
+
+
+def test_a_comparison_of_fewer_questions_does_not_overwrite_a_measured_result(world, measured, tmp_path):
+    out = shutil.copytree(measured, tmp_path / "evals" / "policy")
+    asked = ["--compare", str(measured), str(world / "policy"), "--label", "first", "policy", "--out"]
+    expect_error([*asked, str(out.parent), *SMALL, "--limit", "3"], f"{out}/result.json holds 4 questions of safety",
+                 f"--compare {out}")  # fmt: skip
+    assert (out / "result.json").read_bytes() == (measured / "result.json").read_bytes()
+    assert not (out.parent / "table.md").exists()
+
+
 def drawn(monkeypatch) -> list:
     """The axes of each figure that is saved from now on."""
     kept = []
@@ -677,6 +741,7 @@ def test_mistakes_name_their_cure(world, measured, tmp_path):
                  "no model of the tiny world", "--benchmarks tiny,safety")  # fmt: skip
     expect_error(arguments(world, tmp_path / "x", "--benchmarks", "tiny,math"), "math", "arithmetic-no-thought, attaq")
     expect_error(arguments(world, tmp_path / "x", "--data", "math-500"), "--data math-500", "NAME=FILE")
+    expect_error(arguments(world, tmp_path / "x", "--data", "math-500=x.jsonl"), "--data math-500", "--benchmarks")
     expect_error(arguments(world, tmp_path / "x", "--attack", "role-play"), "--attack wraps the paper's")
     expect_error(arguments(world, tmp_path / "x", "--max-response-tokens", "250"), "--max-response-tokens 250", "256")
     expect_error(arguments(world, tmp_path / "x", "--model", str(world / "reward")), "reward model")

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from test_checkpoint import held_by_another
 
 import eval as eval_script
 import train_rl
@@ -177,7 +178,11 @@ out, what = pathlib.Path(sys.argv[1]), sys.argv[2]
 with open(out.parent / "order.txt", "a") as file: file.write(out.name + "\\n")
 if what == "fail": print("the reason"); sys.exit(3)
 if what == "sleep": time.sleep(60)
-if what != "nothing": (out / "final").write_text("")
+if what == "slow":
+    time.sleep(2)
+    (out / "final").write_text("the first")
+if what == "ended": sys.exit(not (out / "final").exists())
+if what not in ("nothing", "slow"): (out / "final").write_text("")
 """
 
 
@@ -232,6 +237,47 @@ def test_stopping_ends_the_children_and_leaves_them_undone(fake, tmp_path):
     assert process.wait(timeout=20) != 0 and b"KeyboardInterrupt" in process.stderr.read()
     assert json.loads((fake.out / "slow" / "job.json").read_text())["done"] is False
     assert not subprocess.run(["pgrep", "-f", f"{fake.out}/slow"], capture_output=True).stdout
+
+
+def test_a_job_whose_parent_was_killed_is_waited_for_and_not_started_beside_itself(fake, tmp_path, capfd):
+    code = ("from nanosafe.jobs import *; from pathlib import Path; import sys\n"
+            "run_jobs([Job('slow', ('fake_job', sys.argv[1] + '/slow', 'slow'), 'final')], Path(sys.argv[1]), 1)")
+    root = str(Path(__file__).parent.parent)
+    parent = subprocess.Popen([sys.executable, "-c", code, str(fake.out)], cwd=root, stderr=subprocess.DEVNULL,
+                              env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"})  # fmt: skip
+    until = time.monotonic() + 30
+    while not (fake.out / "order.txt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    orphan = re.search(r"process (\d+) on ", (fake.out / "slow/job.lock").read_text())
+    assert run_jobs([fake("slow", "ended"), fake("other")], fake.out, 2) == {}
+    said = capfd.readouterr().err
+    assert f"waiting for slow, which goes on without the command that started it, as {orphan[0]}" in said
+    assert fake.order() == ["slow", "other", "slow"], "begun again only after it had ended"
+    assert (fake.out / "slow/final").read_text() == "the first"
+
+
+def test_a_second_command_on_the_same_folder_is_refused_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "run_jobs", lambda *_: {})
+    with held_by_another(tmp_path) as process, pytest.raises(ValueError, match=f"written by process {process} on "):
+        paper.main(["--model", "tiny", "--seeds", "1", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("text", ['{"done": tr', "[]", '{"command": [], "done": "yes", "seconds": 0.0}'])
+def test_a_damaged_job_file_is_named_with_its_cure(fake, text):
+    (fake.out / "a").mkdir(parents=True)
+    (fake.out / "a/job.json").write_text(text)
+    with pytest.raises(ValueError, match="a/job.json is damaged .*: delete it, and the job is started again"):
+        run_jobs([fake("a")], fake.out, 1)
+
+
+def test_control_characters_of_a_jobs_log_are_shown_and_not_sent(fake, capfd):
+    (fake.out / "bad").mkdir(parents=True)
+    (fake.out / "bad/log.txt").write_text("\x1b]0;owned\x07\n")
+    run_jobs([fake("bad", "fail")], fake.out, 1)
+    assert "\\x1b]0;owned\\x07" in capfd.readouterr().err
 
 
 # What the report says.

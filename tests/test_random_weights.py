@@ -87,6 +87,15 @@ def test_too_small_a_vocabulary_and_a_full_disk_are_said(tmp_path, monkeypatch):
         random_checkpoint(str(tmp_path))
     assert not list((tmp_path / "cache").glob("random-*building"))
 
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Namespace(free=10**12))
+    monkeypatch.setattr("nanosafe.random_weights.write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        random_checkpoint(str(tmp_path))
+    assert not list((tmp_path / "cache").glob("random-*building"))
+
 
 def run(script: str, *flags: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

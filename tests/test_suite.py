@@ -21,7 +21,7 @@ import eval as evaluation
 from nanosafe.config import ModelConfig, read_json
 from nanosafe.evals import harness
 from nanosafe.evals.judges import Guard
-from nanosafe.evals.suite import _side_by_side, tiny_part
+from nanosafe.evals.suite import _seen, _side_by_side, tiny_part
 from nanosafe.evals.tasks import Question
 from nanosafe.sampler import Completion
 from nanosafe.tokenizer import load_tokenizer
@@ -134,6 +134,9 @@ def test_arms_are_compared_also_where_one_is_partial(small, whole, tmp_path, cap
     position = small.index("--model")
     flags = small[:position] + small[position + 2 :]
     flags[flags.index(",".join(ASKED))] = "attaq,math-500"
+    with pytest.raises(ValueError, match="--data aime24 gpqa-diamond xstest: .*/other is not asked that"):
+        evaluation.main(["--model", str(tmp_path / "other"), *flags, "--out", str(tmp_path / "out")])
+    flags = [flag for flag in flags if not re.match("aime24=|gpqa-diamond=|xstest=", flag)]
     evaluation.main(["--compare", str(whole), str(tmp_path / "other"), *flags, "--out", str(tmp_path / "out")])
     text = (tmp_path / "out/table.md").read_text()
     assert "| other − policy |" in text and "| aime24: right answer |" in text
@@ -219,6 +222,20 @@ def test_a_resumed_evaluation_keeps_neither_another_template_nor_edited_records(
         judged("x", "x")
     (tmp_path / "policy/chat_template.jinja").unlink()
     assert judged("x", "x") == part and len(judged.requests) == asked and records.read_text() == whole
+
+
+def test_own_data_needs_no_training_set_from_the_hub(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    position = small.index("--training-prompts")
+    flags = [*small[:position], *small[position + 2 :]]
+    assert not _seen(["attaq"], {"attaq": "x.jsonl"}, None)
+    warning = capsys.readouterr().err
+    assert "no question is left out" in warning and "HF_HUB_OFFLINE" in warning
+    for harmful, files, training in ((["attaq"], {}, None), (["attaq"], {"attaq": "x.jsonl"}, "owner/name")):
+        with pytest.raises(ConnectionError):
+            _seen(harmful, files, training)
+    evaluation.main([*flags, "--limit", "1", "--out", str(tmp_path / "out")])
+    assert read_json(tmp_path / "out/result.json")["benchmarks"]["attaq"]["with_training_prompts"] is None
 
 
 def test_a_model_of_the_tiny_world_is_asked_that_worlds_questions_unless_others_are_named():

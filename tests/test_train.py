@@ -172,7 +172,7 @@ def test_bf16_run_resumes_with_its_float32_masters(world, tmp_path):
 def test_sigkill_and_sigterm_of_the_real_script(world, tmp_path):
     command = [sys.executable, "train_rl.py", *rl_args(world, tmp_path / "run", "--steps", "60")]
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith("step "):

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from nanosafe import script
-from nanosafe.config import read_json
+from nanosafe.config import read_own
 from nanosafe.data import as_row, find_records, load_pairs
 from nanosafe.distributed import Ranks
 from nanosafe.evals.records import RecordFile
@@ -83,7 +83,8 @@ def load_records(folders: Sequence[str], ranks: Ranks) -> tuple[list[Text], dict
         if not rows:
             raise ValueError(f"{folder}/records.jsonl holds no judged response with a value 'safe': measure safety "
                              "with eval.py first")  # fmt: skip
-        label = read_json(folder / "result.json")["label"]
+        path = folder / "result.json"
+        label = read_own(path, {"label": str}, "measure with eval.py again")["label"]
         texts += [Text(r["prompt"], r["response"], r["values"]["safe"] == 1, r["category"], label) for r in rows]
         rewards += [(r.get("reward_model"), r.get("reward")) for r in rows]
     [name, *others] = {name for name, _ in rewards}

@@ -7,11 +7,17 @@ over-refusal beside it: the first table holds both, and reasoning.
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from nanosafe.config import misfit, read_own
 from nanosafe.evals.statistics import Estimate, paired_difference
 
+# What a result.json must have to be compared, and each benchmark in it.
+RESULT = {"label": str, "benchmarks": dict}
+PART = {"about": str, "headline": str, "shown": list, "variation": bool, "source": str, "judge": str, "metrics": dict,
+        "diagnostics": dict, "categories": dict, "category_of": dict, "items": dict}  # fmt: skip
 SUBJECTS = ("safety", "over-refusal", "reasoning")
 POOLED = {  # values of a ReflectionSummary and of a ForkingSummary, beside the estimates over questions
     "entropy_per_token": "reflection entropy, mean over tokens",
@@ -46,6 +52,19 @@ class Row(NamedTuple):
     def label(self) -> str:
         of = f"{self.benchmark} ({self.category})" if self.category else self.benchmark
         return f"{of}: {LABELS.get(self.metric, self.metric.replace('_', ' '))}"
+
+
+def read_result(path: Path, of_part: Mapping[str, type] = PART) -> dict:
+    """A result.json, each of its benchmarks with these fields.
+
+    Raises ValueError naming the file, the field and the cure where it is damaged.
+    """
+    cure = "delete it; eval.py on its folder measures again, from the responses that are kept there"
+    result = read_own(path, RESULT, cure)
+    for name, part in result["benchmarks"].items():
+        if problem := misfit(part, of_part):
+            raise ValueError(f"{path} is damaged ({name}: {problem}): {cure}")
+    return result
 
 
 def parts(result: dict) -> dict[str, dict]:

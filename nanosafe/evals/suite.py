@@ -1,12 +1,13 @@
 """Which benchmarks a model is asked: the tiny world's if it lives there, else the paper's, or those that are named."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import torch
 
-from nanosafe.config import ModelConfig
+from nanosafe.config import RECIPES, ModelConfig
 from nanosafe.evals.attacks import attacked, fits
 from nanosafe.evals.benchmarks import BENCHMARKS, load_benchmark, training_prompts
 from nanosafe.evals.graders import MathGrader, grade_integer, grade_letter
@@ -17,6 +18,7 @@ from nanosafe.evals.tiny_tasks import tiny_suite
 
 PAPER = ("attaq", "air-bench", "xstest", "math-500", "aime24", "aime25", "gpqa-diamond")  # xstest: never safety alone
 DEFAULT_JUDGE = "granite-guardian"
+TRAINING_SET = RECIPES["sft"]["data"]
 
 
 def slug(name: str) -> str:
@@ -44,7 +46,8 @@ def paper_part(names: Sequence[str], *, judges: Sequence[str] | None, attacks: S
 
     judges: specs of judges.load_judge, the first for the headline figures (None: Granite Guardian, where a benchmark
     cannot do without); on `device` only while they judge. files: in place of the table's sources. training: SFT data
-    whose prompts are left out of the headline figures. Raises what load_benchmark, load_judge and attacked raise.
+    whose prompts are left out of the headline figures, or "none" (None: TRAINING_SET). Raises what load_benchmark,
+    load_judge and attacked raise.
     """
     kinds = {BENCHMARKS[name].grader for name in names}
     specs = judges or [DEFAULT_JUDGE] * bool(kinds & {"harm", "air-bench", "strongreject"})
@@ -58,7 +61,7 @@ def paper_part(names: Sequence[str], *, judges: Sequence[str] | None, attacks: S
     if loaded:
         made = [judge_graders(judge) for judge in loaded]
         graders |= {kind: _side_by_side([of[kind] for of in made]) for kind in made[0]}
-    seen = training_prompts(training) if training and any(_is_harmful(name) for name in names) else frozenset()
+    seen = _seen([name for name in names if _is_harmful(name)], files, training)
     plain = [load_benchmark(name, graders, file=files.get(name), seed=seed, seen=seen) for name in names]
     for benchmark in plain:  # what would only show after hours of generating
         if BENCHMARKS[benchmark.name].grader == "air-bench" and any(hasattr(judge, "ask") for judge in loaded):
@@ -68,6 +71,19 @@ def paper_part(names: Sequence[str], *, judges: Sequence[str] | None, attacks: S
             attacked(plain[0], attack)  # raises
     return [form for benchmark in plain for form in (
         benchmark, *(attacked(benchmark, attack) for attack in attacks if fits(attack, benchmark)))]
+
+
+def _seen(harmful: Sequence[str], files: Mapping[str, str], training: str | None) -> frozenset[str]:
+    """The normalised prompts of the training set. The default one, if the hub is out of reach, is
+    done without where the data are the user's own."""
+    try:
+        wanted = harmful and training != "none"
+        return training_prompts(training or TRAINING_SET) if wanted else frozenset()
+    except ConnectionError as error:
+        if training or set(harmful) - files.keys():
+            raise
+        print("warning: no question is left out for being a training prompt:", error, file=sys.stderr)
+        return frozenset()
 
 
 def _is_harmful(name: str) -> bool:

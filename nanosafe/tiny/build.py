@@ -11,15 +11,13 @@ appears under its name by one rename, when it is complete; a lock makes a second
 policy whose training was killed goes on from its last checkpoint.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +30,7 @@ from tqdm import tqdm
 from nanosafe.config import ModelConfig
 from nanosafe.distributed import available_cores
 from nanosafe.granite import initial_recurrence
+from nanosafe.locks import locked
 from nanosafe.model import Decoder
 from nanosafe.optim import Optimizer, cosine_schedule
 from nanosafe.randomness import shuffled_passes
@@ -140,19 +139,6 @@ def tiny_checkpoint(name: str) -> Path:
 def cache() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("NANOSAFE_CACHE") or Path(home) / "nanosafe").expanduser()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when its process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that builds {path.stem}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build_policy(name: str, seed: int, work: Path) -> Path:

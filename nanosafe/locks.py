@@ -1,0 +1,76 @@
+"""Who may write to a folder: one process at a time, by locks that outlive nobody.
+
+A lock is flock(2) on a file that stays; its text says who holds it. The kernel lets go when the
+last process that has it open ends, however it ends: there is never a stale one to delete. macOS is
+like Linux. On NFS, Linux asks the server, so that it holds between hosts, unless the mount says
+nolock or local_lock. Where a file system has no locks (Lustre without -o flock), there is a warning.
+"""
+
+import fcntl
+import os
+import socket
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"  # in the folder that it is for
+# What this process holds: if it starts anew there, after an error in a notebook, it is no second writer.
+_held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
+
+
+class Lock:
+    """On the file `path`; held from `take` until `close`, or until nothing refers to this."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A program that is started does not inherit it (PEP 446), and so never holds it by chance.
+        self.path, self.descriptor = path, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.close = weakref.finalize(self, os.close, self.descriptor)
+
+    def take(self, wait: bool = False) -> bool:
+        """Whether it is held now; wait: as long as that takes."""
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            print(f"warning: nothing keeps a second process from writing to {self.path.parent}: "
+                  f"{self.path} cannot be locked ({error.strerror})", file=sys.stderr)
+        self.name_holder(os.getpid())
+        return True
+
+    def name_holder(self, process: int) -> None:
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"process {process} on {socket.gethostname()}".encode(), 0)
+
+    def holder(self) -> str:
+        return os.pread(self.descriptor, 300, 0).decode(errors="replace") or "another process"
+
+
+def hold(folder: Path) -> Lock:
+    """The lock of `folder`, which is made if need be. Raises ValueError naming who holds it."""
+    path = folder.resolve() / LOCK
+    lock = _held.get(path)
+    if lock is None or not lock.close.alive:
+        lock = _held[path] = Lock(path)
+        if not lock.take():
+            holder = lock.holder()
+            lock.close()
+            raise ValueError(f"{folder} is being written by {holder}: wait for that to end, or set "
+                             "another --out")  # fmt: skip
+    return lock
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """`path` held by one process at a time; the others wait for it."""
+    lock = Lock(path)
+    if not lock.take():
+        print(f"waiting for {lock.holder()}, which builds {path.stem}", file=sys.stderr, flush=True)
+        lock.take(wait=True)
+    try:
+        yield
+    finally:
+        lock.close()
