@@ -219,7 +219,6 @@ def progress(items: Sequence, what: str, ranks: Ranks) -> Iterable:
     return tqdm(items, what, delay=2, leave=False, disable=not ranks.main)
 
 
-@contextmanager
 def visible(text: str) -> str:
     """`text` with control characters written out: a file's could rule the user's terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -128,7 +128,8 @@ def test_a_folder_of_other_things_is_left_as_it_is(world, tmp_path, files):
 def test_a_log_may_lie_in_the_folder_before_the_run(tmp_path):
     (tmp_path / "log.txt").write_text("nohup")
     (tmp_path / "job.lock").write_text("")
-    RunFolder(Namespace(out=str(tmp_path), dtype="float32", resume="auto", save_every=1, keep=1), Ranks("cpu"))
+    args = Namespace(out=str(tmp_path), dtype="float32", resume="auto", save_every=1, keep=1, date=None)
+    RunFolder(args, Ranks("cpu"))
     assert (tmp_path / "args.json").exists()
 
 
@@ -241,7 +242,8 @@ def test_a_run_that_was_stopped_says_so_by_its_exit_code(world, cut, monkeypatch
 
 def test_a_full_disk_names_the_file_and_leaves_no_half_folder(finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    run = RunFolder(Namespace(out=str(out), dtype="float32", resume="auto", save_every=1, keep=1), Ranks("cpu"))
+    args = Namespace(out=str(out), dtype="float32", resume="auto", save_every=1, keep=1, date=None)
+    run = RunFolder(args, Ranks("cpu"))
     run.state, run.total = {"step": 1, "skipped": 0}, 1
     run.model, run.tokenizer = load_model(finished / "final", dtype=torch.float32), None
 

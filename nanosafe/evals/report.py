@@ -59,7 +59,7 @@ def read_result(path: Path, of_part: Mapping[str, type] = PART) -> dict:
 
     Raises ValueError naming the file, the field and the cure where it is damaged.
     """
-    cure = "delete it; eval.py on its folder measures again, from the responses that are kept there"
+    cure = "bring it back from a copy or delete its folder, for it alone says how the responses there came about"
     result = read_own(path, RESULT, cure)
     for name, part in result["benchmarks"].items():
         if problem := misfit(part, of_part):
