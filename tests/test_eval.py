@@ -478,7 +478,7 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path, row):
     path = tmp_path / "records.jsonl"
     RecordFile(path, Ranks("cpu")).append(record("q1", 0, 1.0))
     path.write_text(path.read_text() + row + "\n")
-    with pytest.raises(ValueError, match=r"records.jsonl was edited.* \(line 2: .*delete that line"):
+    with pytest.raises(ValueError, match=r"a record that was edited.* \(line 2: .*delete that line"):
         RecordFile(path, Ranks("cpu"))
 
 
