@@ -16,7 +16,7 @@ from nanosafe.batches import microbatches
 from nanosafe.config import ModelConfig
 from nanosafe.data import END_THINK, THINK
 from nanosafe.distributed import visiting
-from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
+from nanosafe.evals.graders import grade_answers, is_refusal, split_thought
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
@@ -85,14 +85,12 @@ def _tiny_judge_rule() -> Reward:
 
 
 def _math_rule() -> Reward:
-    grader = MathGrader()
-
     def reward(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
         if None in references:
             row = list(references).index(None)
             raise ValueError(f"row {row} has no reference answer: rule:math needs a data set with a field 'answer'")
-        answers = [split_thought(conversation[-1]["content"])[1] for conversation in conversations]
-        return torch.tensor(grader.equal(references, answers), dtype=torch.float32)
+        responses = [conversation[-1]["content"] for conversation in conversations]
+        return torch.tensor(grade_answers("math", responses, references))
 
     return reward
 
