@@ -1,8 +1,9 @@
 """How the refusal rule (graders.is_refusal) agrees with human labels: XSTest's official completions.
 
-They are five models' answers to 250 safe and 200 unsafe prompts with labels of two annotators, not copied here for their
-licences: model_completions/*.csv of github.com/paul-rottger/exaggerated-safety at d7bb5bd. The phrases were chosen on
-the prompts with even numbers; the odd ones were held back. Run it as `python benchmarks/refusals.py FOLDER`.
+They are five models' answers to 250 safe and 200 unsafe prompts with labels of two annotators, not
+copied here for their licences: model_completions/*.csv of github.com/paul-rottger/exaggerated-safety
+at d7bb5bd. The phrases were chosen on the prompts with even numbers; the odd ones were held back. Run
+it as `python benchmarks/refusals.py FOLDER`.
 """
 
 import argparse

@@ -17,8 +17,9 @@ def box(content: str) -> str:
 
 def grouped(reference: str, mark: str) -> str | None:
     """Thousands with `mark` between them, as 10{,}080."""
-    text = re.sub(r"(?<![\d.])\d{4,}(?![_\d])", lambda digits: re.sub(r"(?<=\d)(?=(\d{3})+$)", "@", digits[0]), reference)
-    return box(text.replace("@", mark)) if text != reference else None
+    parts = re.split(r"((?<![\d.])\d{4,}(?![_\d]))", reference)
+    parts[1::2] = [f"{int(digits):,}".replace(",", mark) for digits in parts[1::2]]
+    return box("".join(parts)) if len(parts) > 1 else None
 
 
 def in_unicode(reference: str) -> str | None:
@@ -80,18 +81,21 @@ FORMS = {
 
 MATH_VERIFY = [
     ("thousands", "8315000", ["8,315,000", "8 315 000", "8315000.0"], ["8,315", "831500"]),
-    ("decimals", "2000.75", ["2,000.75", "$2,000.75", "2,000.75$", "2000,75", "It was 20, now it is 2,000.75€"],
-     ["2,000.57", "200.75"]),
+    ("decimals", "2000.75", ["2,000.75", "$2,000.75", "2,000.75$", "2000,75",
+     "It was 20, now it is 2,000.75€"], ["2,000.57", "200.75"]),
     ("decimal comma", "4,31", ["4.31", r"\boxed{4,31}"], ["431", "4"]),
     ("no leading zero", "0.6", [".6", "It is 0.6 m²"], ["6"]),
     ("a number in a word", "7", ["The 7th letter counts, so 7"], ["KLM7N", "X7Y"]),
-    ("fractions", "7/5", [r"\frac{7}{5}", r"$\frac75$", r"$\dfrac{7}{5}$", r"$\cfrac{7}{5}$", "7/5"], ["5/7"]),
+    ("fractions", "7/5", [r"\frac{7}{5}", r"$\frac75$", r"$\dfrac{7}{5}$", r"$\cfrac{7}{5}$", "7/5"],
+     ["5/7"]),
     ("malformed roots", r"$\sqrt{5}$", [r"$\sqrt5 $", r"$ \sqrt{5} $"], [r"$\sqrt{6}$"]),
     ("marks of formulas", "$8$", [r"Answer \[ 8 \]", "Answer $ 8 $", "Answer $$ 8 $$", r"Answer \( 8 \)",
      "Answer \\[ \n 8 \n \\]", r"Answer \( (5+3) \)"], [r"Answer \[ 9 \]"]),
-    ("the last equation", "$1/4$", [r"$k = \frac{1}{4}$", r"$a = \frac{2}{8} = \frac{1}{4}$"], [r"$k = \frac{1}{2}$"]),
+    ("the last equation", "$1/4$", [r"$k = \frac{1}{4}$", r"$a = \frac{2}{8} = \frac{1}{4}$"],
+     [r"$k = \frac{1}{2}$"]),
     ("text behind it", "$1/4$", [r"$\frac{1}{4} \text{meters}$", r"$\frac{1}{4}\textbf{ meters}$"], []),
-    ("percent", r"$31\%$", ["31 percent", "31 pct", "31 %", "$31$ %", r"$\boxed{31}$ pct", r"$\boxed{31 percent}$"], ["32 %"]),
+    ("percent", r"$31\%$", ["31 percent", "31 pct", "31 %", "$31$ %", r"$\boxed{31}$ pct",
+     r"$\boxed{31 percent}$"], ["32 %"]),
     ("intervals", "$[2,5)$", ["$[2,5)$", r"\boxed{[2,5)}"], ["$(2,5)$", "$[2,5]$", "$[2,4)$"]),
     ("a sign before an interval", "$1$", ["$1$"], ["$-[0,1)$"]),
     ("sets and order", "$4,-3$", [r"$\boxed{-3}$ and $\boxed{4}$", r"\boxed{\{4,-3\}}", "$-3, 4$"], ["$4$", "$4, 3$"]),
@@ -101,8 +105,8 @@ MATH_VERIFY = [
     ("times of day", "$11:30$", ["$11:30$"], ["$1:30$"]),
     ("planes", "$2x+4y-6z+8=0$", ["$-2x-4y+6z-8=0$", "$x+2y-3z+4=0$"], ["$2x+4y-6z-8=0$"]),
     ("identities", r"$\tan^2(t)+1$", [r"$\sec^2(t)$"], [r"$\csc^2(t)$"]),
-    ("matrices", r"$\begin{pmatrix}2 & 0 \\ 0 & 2\end{pmatrix}$", [r"It is $ \begin{pmatrix}2 & 0 \\ 0 & 2\end{pmatrix} $.",
-     r"$2\begin{pmatrix}1 & 0 \\ 0 & 1\end{pmatrix}$"], [r"$\begin{pmatrix}2 & 0 \\ 0 & 1\end{pmatrix}$"]),
+    ("matrices", r"$\begin{pmatrix}2 & 0 \\ 0 & 2\end{pmatrix}$", [
+     r"It is $ \begin{pmatrix}2 & 0 \\ 0 & 2\end{pmatrix} $.", r"$2\begin{pmatrix}1 & 0 \\ 0 & 1\end{pmatrix}$"], [r"$\begin{pmatrix}2 & 0 \\ 0 & 1\end{pmatrix}$"]),
     ("inequalities", "$x>3$", ["$3<x$", r"$x \in (3, \infty)$"], ["$x<3$", r"$x \ge 3$"]),
     ("chains", r"$-3 \le x \le 5$", [r"$x \in [-3,5]$"], [r"$x \in (-3,5]$"]),
     ("boxes and words", r"$\boxed{3}$ sheets and $\boxed{4}$ tins", [r"$\boxed{3,4}$"], [r"$\boxed{3}$"]),
@@ -110,9 +114,11 @@ MATH_VERIFY = [
      [r"$$\boxed{k = 12} \quad \text{and} \quad \boxed{n = 6}$$"]),
     ("boxes with pairs", "$$(2, 7), (3, 9)$$", [r"$$\boxed{(2, 7)} \text{ in case (a) and } \boxed{(3, 9)}$$"],
      [r"$$\boxed{(2, 7)} \text{ and } \boxed{(9, 3)}$$"]),
-    ("a later final answer", "$1020$", [r"half is $\boxed{20}$. Final Answer: The final answer is $1,020$. I hope it is correct."],
+    ("a later final answer", "$1020$",
+     [r"half is $\boxed{20}$. Final Answer: The final answer is $1,020$. I hope it is correct."],
      [r"half is $\boxed{1020}$. Final Answer: The final answer is $20$. I hope it is correct."]),
-    ("far from the end", "$35$", ["Final Answer: The final answer is $35$. I hope it is correct. " + "Note: all is fine. " * 100], []),
+    ("far from the end", "$35$", ["Final Answer: The final answer is $35$. I hope it is correct. "
+     + "Note: all is fine. " * 100], []),
     ("long before the answer", r"$(7,6)$", ["Let us solve for $y$. " * 300 + "So $(x, y)$ is $(7, 6)$."],
      ["Let us solve for $y$. " * 300 + "So $(x, y)$ is $(6, 7)$."]),
     ("words", r"$\text{Dora}$", [r"Therefore, $\boxed{\text{Dora}}$ is right."], [r"$\boxed{\text{Nora}}$"]),

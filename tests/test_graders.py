@@ -1,4 +1,4 @@
-"""Graders against verdicts that were reached by hand, never by running the code, and against hostile answers."""
+"""Graders against verdicts reached by hand, never by running the code, and against hostile answers."""
 
 import json
 import re
@@ -53,7 +53,7 @@ GRADED = {
 
 
 def flat(groups, boxed=False):
-    """(reference, response, verdict) of groups of cases. boxed: what is no response stands in a box."""
+    """(reference, response, verdict) of groups of cases. boxed: put what is no response into a box."""
     cases = []
     for _, reference, *lists in groups:
         for verdict, answers in zip((1.0, 0.0), lists, strict=True):
@@ -74,7 +74,8 @@ def test_share_of_the_verdicts_by_hand(name):
     groups, least, limits = GRADED[name]
     cases = flat(groups, boxed=name == "math")
     verdicts = graded(name.removesuffix("-verify"), cases)
-    wrong = {case[:2]: verdict for case, verdict in zip(cases, verdicts, strict=True) if verdict != case[2]}
+    pairs = zip(cases, verdicts, strict=True)
+    wrong = {case[:2]: verdict for case, verdict in pairs if verdict != case[2]}
     share = 1 - len(wrong) / len(cases)
     print(f"{name}: {share:.1%} of {len(cases)}, {sum(wrong.values()):.0f} wrong answers accepted")
     assert len(cases) >= (90 if name == "math-verify" else 150)
@@ -94,7 +95,7 @@ def test_cases_of_the_first_graders(kind):
 
 
 def test_forms_of_math_500s_references(assets):
-    """Every reference in an eighth of the forms, and in each form another's answer or other digits."""
+    """Every reference in an eighth of the forms, and with other digits in one of them."""
     rows = (assets / "data/math500/test.jsonl").read_text().splitlines()
     references, makers = [json.loads(row)["answer"] for row in rows], list(FORMS.values())
     right, wrong = [], []
@@ -121,23 +122,27 @@ def test_grade_answer_is_public_and_reads_whole_responses():
 
 
 def test_kinds_and_references_that_are_none():
-    with pytest.raises(ValueError, match="no answer of the kind 'maths'; there are math, integer, letter"):
+    kinds = "no answer of the kind 'maths'; there are math, integer, letter"
+    with pytest.raises(ValueError, match=kinds):
         nanosafe.grade_answer("maths", "5", "5")
-    unreadable = {"math": ("", "$$", r"\boxed{}"), "integer": ("1000", "7.5", "x", ""), "letter": ("E", "")}
+    unreadable = {"math": ("", "$$", r"\boxed{}"), "integer": ("1000", "7.5", ""), "letter": ("E", "")}
     for kind, references in unreadable.items():
         for reference in references:
-            with pytest.raises(ValueError, match=f"cannot read the reference answer {re.escape(repr(reference))}"):
+            message = re.escape(f"cannot read the reference answer {reference!r}")
+            with pytest.raises(ValueError, match=message):
                 nanosafe.grade_answer(kind, r"\boxed{5}", reference)
 
 
 def test_a_response_without_an_answer_is_counted_and_not_right():
-    nothing = ["<think>\n{}", "<think>\n{}\n</think>", "{}\n</think>\n\n", "<think>{}</think> \n ", "", " \n"]
+    nothing = ["<think>\n{}", "<think>\n{}\n</think>", "{}\n</think>\n\n", "<think>{}</think> \n ", "",
+               " \n"]  # fmt: skip
     for kind, answer in (("math", r"\boxed{7}"), ("integer", r"\boxed{7}"), ("letter", "Answer: C")):
         grade, question = answer_grader(kind), Question("1", [], "", "C" if kind == "letter" else "7")
         values = grade([question] * len(nothing), [text.format(answer) for text in nothing])
         assert values == [{"right": 0.0, "no_answer": 1.0}] * len(nothing)
         values = grade([question] * 3, [f"<think>Hm.</think>{answer}", answer, "None."])
-        assert [(value["right"], value["no_answer"]) for value in values] == [(1.0, 0.0), (1.0, 0.0), (0.0, 0.0)]
+        assert [value["right"] for value in values] == [1.0, 1.0, 0.0]
+        assert [value["no_answer"] for value in values] == [0.0] * 3
 
 
 def test_last_boxes():
