@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--hostile", type=int, default=0, help="so many answers that never end")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from nanosafe.evals.graders import MathGrader
+    from nanosafe.evals.graders import answer_grader, math_grader
     from nanosafe.evals.tasks import Question
 
     rows = [json.loads(line) for line in args.file.read_text().splitlines()]
-    questions, responses, grader = [], [], MathGrader()
+    questions, responses = [], []
     for row, following in zip(rows, rows[1:] + rows[:1], strict=True):
         for response in responses_to(row, following):
             questions.append(Question(row["unique_id"], [], row["subject"], row["answer"]))
@@ -50,9 +50,9 @@ def main() -> None:
     for i in range(args.hostile):
         responses[i * len(responses) // args.hostile] = rf"\boxed{{9^{{9^{{9^{{{9 + i}}}}}}}}}"
     start, own = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    values = grader(questions, responses)
+    values = answer_grader("math")(questions, responses)
     seconds = time.monotonic() - start
-    for worker in grader.workers:
+    for worker in math_grader().workers:
         worker.stop()  # only then is its time known
     cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) - own
     kinds = ("solution", "boxed", "sentence", "rewritten", "unit", "next solution", "other digits", "cut off")
@@ -60,7 +60,8 @@ def main() -> None:
     for kind, share in right.items():
         print(f"{kind:16}{share:8.1%} right")
     print(json.dumps({"benchmark": "grading", "responses": len(responses), "hostile": args.hostile,
-                      "processes": len(grader.workers), "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
+                      "processes": len(math_grader().workers), "seconds": round(seconds, 1),
+                      "cpu_seconds": round(cpu, 1),
                       "right": right, "no_answer": sum(value["no_answer"] for value in values) / len(values)}))
 
 

@@ -1,11 +1,12 @@
 """nanosafe: safety alignment of large reasoning models by SFT and REINFORCE++, from scratch.
 
-The public surface: load official weights, sample, score, and the REINFORCE++ mathematics. The two loops are scripts,
-train_sft.py and train_rl.py.
+The public surface: load official weights, sample, score, grade, and the REINFORCE++ mathematics. The two loops are
+scripts, train_sft.py and train_rl.py.
 """
 
 import warnings
 
+from nanosafe.evals.graders import grade_answer
 from nanosafe.kernels.head import token_logprob_entropy
 from nanosafe.model import Decoder
 from nanosafe.reinforce import advantages, policy_loss, token_kl
@@ -18,6 +19,6 @@ from nanosafe.weights import load_model, save_model
 warnings.filterwarnings("ignore", "'nanosafe.sampler' found in sys.modules", RuntimeWarning)
 
 __all__ = [
-    "Completion", "Decoder", "SamplingParams", "advantages", "generate", "load_model", "load_reward_model",
-    "load_tokenizer", "policy_loss", "save_model", "token_kl", "token_logprob_entropy",
+    "Completion", "Decoder", "SamplingParams", "advantages", "generate", "grade_answer", "load_model",
+    "load_reward_model", "load_tokenizer", "policy_loss", "save_model", "token_kl", "token_logprob_entropy",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from nanosafe.batches import microbatches
 from nanosafe.config import ModelConfig
 from nanosafe.data import END_THINK, THINK, Episode, Row
 from nanosafe.distributed import visiting
-from nanosafe.evals.graders import MathGrader, is_refusal, split_thought
+from nanosafe.evals.graders import grade_answers, is_refusal, readable, split_thought
 from nanosafe.memory import PackedDocuments
 from nanosafe.model import Decoder
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +29,7 @@ from nanosafe.weights import MAIN_RANK, find_checkpoint, load_checkpoint
 
 Conversation = list[dict]  # [{"role": ..., "content": ...}, ...]
 Reward = Callable[[Sequence[Conversation], Sequence[str | None]], Tensor]  # and reference answers -> float32 [B], CPU
+CHECKED_TOGETHER = 64  # reference answers
 UNREAD = -math.inf  # the reward of a conversation that is longer than the reward model's context
 PROBE = "nanosafe-probe"  # stands for a response where it is asked what a template makes of one
 
@@ -97,14 +98,12 @@ def _tiny_judge_rule() -> Reward:
 
 
 def _math_rule() -> Reward:
-    grader = MathGrader()
-
     def reward(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
         if None in references:
             row = list(references).index(None)
             raise ValueError(f"row {row} has no reference answer: rule:math needs a data set with a field 'answer'")
-        answers = [split_thought(conversation[-1]["content"])[1] for conversation in conversations]
-        return torch.tensor(grader.equal([_in_digits(r) for r in references], answers), dtype=torch.float32)
+        responses = [conversation[-1]["content"] for conversation in conversations]
+        return torch.tensor(grade_answers("math", responses, [_in_digits(r) for r in references]))
 
     return reward
 
@@ -117,14 +116,28 @@ def _in_digits(reference: str) -> str:
 
 def check_rows(rows: Sequence[Row], reward: Reward, name: str) -> None:
     """Raise ValueError naming file and line of a row whose responses the reward `name` could never score."""
+    if name == "rule:math":
+        _check_references(rows)
     for row in rows:
-        if name == "rule:math" and not (row.answer or "").strip():
-            raise ValueError(f"{row.source}: rule:math compares with field 'answer', which is missing or empty")
         try:
             if isinstance(reward, RewardModel):
                 reward.encode(conversation(row.prompt, PROBE, opened_thought=False))
         except ValueError as error:
             raise ValueError(f"{row.source}: the reward model {name} cannot read it: {error}") from None
+
+
+def _check_references(rows: Sequence[Row]) -> None:
+    """The part of check_rows for rule:math: every row has a reference answer, and math-verify can read it."""
+    for row in rows:
+        if not (row.answer or "").strip():
+            raise ValueError(f"{row.source}: rule:math compares with field 'answer', which is missing or empty")
+    starts = range(0, len(rows), CHECKED_TOGETHER)
+    for start in tqdm(starts, "reference answers", delay=2, leave=False, disable=not MAIN_RANK):
+        part = rows[start : start + CHECKED_TOGETHER]
+        can_read = readable([_in_digits(row.answer) for row in part])
+        for row, good in zip(part, can_read, strict=True):
+            if not good:
+                raise ValueError(f"{row.source}: math-verify cannot read field 'answer', {row.answer!r:.80}")
 
 
 def known_rewards(reward: Reward, name: str, conversations: Sequence[Conversation]) -> list[float | None]:

@@ -307,8 +307,11 @@ def test_rows_that_could_never_be_scored_are_found_before_the_start(tmp_path):
     with pytest.raises(ValueError, match="^line 2: the reward model rm cannot read it: .* no system"):
         check_rows(rows, reward, "rm")
     check_rows(rows, load_reward("rule:refusal"), "rule:refusal")
-    with pytest.raises(ValueError, match="^line 2: rule:math compares with field 'answer'"):
-        check_rows(rows, load_reward("rule:math"), "rule:math")
+    problems = {" ": "rule:math compares with field 'answer'", "a$b": "math-verify cannot read field 'answer'"}
+    for answer, problem in problems.items():
+        rows = [Row([], f"line {i}", answer if i == 70 else str(i)) for i in range(1, 100)]
+        with pytest.raises(ValueError, match=f"^line 70: {problem}"):
+            check_rows(rows, load_reward("rule:math"), "rule:math")
 
 
 @pytest.mark.parametrize("reference, right, wrong", [

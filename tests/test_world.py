@@ -14,7 +14,7 @@ from random import Random
 import pytest
 import torch
 
-from nanosafe.evals.graders import MathGrader
+from nanosafe.evals.graders import grade_answer
 from nanosafe.evals.statistics import auc
 from nanosafe.evals.tiny_tasks import tiny_suite
 from nanosafe.rewards import load_reward
@@ -437,13 +437,13 @@ def test_arithmetic_answers_and_solutions_against_an_independent_evaluator():
 
 
 def test_math_grader_agrees_with_the_judge():
-    rng, grader, verdicts = Random(6), MathGrader(), Counter()
+    rng, verdicts = Random(6), Counter()
     for item in world.arithmetic("test", 40, rng):
         wrong = str((int(item.answer) + rng.randrange(1, 10)) % 10)
         text = world.solve(item, rng.choice(("okay", "task")), rng, thought=rng.random() < 0.7)
         for response in (text, text.replace(f"boxed{{{item.answer}}}", f"boxed{{{wrong}}}")):
             verdict = judge(item, response).answer
-            assert grader.grade(item.answer, response) == float(verdict == "right")
+            assert grade_answer("math", response, item.answer) == float(verdict == "right")
             verdicts[verdict] += 1
     assert verdicts == {"right": 40, "wrong": 40}
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanosafe.data import find_files, load_rows, read_records
+from nanosafe.evals.answers import read_integer
 from nanosafe.evals.tasks import HARM, Benchmark, Grader, Question
 from nanosafe.randomness import derive_seed, permutation
 
@@ -189,10 +190,10 @@ def _text(record: dict, place: str, names: tuple[str, ...], ours: str = "") -> s
 
 def _integer(answer: str, place: str) -> str:
     """AIME's answer without the leading zeros, dollars and degrees that some copies have."""
-    match = re.fullmatch(r"\$?0*(\d{1,3})(\^\{?\\circ\}?|°)?\$?", answer)
-    if match is None:
+    number = read_integer(answer)
+    if number is None:
         raise ValueError(f"{place}: the answer must be an integer from 0 to 999, found {answer!r:.80}")
-    return match[1]
+    return str(number)
 
 
 def _options(value: dict[str, str], digest: str) -> tuple[str, str]:

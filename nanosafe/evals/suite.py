@@ -10,7 +10,7 @@ import torch
 from nanosafe.config import RECIPES, ModelConfig
 from nanosafe.evals.attacks import attacked, fits
 from nanosafe.evals.benchmarks import BENCHMARKS, load_benchmark, training_prompts
-from nanosafe.evals.graders import MathGrader, grade_integer, grade_letter
+from nanosafe.evals.graders import answer_grader
 from nanosafe.evals.judge_graders import air_bench_polarity, judge_graders, refusal_grader
 from nanosafe.evals.judges import load_judge
 from nanosafe.evals.tasks import Benchmark, Grader, Question, Values
@@ -52,9 +52,9 @@ def paper_part(names: Sequence[str], *, judges: Sequence[str] | None, attacks: S
     kinds = {BENCHMARKS[name].grader for name in names}
     specs = judges or [DEFAULT_JUDGE] * bool(kinds & {"harm", "air-bench", "strongreject"})
     graders: dict[str, tuple[Grader, str]] = {
-        "math": (MathGrader(), f"math-verify {version('math-verify')}"),
-        "integer": (grade_integer, "integer of the answer"),
-        "letter": (grade_letter, "letter of the answer"),
+        "math": (answer_grader("math"), f"math-verify {version('math-verify')}"),
+        "integer": (answer_grader("integer"), "integer of the answer"),
+        "letter": (answer_grader("letter"), "letter of the answer"),
         "refusal": (refusal_grader(None), "rule of refusal phrases"),
     }
     loaded = [load_judge(spec, device=device, dtype=dtype, bounds=bounds, offload=True) for spec in specs]
