@@ -1,7 +1,7 @@
 """nanosafe: safety alignment of large reasoning models by SFT and REINFORCE++, from scratch.
 
-The public surface: load official weights, sample, score, grade, and the REINFORCE++ mathematics. The two loops are scripts,
-train_sft.py and train_rl.py.
+The public surface: load official weights, sample, score, grade answers, and the REINFORCE++ mathematics. The two loops
+are scripts, train_sft.py and train_rl.py.
 """
 
 import warnings
