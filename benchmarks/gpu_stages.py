@@ -384,7 +384,7 @@ def run_rl(stage: Stage, alias: str, flags: list[str]) -> None:
     metrics, seen, ended = out / "metrics.jsonl", 0, False
     while seen < 2 and not ended:
         ended = process.poll() is not None  # asked first: what stands in the file after its end is all there is
-        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole ones
+        lines = metrics.read_text().split("\n")[:-1][:2] if metrics.exists() else []  # whole ones
         for line in lines[seen:]:
             row = {key: value for key, value in json.loads(line).items() if key.startswith(REPORTED)}
             stage.say(model=alias, plan_gb=round(planned / 1e9, 2), **row)

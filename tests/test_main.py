@@ -127,6 +127,7 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_base_to_another(cach
     empty = {"metric": "safe", "values": {}, "rewards": {}, "category_of": {}}
     stale = dict.fromkeys(("safety", "over-refusal", "reasoning"), empty)
     (out / "evals/step-000000.json").write_text(json.dumps(stale))
+    (out / "args.json").write_text(json.dumps({"save_every": 1, "keep": 1}))
     train_rl.main(flags(out, "--prompts-per-step", "4", "--max-response-tokens", "4", "--steps", "1"))
     assert len(table_of(capfd.readouterr().out)) == 5
     assert evals_of(out)["step-000000.json"]["safety"]["values"], "it measured its own"

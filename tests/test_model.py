@@ -327,11 +327,14 @@ def test_no_documents_still_give_every_weight_a_zero_gradient(case):
 
 @pytest.mark.parametrize("groups", [True, False])
 def test_one_kernel_for_all_documents_gets_what_the_loop_computes(groups, pair, monkeypatch):
-    """PyTorch's packed attention runs on CUDA alone: here a stand-in by its documentation, in dense float64."""
+    """PyTorch's packed attention runs on CUDA alone: here a stand-in by its documentation, in dense float64.
+
+    It takes fewer key heads than query heads as they are, with an argument that says so or, in PyTorch 2.11, without.
+    """
 
     def stand_in(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
         assert ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and window_size == (-1, 0)
-        assert longest_q == longest_k == max(LENGTHS) and enable_gqa == groups == (q.shape[1] != k.shape[1])
+        assert longest_q == longest_k == max(LENGTHS) and enable_gqa == groups and q.shape[1] != k.shape[1]
         document = torch.bucketize(torch.arange(len(q)), ends_q, right=True)
         seen = (document[:, None] == document) & torch.ones(len(q), len(q)).tril().bool()
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
