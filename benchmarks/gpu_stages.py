@@ -27,8 +27,9 @@ PEAK_FLOPS = 989e12  # bfloat16 of H100 and H200, by data sheet
 TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, vocab_size=640)  # of --smoke
 # Of the training runs: a step has two updates, so that clipping acts, and no checkpoint is written.
-RL = ["--random-weights", "--reward-model", "rule:refusal", "--kl-coef", "0.01", "--low-memory", "--minibatches", "2",
-      "--steps", "3", "--save-every", "1000000", "--dtype", "bfloat16"]  # fmt: skip
+RL = ["--random-weights", "--kl-coef", "0.01", "--low-memory", "--minibatches", "2", "--steps", "3", "--save-every",
+      "1000000", "--dtype", "bfloat16"]  # fmt: skip
+REWARD_MODEL = "skywork-v2-qwen3-0.6b"  # of `rl`
 REPORTED = ("time/", "memory/", "mismatch/", "policy/grad_norm", "policy/skipped")  # of a row of metrics
 
 
@@ -350,7 +351,7 @@ def prepare(stage: Stage) -> None:
     """Random weights for `rl` and `rl8b`, which find them in the cache."""
     from nanosafe.random_weights import random_checkpoint
 
-    for alias in ("qwen3-0.6b", "qwen3-8b") if stage.is_large() else ("qwen3-0.6b",):
+    for alias in ("qwen3-0.6b", REWARD_MODEL, "qwen3-8b") if stage.is_large() else ("qwen3-0.6b", REWARD_MODEL):
         start = time.monotonic()
         random_checkpoint(stage.model_name(alias))
         stage.say(model=alias, seconds=round(time.monotonic() - start, 1))
@@ -358,12 +359,14 @@ def prepare(stage: Stage) -> None:
 
 def rl(stage: Stage) -> None:
     prompts, tokens = ("4", "16") if stage.smoke else ("64", "256")
-    run_rl(stage, "qwen3-0.6b", ["--prompts-per-step", prompts, "--max-response-tokens", tokens])
+    run_rl(stage, "qwen3-0.6b", ["--prompts-per-step", prompts, "--max-response-tokens", tokens,
+                                 "--reward-model", stage.model_name(REWARD_MODEL)])  # fmt: skip
 
 
 def rl8b(stage: Stage) -> None:
     if stage.is_large():
-        run_rl(stage, "qwen3-8b", ["--offload", "--prompts-per-step", "32", "--max-response-tokens", "512"])
+        run_rl(stage, "qwen3-8b", ["--offload", "--prompts-per-step", "32", "--max-response-tokens", "512",
+                                   "--reward-model", "rule:refusal"])  # fmt: skip
     else:
         stage.say(skipped="for a card of more than 120 GB")
 
