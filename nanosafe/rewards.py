@@ -8,7 +8,7 @@ Conversations are packed, never padded, so a score does not depend on its neighb
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
@@ -118,12 +118,12 @@ def check_rows(rows: Sequence[Row], reward: Reward, name: str) -> None:
     """Raise ValueError naming file and line of a row whose responses the reward `name` could never score."""
     if name == "rule:math":
         _check_references(rows)
-    for row in rows:
-        try:
-            if isinstance(reward, RewardModel):
+    if isinstance(reward, RewardModel):
+        for row in _bar(rows, "prompts as the reward model reads them"):
+            try:
                 reward.encode(conversation(row.prompt, PROBE, opened_thought=False))
-        except ValueError as error:
-            raise ValueError(f"{row.source}: the reward model {name} cannot read it: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{row.source}: the reward model {name} cannot read it: {error}") from None
 
 
 def _check_references(rows: Sequence[Row]) -> None:
@@ -131,13 +131,17 @@ def _check_references(rows: Sequence[Row]) -> None:
     for row in rows:
         if not (row.answer or "").strip():
             raise ValueError(f"{row.source}: rule:math compares with field 'answer', which is missing or empty")
-    starts = range(0, len(rows), CHECKED_TOGETHER)
-    for start in tqdm(starts, "reference answers", delay=2, leave=False, disable=not MAIN_RANK):
+    for start in _bar(range(0, len(rows), CHECKED_TOGETHER), "reference answers"):
         part = rows[start : start + CHECKED_TOGETHER]
         can_read = readable([_in_digits(row.answer) for row in part])
         for row, good in zip(part, can_read, strict=True):
             if not good:
                 raise ValueError(f"{row.source}: math-verify cannot read field 'answer', {row.answer!r:.80}")
+
+
+def _bar(items: Sequence, what: str) -> Iterable:
+    """`items` with a progress bar once they have taken two seconds."""
+    return tqdm(items, what, delay=2, leave=False, disable=not MAIN_RANK)
 
 
 def known_rewards(reward: Reward, name: str, conversations: Sequence[Conversation]) -> list[float | None]:
@@ -205,7 +209,7 @@ class RewardModel:
         scores = torch.full((len(documents),), UNREAD)
         batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
         with visiting(self.model, self.device):
-            for batch in tqdm(batches, "rewards", delay=2, leave=False, disable=not MAIN_RANK):
+            for batch in _bar(batches, "rewards"):
                 rows = [order[i] for i in batch]
                 found = self.forward([documents[i] for i in rows]).cpu()
                 scores[rows] = found.where(found.isfinite(), math.nan)
