@@ -37,7 +37,7 @@ import torch
 
 from nanosafe import SamplingParams, generate, load_model, save_model
 from nanosafe.config import ModelConfig
-from nanosafe.engine import Engine, Rows
+from nanosafe.engine import Columns, Engine, Rows
 from nanosafe.memory import KVCache
 from nanosafe.model import Decoder
 
@@ -97,7 +97,7 @@ def decode_steps(model: Decoder, B: int, context: int):
             graph = engine.capture(B)
             rows, step = graph.rows, graph.graph.replay
         else:
-            rows = Rows(B, width, engine.device)
+            rows = Rows(Columns.of([], B, width, engine.cache), engine.device)
             step = partial(engine.advance, rows)
     rows.tables.copy_(torch.arange(rows.tables.numel(), device=engine.device).view_as(rows.tables))
     rows.temperature.fill_(1.0)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,42 +222,59 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
-class Rows:
-    """Tensors of the sequences that draw together, one row each. A decode step changes them in place.
+class Columns(NamedTuple):
+    """What a step must know of its sequences, one row each, made by the host.
 
-    What the host sets together lies together, so that it takes four copies to a device, not one for each column.
+    What belongs together lies together: so it takes four copies to a device, not one for each column.
     """
 
-    def __init__(self, size: int, width: int, device: torch.device):
-        """width: blocks of the longest sequence."""
-        self.integers = torch.zeros(6, size, dtype=torch.long, device=device)
-        self.floats = torch.zeros(3, size, device=device)
-        self.top_p = torch.zeros(size, dtype=torch.float64, device=device)
-        self.tables = torch.zeros(size, width, dtype=torch.int32, device=device)  # [B, M] block tables
-        # [B] each: the last token of each, its position, the state's slot, number of the token to be drawn, noise
-        self.tokens, self.positions, self.slots, self.steps, self.seeds, self.top_k = self.integers.unbind()
-        self.temperature, self.min_p, self.logprobs = self.floats.unbind()  # logprobs: of the last token
+    integers: Tensor  # [6, B] last token, its position, slot of the state, number of the token to be drawn, seed, top-k
+    floats: Tensor  # [3, B] temperature, min-p, and where the last token's log-prob will be
+    top_p: Tensor  # [B] float64
+    tables: Tensor  # [B, M] int32 block tables
 
-    def fill(self, sequences: list[Sequence], cache: KVCache) -> None:
-        """Take the values of `sequences`; the rows that are left use scratch memory alone."""
+    @classmethod
+    def of(cls, sequences: list[Sequence], size: int, width: int, cache: KVCache) -> "Columns":
+        """Of `sequences`, filled up to `size` rows, and to `width` blocks each, that use scratch memory alone."""
         idle = Sequence([0], 1, frozenset(), seed=0, temperature=0.0, slot=cache.scratch_slot)
-        each = sequences + [idle] * (len(self.tokens) - len(sequences))
-        integers, floats = [], []
-        for s in each:
-            last = (s.token_ids or s.prompt)[-1]
-            integers.append((last, len(s) - 1, s.slot, len(s.token_ids), s.seed, s.top_k))
-            floats.append((s.temperature, s.min_p, 0.0))
-        self.integers.copy_(torch.tensor(integers).T)
-        self.floats.copy_(torch.tensor(floats).T)
-        self.top_p.copy_(torch.tensor([s.top_p for s in each], dtype=torch.float64))
-        self.fill_tables(sequences, cache)
+        each = sequences + [idle] * (size - len(sequences))
+        integers = torch.tensor([
+            [(s.token_ids or s.prompt)[-1] for s in each],
+            [len(s) - 1 for s in each],
+            [s.slot for s in each],
+            [len(s.token_ids) for s in each],
+            [s.seed for s in each],
+            [s.top_k for s in each],
+        ])
+        floats = torch.tensor([[s.temperature for s in each], [s.min_p for s in each], [0.0] * size])
+        top_p = torch.tensor([s.top_p for s in each], dtype=torch.float64)
+        return cls(integers, floats, top_p, cls.tables_of(each, width, cache))
 
-    def fill_tables(self, sequences: list[Sequence], cache: KVCache) -> None:
-        """Take the blocks of `sequences`. No row reads beyond its own, so what stood there before may stay."""
-        width = max((len(s.blocks) for s in sequences), default=self.tables.shape[1])
+    @staticmethod
+    def tables_of(sequences: list[Sequence], width: int, cache: KVCache) -> Tensor:
         tables = [s.blocks + [cache.scratch] * (width - len(s.blocks)) for s in sequences]
-        tables += [[cache.scratch] * width] * (len(self.tables) - len(sequences))
-        self.tables[:, :width].copy_(torch.tensor(tables, dtype=torch.int32))
+        return torch.tensor(tables, dtype=torch.int32)
+
+
+class Rows:
+    """The tensors of sequences that draw together. A decode step changes them in place."""
+
+    def __init__(self, columns: Columns, device: torch.device):
+        self.columns = Columns(*(column.to(device) for column in columns))
+        self.integers, self.floats, self.top_p, self.tables = self.columns
+        self.tokens, self.positions, self.slots, self.steps, self.seeds, self.top_k = self.integers.unbind()
+        self.temperature, self.min_p, self.logprobs = self.floats.unbind()
+
+    def fill(self, columns: Columns) -> None:
+        """Take the values of as many rows."""
+        self.integers.copy_(columns.integers)
+        self.floats.copy_(columns.floats)
+        self.top_p.copy_(columns.top_p)
+        self.fill_tables(columns.tables)
+
+    def fill_tables(self, tables: Tensor) -> None:
+        """Take block tables [B', M'] that may be fewer and narrower: no row reads beyond its own blocks."""
+        self.tables[: tables.shape[0], : tables.shape[1]].copy_(tables)
 
     def draw(self, logits: Tensor) -> None:
         """Put the tokens drawn from logits [B, V] in place of the last ones."""
@@ -440,9 +458,7 @@ class Engine:
             sequence.cached = len(sequence) - 1
 
     def _rows(self, sequences: list[Sequence]) -> Rows:
-        rows = Rows(len(sequences), max(len(s.blocks) for s in sequences), self.device)
-        rows.fill(sequences, self.cache)
-        return rows
+        return Rows(Columns.of(sequences, len(sequences), widest(sequences), self.cache), self.device)
 
     def _graph(self, sequences: list[Sequence]) -> DecodeGraph:
         """The captured step of the next larger of GRAPH_SIZES, its rows those of `sequences`."""
@@ -451,17 +467,21 @@ class Engine:
             self.graphs[size] = self.capture(size)
         rows, blocks = self.graphs[size].rows, sum(len(s.blocks) for s in sequences)
         if sequences != self.decoded[0]:
-            rows.fill(sequences, self.cache)
+            rows.fill(Columns.of(sequences, size, widest(sequences), self.cache))
         elif blocks != self.decoded[1]:  # all else is as the last replay left it
-            rows.fill_tables(sequences, self.cache)
+            rows.fill_tables(Columns.tables_of(sequences, widest(sequences), self.cache))
         self.decoded = sequences, blocks
         return self.graphs[size]
 
     def capture(self, size: int) -> DecodeGraph:
         """A decode step of `size` rows, idle until they are filled."""
-        idle = Rows(size, self.table_width, self.device)
-        idle.fill([], self.cache)
+        idle = Rows(Columns.of([], size, self.table_width, self.cache), self.device)
         return DecodeGraph(self.advance, idle, self.graph_memory)
+
+
+def widest(sequences: list[Sequence]) -> int:
+    """Blocks of the sequence that has most."""
+    return max(len(s.blocks) for s in sequences)
 
 
 def graph_size(sequences: int) -> int:
