@@ -24,9 +24,10 @@ from nanosafe import script
 from nanosafe.config import ModelConfig
 from nanosafe.data import END_THINK, THINK, opens_thought
 from nanosafe.distributed import Ranks
-from nanosafe.engine import Engine, Sequence
+from nanosafe.engine import Engine
 from nanosafe.fields import GENERATION, check
 from nanosafe.sampler import SamplingParams, sequence
+from nanosafe.scheduler import Sequence
 from nanosafe.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.weights import load_model
 

@@ -1,9 +1,8 @@
 """The sampling engine: continuous batching over a paged KV cache.
 
-Requests enter and leave at every step. `BlockPool` counts who holds which cache block, `Scheduler` decides who runs and
-what is prefilled, both without a tensor; `Engine` moves the tensors. A step is a prefill, packed up to a budget of
-tokens, as long as some running sequence has more than one token that is not in the cache; else every running sequence
-decodes one token. When blocks run out, the youngest sequence gives all of its own back and is computed anew later.
+Requests enter and leave at every step. Who runs and in which blocks is decided in scheduler.py; `Engine` moves the
+tensors. A step is a prefill, packed up to a budget of tokens, as long as some running sequence has more than one token
+that is not in the cache; else every running sequence decodes one token.
 
 On a CPU the blocks are as long as the longest sequence, one contiguous slot each, because gathering small blocks is
 slow there; the same scheduler then moves sequences together so that the decoding ones are the first rows of the cache.
@@ -11,13 +10,9 @@ On CUDA blocks are small, decoding runs as CUDA graphs for a ladder of batch siz
 tokens only every few steps.
 """
 
-import heapq
 import math
 import sys
-from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -31,195 +26,11 @@ from nanosafe.kernels.draw import draw, triton
 from nanosafe.memory import Chunk, KVCache, PagedDecode, Prefill, SlotDecode
 from nanosafe.model import Decoder
 from nanosafe.packed import packed_view
+from nanosafe.scheduler import BlockPool, Copy, Scheduler, Sequence
 
-SHORTEST_SHARED = 16  # tokens; a shorter common prefix is not worth waiting for or copying
 STEPS_PER_LOOK = 8  # decode steps between two looks of the host at what was drawn, on CUDA
 # Rows of the graphs: an idle row costs next to nothing, a capture as much as several steps.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One completion in the making."""
-
-    prompt: list[int]
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    seed: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    token_ids: list[int] = field(default_factory=list)  # drawn so far
-    logprobs: list[float] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # the block table
-    slot: int = 0  # where the cache keeps the state of its Mamba layers
-    cached: int = 0  # leading tokens whose keys and values are in the cache
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.token_ids)
-
-    @property
-    def pending(self) -> int:
-        """Tokens not in the cache: 1 when it is ready to decode, for the last token drawn was never computed."""
-        return len(self) - self.cached
-
-    @property
-    def longest(self) -> int:
-        """Positions it can come to need; the last token drawn needs none."""
-        return len(self.prompt) + self.max_new_tokens - 1
-
-    @property
-    def finish_reason(self) -> str | None:
-        if self.token_ids and self.token_ids[-1] in self.stop_ids:
-            return "stop"
-        return "length" if len(self.token_ids) >= self.max_new_tokens else None
-
-
-class BlockPool:
-    """Which blocks are free, and how many sequences hold each of the others."""
-
-    def __init__(self, blocks: int, block_size: int):
-        self.total, self.block_size = blocks, block_size
-        self.free = list(range(blocks))  # a heap: the lowest number first keeps slots together
-        self.holders = [0] * blocks
-
-    def take(self) -> int:
-        block = heapq.heappop(self.free)
-        self.holders[block] = 1
-        return block
-
-    def share(self, block: int) -> int:
-        self.holders[block] += 1
-        return block
-
-    def drop(self, block: int) -> None:
-        self.holders[block] -= 1
-        if self.holders[block] == 0:
-            heapq.heappush(self.free, block)
-
-    def blocks_for(self, positions: int) -> int:
-        return -(-positions // self.block_size)
-
-
-Copy = tuple[int, int, int]  # source block, target block, how many positions
-Begin = tuple[int, int | None]  # a slot, and the slot whose state it begins with
-
-
-class Scheduler:
-    """Who runs: first come, first served, in at most `max_batch` rows and the blocks of the pool.
-
-    recurrent: the model has Mamba layers, whose state is of exactly the tokens computed and cannot go back. So a
-    prefill leaves the last token to decoding: there, a state fits every sequence that begins with the same prompt.
-    """
-
-    def __init__(self, pool: BlockPool, max_batch: int, prefill_tokens: int, recurrent: bool = False):
-        self.pool, self.max_batch, self.prefill_tokens, self.recurrent = pool, max_batch, prefill_tokens, recurrent
-        self.slots = BlockPool(max_batch, 1)  # of states
-        self.begins: list[Begin] = []  # states to be set, in order, before a step
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # the oldest first
-
-    def admit(self) -> list[Copy]:
-        """Let waiting sequences run while rows and blocks last. Returns the copies to make in the cache before a step.
-
-        A sequence takes over what a running one has in the cache of a common prefix of their prompts: whole blocks are
-        shared, the rest is copied. It waits where a running one is about to compute SHORTEST_SHARED tokens or more of
-        that prefix, so that the n samples of a longer prompt are prefilled once; its place is kept meanwhile.
-        """
-        copies, held_back = [], []
-        while self.waiting and len(self.running) + len(held_back) < self.max_batch:
-            sequence = self.waiting.popleft()
-            donor, cached, coming = self._donor(sequence)
-            if coming - cached >= SHORTEST_SHARED:
-                held_back.append(sequence)
-                continue
-            shared, rest = divmod(cached, self.pool.block_size)
-            needed = self.pool.blocks_for(len(sequence)) - shared
-            # One block more for every sequence that may still grow, or the new one would soon be sent back.
-            growing = sum(len(s.blocks) < self.pool.blocks_for(s.longest) for s in self.running)
-            if self.running and needed + growing > len(self.pool.free):
-                held_back.append(sequence)
-                break
-            if donor:
-                sequence.blocks = [self.pool.share(block) for block in donor.blocks[:shared]]
-            sequence.blocks += [self.pool.take() for _ in range(needed)]
-            if rest:
-                copies.append((donor.blocks[shared], sequence.blocks[shared], rest))
-            sequence.cached, sequence.slot = cached, self.slots.take()
-            self.begins.append((sequence.slot, donor.slot if donor else None))
-            self.running.append(sequence)
-        self.waiting.extendleft(reversed(held_back))
-        return copies
-
-    def _donor(self, sequence: Sequence) -> tuple[Sequence | None, int, int]:
-        """The running sequence with the most cached tokens of a common prefix, how many, and how many there will be."""
-        donor, most, coming = None, 0, 0
-        for other in self.running:
-            if other.prompt[:SHORTEST_SHARED] != sequence.prompt[:SHORTEST_SHARED]:
-                continue
-            # One token is always left to compute: its hidden state draws the next.
-            common = min(common_prefix(sequence.prompt, other.prompt), len(sequence) - 1)
-            if self.recurrent and other.cached > common:
-                continue  # its state is of more than the common tokens
-            if common >= SHORTEST_SHARED:
-                stop = len(other) - 1 if self.recurrent else common  # where its prefill can be taken over
-                coming = max(coming, stop if stop <= common else 0)
-                if (cached := min(common, other.cached)) > most:
-                    donor, most = other, cached
-                    if most == len(sequence) - 1:
-                        break
-        return donor, most, coming
-
-    def prefill(self) -> list[tuple[Sequence, int]]:
-        """Running sequences that are not ready to decode, each with how many tokens to compute now.
-
-        As many whole ones as the budget takes, or a part of one that is longer than the budget.
-        """
-        chunks, room = [], self.prefill_tokens
-        for sequence in self.running:
-            if sequence.pending > 1:
-                count = sequence.pending - self.recurrent
-                if chunks and count > room:
-                    break
-                chunks.append((sequence, min(count, room)))
-                room -= chunks[-1][1]
-        return chunks
-
-    def grow(self, steps: int) -> None:
-        """Give every running sequence blocks for `steps` more tokens; where none is left, the youngest goes back."""
-        for sequence in list(self.running):
-            while self.pool.blocks_for(sequence.cached + steps) > len(sequence.blocks) and sequence in self.running:
-                if self.pool.free:
-                    sequence.blocks.append(self.pool.take())
-                else:
-                    youngest = self.running[-1]
-                    self.remove(youngest)
-                    self.waiting.appendleft(youngest)
-
-    def compact(self) -> list[Copy]:
-        """Where blocks are slots: move sequences so that n running ones hold blocks 0 .. n - 1. Returns the copies."""
-        copies = []
-        for sequence in self.running:
-            [block] = sequence.blocks
-            if block >= len(self.running):
-                sequence.blocks = [self.pool.take()]
-                copies.append((block, sequence.blocks[0], sequence.cached))
-                self.pool.drop(block)
-        return copies
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of the running ones and give its blocks back."""
-        self.running.remove(sequence)
-        for block in sequence.blocks:
-            self.pool.drop(block)
-        self.slots.drop(sequence.slot)
-        sequence.blocks, sequence.cached = [], 0
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading tokens two prompts share."""
-    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 class Columns(NamedTuple):

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from nanosafe.distributed import Ranks
-from nanosafe.engine import Engine, Sequence
+from nanosafe.engine import Engine
 from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
+from nanosafe.scheduler import Sequence
 
 PACKING_PAYS = 32  # new tokens from which packing the weights, on a CPU, takes less time than it saves
 

@@ -18,9 +18,10 @@ from test_sampler import PROMPTS, Spy, count_divergences, models, transformers_g
 from tiny import decoder_like, tiny_raw
 
 from nanosafe import engine
-from nanosafe.engine import SHORTEST_SHARED, STEPS_PER_LOOK, BlockPool, Engine, Scheduler, Sequence
+from nanosafe.engine import STEPS_PER_LOOK, Engine
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler import Completion, SamplingParams, generate, sequence
+from nanosafe.scheduler import SHORTEST_SHARED, BlockPool, Scheduler, Sequence
 
 
 def prompts_with_common_beginnings(rng: random.Random, count: int, longest: int) -> list[list[int]]:

@@ -26,12 +26,13 @@ from nanosafe import engine, granite, plan
 from nanosafe.batches import Balance, work
 from nanosafe.config import SHAPES, ModelConfig
 from nanosafe.distributed import Ranks
-from nanosafe.engine import BlockPool, Engine, Scheduler, Sequence
+from nanosafe.engine import Engine
 from nanosafe.kernels.scan import Runs, convolve, convolve_step, scan, scan_step, within
 from nanosafe.memory import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model import Decoder, HybridLayer
 from nanosafe.random_weights import random_checkpoint
 from nanosafe.sampler import SamplingParams, generate, sequence
+from nanosafe.scheduler import BlockPool, Scheduler, Sequence
 from nanosafe.weights import StoredTensors, load_checkpoint, official, save_model
 
 events = test_engine.events  # the fixture
