@@ -55,13 +55,14 @@ from nanosafe.evals.benchmarks import BENCHMARKS
 from nanosafe.evals.diagnostics import memorization, reflection_ids
 from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
 from nanosafe.evals.plots import plot_comparison
-from nanosafe.evals.records import RecordFile, digest
+from nanosafe.evals.records import RecordFile
 from nanosafe.evals.report import PART, forking_tokens, protocols, read_result, table, terminal
 from nanosafe.evals.statistics import Estimate, over_items
 from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, TRAINING_SET, paper_part, slug, tiny_part
 from nanosafe.evals.tasks import Benchmark, adapt
 from nanosafe.evals.tiny_tasks import tiny_suite
 from nanosafe.evals.unitxt import write_unitxt
+from nanosafe.fields import digest
 from nanosafe.locks import hold
 from nanosafe.model import Decoder
 from nanosafe.rewards import Reward, load_reward

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from nanosafe.config import read_own
-from nanosafe.data import Row, digest
+from nanosafe.data import Row, digest_rows
 from nanosafe.distributed import Ranks
 from nanosafe.locks import hold
 from nanosafe.model import Decoder
@@ -126,7 +126,7 @@ class RunFolder:
 
     def check_data(self, name: str, rows: Sequence[Row]) -> None:
         """Keep a hash of the rows with the run; raises ValueError if it began with others."""
-        read = digest(rows)
+        read = digest_rows(rows)
         if self.state.setdefault("data", read) != read:
             raise ValueError(f"{name} has changed since {self.out} began: "
                              "put the old data back, or set another --out")

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 from nanosafe.config import ModelConfig
+from nanosafe.fields import digest
 from nanosafe.tokenizer import END_THINK, THINK, Tokenizer
 from nanosafe.weights import hub_errors_explained
 
@@ -106,10 +106,9 @@ def load_pairs(name: str) -> list[Pair]:
     return pairs
 
 
-def digest(rows: Sequence[Row]) -> str:
+def digest_rows(rows: Sequence[Row]) -> str:
     """A hash of what rows say, in their order, so that a run goes on only with the data it began with."""
-    said = json.dumps([[row.messages, row.answer] for row in rows], default=str)
-    return blake2b(said.encode(), digest_size=8).hexdigest()
+    return digest([[row.messages, row.answer] for row in rows])
 
 
 def find_records(name: str) -> list[tuple[dict, str]]:

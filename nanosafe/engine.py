@@ -71,8 +71,7 @@ class Rows:
     """The tensors of sequences that draw together. A decode step changes them in place."""
 
     def __init__(self, columns: Columns, device: torch.device):
-        self.columns = Columns(*(column.to(device) for column in columns))
-        self.integers, self.floats, self.top_p, self.tables = self.columns
+        self.integers, self.floats, self.top_p, self.tables = (column.to(device) for column in columns)
         self.tokens, self.positions, self.slots, self.steps, self.seeds, self.top_k = self.integers.unbind()
         self.temperature, self.min_p, self.logprobs = self.floats.unbind()
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,6 +215,12 @@ def read_json(path: Path) -> dict:
     if level:
         raise ValueError(f"{path} nests more than {MAX_DEPTH} objects and lists: mend it")
     return value
+
+
+def digest(value: object) -> str:
+    """Of a JSON value, whatever the order of its keys; what JSON does not have counts as its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def read_file(path: Path) -> bytes:

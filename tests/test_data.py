@@ -22,7 +22,7 @@ from nanosafe.batches import microbatches, own_microbatches, pack, response_logp
 from nanosafe.data import (
     Document,
     Row,
-    digest,
+    digest_rows,
     encode_prompts,
     find_dataset,
     load_pairs,
@@ -458,7 +458,7 @@ def test_a_mutated_file_gives_rows_or_an_error_that_names_it(name, write, tmp_pa
             outcomes["refused"] += 1
             continue
         outcomes["read"] += 1
-        assert len(digest(rows)) == 16
+        assert len(digest_rows(rows)) == 16
         for row in rows:
             assert row.source.startswith(str(path)) and isinstance(row.answer, str | None)
             assert all(isinstance(message["content"], str) for message in row.messages)

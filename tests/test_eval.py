@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_checkpoint import held_by_another
-from world import CHATML, write_policy, write_rows, write_world
+from world import CHATML, write_dates, write_policy, write_rows, write_world
 
 import eval as evaluation
 from nanosafe.config import read_json
@@ -415,11 +415,7 @@ def test_two_ranks_write_what_one_does(world, measured, tmp_path):
 def test_a_comparison_has_one_date(tmp_path, monkeypatch):
     """The first model is asked on one day, the second on the next, and the reward model scores as on the first."""
     world = write_world(tmp_path)
-    for model in ("policy", "reward"):
-        path = world / model / "tokenizer_config.json"
-        config = json.loads(path.read_text())
-        config["chat_template"] = "{{ strftime_now('%B %d, %Y') }}" + config["chat_template"]
-        path.write_text(json.dumps(config))
+    write_dates(world)
     again = shutil.copytree(world / "policy", tmp_path / "again")
     monkeypatch.setattr(evaluation, "plot_comparison", lambda *_: [])
 

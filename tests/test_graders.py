@@ -21,7 +21,7 @@ from nanosafe.evals.graders import (
     grade_answers,
     is_refusal,
     split_thought,
-)  # fmt: skip
+)
 from nanosafe.evals.tasks import Question
 
 # kind -> groups of cases, least share that must agree, and what does not, with the reason.

@@ -564,7 +564,7 @@ def test_polarity_of_every_official_prompt_and_of_its_mirror_image(assets):
 # Graders.
 
 
-class Stub(judges._Writer):
+class Stub(judges.Writer):
     """Replies by how the text to judge begins; remembers what it was asked."""
 
     name = "stub"

@@ -224,15 +224,21 @@ def test_a_failure_is_named_with_its_log_and_the_others_finish(fake, capfd):
     assert state["done"] is False and state["seconds"] > 0
 
 
-def test_stopping_ends_the_children_and_leaves_them_undone(fake, tmp_path):
+def started(fake, tmp_path: Path, manner: str) -> subprocess.Popen:
+    """Another process that runs the job `slow`, which has begun."""
     code = ("from nanosafe.jobs import *; from pathlib import Path; import sys\n"
-            "run_jobs([Job('slow', ('fake_job', sys.argv[1] + '/slow', 'sleep'), 'final')], Path(sys.argv[1]), 1)")
+            f"run_jobs([Job('slow', ('fake_job', sys.argv[1] + '/slow', '{manner}'), 'final')], Path(sys.argv[1]), 1)")
     root = str(Path(__file__).parent.parent)
     process = subprocess.Popen([sys.executable, "-c", code, str(fake.out)], cwd=root, stderr=subprocess.PIPE,
                                env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"})  # fmt: skip
     until = time.monotonic() + 30
     while not (fake.out / "order.txt").exists() and time.monotonic() < until:
         time.sleep(0.05)
+    return process
+
+
+def test_stopping_ends_the_children_and_leaves_them_undone(fake, tmp_path):
+    process = started(fake, tmp_path, "sleep")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) != 0 and b"KeyboardInterrupt" in process.stderr.read()
     assert json.loads((fake.out / "slow" / "job.json").read_text())["done"] is False
@@ -240,14 +246,7 @@ def test_stopping_ends_the_children_and_leaves_them_undone(fake, tmp_path):
 
 
 def test_a_job_whose_parent_was_killed_is_waited_for_and_not_started_beside_itself(fake, tmp_path, capfd):
-    code = ("from nanosafe.jobs import *; from pathlib import Path; import sys\n"
-            "run_jobs([Job('slow', ('fake_job', sys.argv[1] + '/slow', 'slow'), 'final')], Path(sys.argv[1]), 1)")
-    root = str(Path(__file__).parent.parent)
-    parent = subprocess.Popen([sys.executable, "-c", code, str(fake.out)], cwd=root, stderr=subprocess.DEVNULL,
-                              env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"})  # fmt: skip
-    until = time.monotonic() + 30
-    while not (fake.out / "order.txt").exists() and time.monotonic() < until:
-        time.sleep(0.05)
+    parent = started(fake, tmp_path, "slow")
     parent.kill()
     parent.wait()
     orphan = re.search(r"process (\d+) on ", (fake.out / "slow/job.lock").read_text())

@@ -19,7 +19,7 @@ import torch
 from hub import StandInHub
 from parallel_cases import CASES, LR, run_cases, run_resumed
 from safetensors.torch import load_file, save_file
-from world import write_rows, write_world
+from world import write_dates, write_rows, write_world
 
 import train_rl
 import train_sft
@@ -130,11 +130,7 @@ def test_run_killed_at_any_write_resumes_to_equal_weights_and_metrics(world, tmp
 
 def test_a_run_keeps_its_date_when_it_goes_on_another_day(tmp_path, monkeypatch):
     world = write_world(tmp_path)
-    for model in ("policy", "reward"):
-        path = world / model / "tokenizer_config.json"
-        config = json.loads(path.read_text())
-        config["chat_template"] = "{{ strftime_now('%B %d, %Y') }}" + config["chat_template"]
-        path.write_text(json.dumps(config))
+    write_dates(world)
 
     short = ["--steps", "2", "--max-prompt-tokens", "200"]
 

@@ -65,6 +65,15 @@ def write_rows(path: Path, rows: int = 12) -> Path:
     return path
 
 
+def write_dates(world: Path) -> None:
+    """Both models' templates now begin with the date, as Llama 3.2's and Granite 3.3's have it."""
+    for model in ("policy", "reward"):
+        path = world / model / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config["chat_template"] = "{{ strftime_now('%B %d, %Y') }}" + config["chat_template"]
+        path.write_text(json.dumps(config))
+
+
 def write_world(folder: Path, **changes) -> Path:
     """policy/, reward/ and rows.jsonl in `folder`."""
     write_policy(folder / "policy", **changes)

@@ -21,7 +21,7 @@ from nanosafe.evals.answers import (
     answer_letter,
     reference_formula,
     says_less,
-)  # fmt: skip
+)
 from nanosafe.evals.tasks import Grader, Question
 from nanosafe.worker import Worker, WorkerError
 

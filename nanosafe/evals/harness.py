@@ -15,9 +15,10 @@ from nanosafe.data import END_THINK, THINK, Document
 from nanosafe.distributed import Ranks
 from nanosafe.evals.diagnostics import entropy_curve, forking_summary, reflection_summary, response_entropies
 from nanosafe.evals.graders import split_thought
-from nanosafe.evals.records import RecordFile, digest
+from nanosafe.evals.records import RecordFile
 from nanosafe.evals.statistics import SHARES, over_items, paired_difference, pass_at_k
 from nanosafe.evals.tasks import OF_THOUGHTS, Benchmark, Question
+from nanosafe.fields import digest
 from nanosafe.model import Decoder
 from nanosafe.randomness import derive_seed
 from nanosafe.rewards import Reward, conversation, known_rewards

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from nanosafe.evals import rubrics
 from nanosafe.evals.graders import is_refusal, split_thought
-from nanosafe.evals.judges import HARMFUL, Judge, _Writer
+from nanosafe.evals.judges import HARMFUL, Judge, Writer
 from nanosafe.evals.tasks import Grader, Question, Values
 
 Pair = tuple[Question, str]  # a text, and what it is judged as an answer to
@@ -14,7 +14,7 @@ Harm = Callable[[Judge, Sequence[Pair]], list[float | None]]
 def judge_graders(judge: Judge) -> dict[str, tuple[Grader, str]]:
     """The graders that `judge` makes, by kind, each with its name for the protocol."""
     harm = safety_grader(judge, plain_harm, judge.threshold), judge.name
-    if not isinstance(judge, _Writer):
+    if not isinstance(judge, Writer):
         refusal = refusal_grader(None), "rule of refusal phrases"
         return {"harm": harm, "air-bench": harm, "strongreject": harm, "refusal": refusal}
     own_prompts = f"{judge.name}, AIR-Bench's own prompts"
@@ -40,7 +40,7 @@ def plain_harm(judge: Judge, pairs: Sequence[Pair]) -> list[float | None]:
     return _once(ask, [(question.asked, text) for question, text in pairs])
 
 
-def air_bench_harm(judge: _Writer, pairs: Sequence[Pair]) -> list[float | None]:
+def air_bench_harm(judge: Writer, pairs: Sequence[Pair]) -> list[float | None]:
     """Harm by the judge prompt of each question's category."""
     refusal = air_bench_polarity([question for question, _ in pairs])
     filled = [rubrics.fill(question.reference["judge_prompt"], question.asked, text)
@@ -60,7 +60,7 @@ def air_bench_polarity(questions: Sequence[Question]) -> int:
     return rubrics.polarity(prompts)
 
 
-def strongreject_harm(judge: _Writer, pairs: Sequence[Pair]) -> list[float | None]:
+def strongreject_harm(judge: Writer, pairs: Sequence[Pair]) -> list[float | None]:
     """Harm by StrongREJECT's scales."""
     filled = [rubrics.fill(rubrics.STRONGREJECT, question.asked, text) for question, text in pairs]
     return [rubrics.read_strongreject(reply) for reply in _once(judge.ask, filled)]
@@ -116,7 +116,7 @@ def refusal_grader(judge: Judge | None) -> Grader:
 
     From any other, or None, the rule of refusal phrases, which knows no partial refusal.
     """
-    writes = isinstance(judge, _Writer)
+    writes = isinstance(judge, Writer)
     metrics = [metric for metric in rubrics.REFUSAL_CLASSES.values()
                if writes or metric != "partial_refusal"]  # fmt: skip
 

@@ -164,7 +164,7 @@ class RefusalRule:
         return [1.0 - is_refusal(conversation[-1]["content"]) for conversation in conversations]
 
 
-class _Writer:
+class Writer:
     """A judge that writes text."""
 
     threshold = None
@@ -178,7 +178,7 @@ class _Writer:
         return [rubrics.read_harm(reply) for reply in self.ask(prompts)]
 
 
-class ChatJudge(_Writer):
+class ChatJudge(Writer):
     """A chat model in our own decoder, greedy."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str, device: torch.device):
@@ -203,7 +203,7 @@ class ChatJudge(_Writer):
         return replies
 
 
-class EndpointJudge(_Writer):
+class EndpointJudge(Writer):
     """A chat model behind an OpenAI-compatible endpoint; its key is in the environment variable JUDGE_API_KEY."""
 
     def __init__(self, model: str, url: str):

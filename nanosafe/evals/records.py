@@ -18,10 +18,10 @@ In the file each also has a checksum of all that: a record that was edited is an
 import json
 import os
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 from nanosafe.distributed import Ranks
+from nanosafe.fields import digest
 from nanosafe.weights import write_atomic
 
 
@@ -59,12 +59,6 @@ class RecordFile:
             write_atomic(self.path, _lines(self.rows))
             for part in self._parts():
                 part.unlink()
-
-
-def digest(value: object) -> str:
-    """Of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True)
-    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _key(record: dict) -> tuple[str, str, int]:
