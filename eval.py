@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 eval.py --model tiny
 
 A model of the tiny world is asked that world's questions, any other the paper's benchmarks. OUT holds records.jsonl
-(every response with its grades, see nanosafe/evals/records.py), result.json and table.md; of several models each has
+(every response with its grades, see nanosafe/evals/results.py), result.json and table.md; of several models each has
 its own folder in OUT, and the comparison is OUT's table.md and plots. A response is kept as soon as it ends: the same
 command goes on where it was stopped, and a complete one only grades again (a model's verdicts only with --regrade).
 
@@ -17,7 +17,7 @@ result.json: model, label, step and run (of a checkpoint in a run folder, else n
 the weights), memorization (null, or a part) and benchmarks, {name: part}. An estimate is {mean, low, high, n, over}. A
 part has:
 
-    about, headline, shown, variation, source, judge    of the benchmark (nanosafe/evals/tasks.py)
+    about, headline, shown, variation, source, judge    of the benchmark (nanosafe/evals/benchmark.py)
     protocol, responses                     how it was sampled and judged; number of responses
     metrics, diagnostics                    {metric: estimate} of the grader (and pass@k), and of the responses' form
     bounds                                  null, or the headline's mean if every response without a verdict counted 0,
@@ -46,28 +46,28 @@ from pathlib import Path
 
 import torch
 
-from nanosafe import script
-from nanosafe.config import ModelConfig, misfit
-from nanosafe.data import load_rows, sft_documents
-from nanosafe.distributed import Ranks
 from nanosafe.evals.attacks import ATTACKS
-from nanosafe.evals.benchmarks import BENCHMARKS
+from nanosafe.evals.benchmark import Benchmark, adapt
 from nanosafe.evals.diagnostics import memorization, reflection_ids
-from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
+from nanosafe.evals.paper_suite import BENCHMARKS
 from nanosafe.evals.plots import plot_comparison
-from nanosafe.evals.records import RecordFile
-from nanosafe.evals.report import PART, forking_tokens, protocols, read_result, table, terminal
+from nanosafe.evals.results import RecordFile
+from nanosafe.evals.run import add_rewards, protocol, respond, summarize
 from nanosafe.evals.statistics import Estimate, over_items
 from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, TRAINING_SET, paper_part, slug, tiny_part
-from nanosafe.evals.tasks import Benchmark, adapt
-from nanosafe.evals.tiny_tasks import tiny_suite
+from nanosafe.evals.tables import PART, forking_tokens, protocols, read_result, table, terminal
+from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.evals.unitxt import write_unitxt
-from nanosafe.fields import digest
-from nanosafe.locks import hold
-from nanosafe.model import Decoder
-from nanosafe.rewards import Reward, load_reward
-from nanosafe.tokenizer import load_tokenizer
-from nanosafe.weights import find_checkpoint, load_model, write_atomic
+from nanosafe.io.fields import digest
+from nanosafe.io.locks import hold
+from nanosafe.model.config import ModelConfig, misfit
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import find_checkpoint, load_model, write_atomic
+from nanosafe.parallel import Ranks
+from nanosafe.text.data import load_rows, sft_documents
+from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.train import cli
+from nanosafe.train.rewards import Reward, load_reward
 
 MEASURED = PART | {"protocol": dict}
 CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")  # sections that are printed too
@@ -90,18 +90,18 @@ def flags() -> ArgumentParser:
     add("--judge", nargs="+", metavar="NAME", help=f"of harm: {DEFAULT_JUDGE} (default), llama-guard-3, another guard, "
         "chat or reward model (alias, hub id, folder), endpoint:MODEL@URL (its key in JUDGE_API_KEY), or rule:refusal; "
         "the first gives the headline figures")
-    add("--judge-bounds", nargs=2, type=script.finite_float, metavar=("LOW", "HIGH"),
+    add("--judge-bounds", nargs=2, type=cli.finite_float, metavar=("LOW", "HIGH"),
         help="of a reward model as --judge: the scores that count as wholly harmful and wholly safe")
     add("--regrade", action="store_true", help="ask the judge again about responses that it has judged")
     add("--training-prompts", metavar="FILE", help="SFT data (hub id or file) whose prompts are left "
         f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, none "
         "where it cannot be reached)")
-    add("--thinking", **script.THINKING)
-    add("--date", **script.DATE)
+    add("--thinking", **cli.THINKING)
+    add("--date", **cli.DATE)
     add("--split", choices=("test", "validation"), default="test", help="of the tiny world (default: %(default)s)")
-    add("--samples", type=script.positive_int, help="responses to each question (default: the benchmark's own)")
-    add("--limit", type=script.positive_int, help="questions of each benchmark, drawn by --seed (default: all)")
-    add("--max-response-tokens", type=script.positive_int, help="(default: the benchmark's own)")
+    add("--samples", type=cli.positive_int, help="responses to each question (default: the benchmark's own)")
+    add("--limit", type=cli.positive_int, help="questions of each benchmark, drawn by --seed (default: all)")
+    add("--max-response-tokens", type=cli.positive_int, help="(default: the benchmark's own)")
     add("--reward-model", help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
     add("--memorization", metavar="FILE", help="SFT data (hub id or file): how well the model knows its responses "
         "(those of the first --limit rows)")
@@ -111,7 +111,7 @@ def flags() -> ArgumentParser:
     add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="compute type (default: bfloat16 on cuda, float32 on cpu)")
-    add("--tokens-per-microbatch", type=script.positive_int, default=16384,
+    add("--tokens-per-microbatch", type=cli.positive_int, default=16384,
         help="of the passes that measure entropies, per process (default: %(default)s)")
     return parser
 
@@ -363,5 +363,5 @@ def fingerprint(model: Decoder) -> str:
 
 
 if __name__ == "__main__":
-    with script.readable_errors():
+    with cli.readable_errors():
         main()

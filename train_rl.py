@@ -5,7 +5,7 @@
 
 One step: the policy answers a batch of prompts, the reward model scores the conversations, the KL to a frozen reference
 model is taken off token by token, returns are normalised over the whole rollout (advantages without a critic), and a
-few mini-batches of clipped policy-gradient steps follow. The formulas are in nanosafe/reinforce.py. Defaults are
+few mini-batches of clipped policy-gradient steps follow. The formulas are in nanosafe/train/reinforce.py. Defaults are
 OpenRLHF's where the paper (arXiv 2512.01848) is silent: its learning rate, KL coefficient, batch and lengths are not
 known. Every rank knows the whole rollout and all its numbers; only the work is shared out (sampling, scoring, forward
 and backward passes), so that any number of processes computes the same step.
@@ -24,21 +24,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanosafe import reinforce, script
-from nanosafe.batches import Balance, Packed, head_logprobs, own_microbatches, pack, response_hidden, response_logprobs
-from nanosafe.checkpoint import RunFolder
-from nanosafe.data import Episode, Row, encode_prompts, load_pairs, load_rows, opens_thought
-from nanosafe.distributed import Ranks, gathered, visiting
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.evals.tiny_tasks import suite_of
-from nanosafe.evals.watch import GOOD_REWARD_MODEL, Watch, reward_accuracy
-from nanosafe.model import Decoder
-from nanosafe.optim import Optimizer, cosine_schedule
+from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, reward_accuracy
+from nanosafe.evals.tiny_suite import suite_of
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import find_checkpoint, load_model
+from nanosafe.parallel import Ranks, gathered, visiting
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
-from nanosafe.rewards import UNREAD, Reward, check_rows, conversation, fill_unread, load_reward
 from nanosafe.sampler import SamplingParams, generate_over_ranks
-from nanosafe.tokenizer import Tokenizer, load_tokenizer
-from nanosafe.weights import find_checkpoint, load_model
+from nanosafe.text.data import Episode, Row, encode_prompts, load_pairs, load_rows, opens_thought
+from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.train import cli, reinforce
+from nanosafe.train.optim import Optimizer, cosine_schedule
+from nanosafe.train.packing import (
+    Balance,
+    Packed,
+    head_logprobs,
+    own_microbatches,
+    pack,
+    response_hidden,
+    response_logprobs,
+)
+from nanosafe.train.rewards import UNREAD, Reward, check_rows, conversation, fill_unread, load_reward
+from nanosafe.train.run_folder import RunFolder
 
 WARMUP_SHARE, FINAL_LR_SHARE = 0.03, 0.1
 SAMPLES_PER_STEP = 8  # episodes written to samples.jsonl
@@ -46,41 +54,41 @@ LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # of reinforce.p
 
 
 def flags() -> ArgumentParser:
-    parser = script.new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument
     add("--reward-model", help="alias, hub id or folder of a *ForSequenceClassification, or rule:math, rule:refusal")
     add("--reward-scope", choices=("response", "answer"), default="response",
         help="what is scored: thought and answer (default), or what follows </think> (nothing does: an empty answer)")
     add("--prompts", help="hub id, .json, .jsonl, .csv or .parquet; rows have question, prompt or messages")
-    add("--steps", type=script.positive_int, help="rollouts, each with its updates")
-    add("--prompts-per-step", type=script.positive_int)
-    add("--samples-per-prompt", type=script.positive_int)
-    add("--minibatches", type=script.positive_int, help="optimizer steps that a rollout is cut into")
-    add("--epochs", type=script.positive_int, help="passes over each rollout")
-    add("--lr", type=script.positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
-    add("--kl-coef", type=script.finite_float, help="weight of the KL to the reference model; 0 loads none")
+    add("--steps", type=cli.positive_int, help="rollouts, each with its updates")
+    add("--prompts-per-step", type=cli.positive_int)
+    add("--samples-per-prompt", type=cli.positive_int)
+    add("--minibatches", type=cli.positive_int, help="optimizer steps that a rollout is cut into")
+    add("--epochs", type=cli.positive_int, help="passes over each rollout")
+    add("--lr", type=cli.positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
+    add("--kl-coef", type=cli.finite_float, help="weight of the KL to the reference model; 0 loads none")
     add("--kl-kind", choices=reinforce.KL_KINDS, help="estimator of the KL in the reward; only k1 is unbiased there")
     add("--estimator", choices=reinforce.ESTIMATORS, default="reinforce++",
         help="-baseline: reward minus its prompt's mean, KL as a k2 loss; needs --samples-per-prompt above 1")
-    add("--gamma", type=script.positive_float, default=1.0, help="discount per token (default: 1)")
-    add("--clip-low", type=script.positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
-    add("--clip-high", type=script.positive_float, default=0.2, help="and those above 1 + this (0.2)")
-    add("--dual-clip", type=script.positive_float, help="bound above 1 on the ratio where the advantage is negative")
+    add("--gamma", type=cli.positive_float, default=1.0, help="discount per token (default: 1)")
+    add("--clip-low", type=cli.positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
+    add("--clip-high", type=cli.positive_float, default=0.2, help="and those above 1 + this (0.2)")
+    add("--dual-clip", type=cli.positive_float, help="bound above 1 on the ratio where the advantage is negative")
     add("--reduction", choices=("token", "sequence"), default="token",
         help="loss: mean over tokens (default), or over responses of their token means")
-    add("--reward-clip", type=script.finite_float, nargs=2, metavar=("LOW", "HIGH"),
+    add("--reward-clip", type=cli.finite_float, nargs=2, metavar=("LOW", "HIGH"),
         help="bounds of the reward (default: none)")
     add("--no-normalize", action="store_true", help="use returns as they are for advantages")
     add("--truncated", default="keep",
         help="responses cut at the limit: keep scores them as they are (default), mask leaves them out, a NUMBER is "
         "their reward")
-    add("--temperature", type=script.positive_float, default=1.0, help="of sampling and of every log-prob (default: 1)")
-    add("--top-p", type=script.positive_float, default=1.0, help="below 1 training is no longer on-policy (default: 1)")
-    add("--max-prompt-tokens", type=script.positive_int, help="longer prompts are left out, and counted")
-    add("--max-response-tokens", type=script.positive_int)
-    add("--tokens-per-microbatch", type=script.positive_int, help="of one forward and backward, per rank")
+    add("--temperature", type=cli.positive_float, default=1.0, help="of sampling and of every log-prob (default: 1)")
+    add("--top-p", type=cli.positive_float, default=1.0, help="below 1 training is no longer on-policy (default: 1)")
+    add("--max-prompt-tokens", type=cli.positive_int, help="longer prompts are left out, and counted")
+    add("--max-response-tokens", type=cli.positive_int)
+    add("--tokens-per-microbatch", type=cli.positive_int, help="of one forward and backward, per rank")
     add("--pairs", help="labelled pairs (prompt, chosen, rejected) that the reward model is tried on before the start")
-    add("--eval-every", type=script.positive_int,
+    add("--eval-every", type=cli.positive_int,
         help="steps between small evals of safety, over-refusal and reasoning, with warnings and a table at the end")
     return parser
 
@@ -89,7 +97,7 @@ def check(args: Namespace) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     if args.truncated not in ("keep", "mask"):
         try:
-            args.truncated = script.finite_float(args.truncated)
+            args.truncated = cli.finite_float(args.truncated)
         except (ValueError, ArgumentTypeError):
             raise ValueError(f"--truncated {args.truncated}: must be keep, mask or a number") from None
     low, high = args.reward_clip or (-math.inf, math.inf)
@@ -113,7 +121,7 @@ def check(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, ranks = script.start(flags(), argv, "rl", check)
+    args, ranks = cli.start(flags(), argv, "rl", check)
     run = RunFolder(args, ranks)
     if run.complete:
         return ranks.close()
@@ -146,9 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     watch = preflight(policy, reward, tokenizer, args, ranks, run)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long)
 
-    tracker = script.Tracker(args, ranks)
+    tracker = cli.Tracker(args, ranks)
     for step in run.steps(args.steps):
-        clock = script.Clock(ranks)
+        clock = cli.Clock(ranks)
         episodes = rollout(policy, tokenizer, prompts, args, ranks, step)
         clock.lap("rollout")
         score(episodes, reward, tokenizer, args, ranks)
@@ -283,14 +291,14 @@ def evaluate(policy: Decoder, reference: Decoder | None, episodes: list[Episode]
                 found[i][name] = part.clone()  # sent to another rank, a part would take the whole micro-batch along
 
     packs = [(indices, pack([episodes[i] for i in indices], ranks.device)) for indices in mine]
-    for indices, packed in script.progress(packs, "log-probs", ranks):
+    for indices, packed in cli.progress(packs, "log-probs", ranks):
         hidden = response_hidden(policy, packed)
         logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
         at_one = entropies if args.temperature == 1 else head_logprobs(policy, hidden, packed, 1.0)[1]
         keep(indices, packed, logprobs=logprobs, entropies=entropies, reflection_entropies=at_one)
     if reference is not None:
         with visiting(reference, ranks.device):
-            for indices, packed in script.progress(packs, "reference", ranks):
+            for indices, packed in cli.progress(packs, "reference", ranks):
                 keep(indices, packed, ref_logprobs=response_logprobs(reference, packed, args.temperature)[0])
     of_row = dict(ranks.gather([(i, columns) for i, columns in enumerate(found) if columns]))
     rows = [
@@ -330,7 +338,7 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
     loss_tokens = batch.mask.sum(1).tolist()
     for epoch in range(args.epochs):
         order = permutation(len(batch.episodes), args.seed, "minibatches", step, epoch)
-        for part in script.progress(range(M), "updates", ranks):
+        for part in cli.progress(range(M), "updates", ranks):
             rows = order[part * len(order) // M : (part + 1) * len(order) // M]
             counts = [loss_tokens[row] for row in rows]
             denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
@@ -444,5 +452,5 @@ def console_line(row: dict, steps: int) -> str:
 
 
 if __name__ == "__main__":
-    with script.readable_errors():
+    with cli.readable_errors():
         main()

@@ -19,35 +19,35 @@ from argparse import ArgumentParser
 
 import torch
 
-from nanosafe import script
-from nanosafe.batches import Balance, own_microbatches, pack, response_logprobs
-from nanosafe.checkpoint import RunFolder
-from nanosafe.data import Document, load_rows, sft_documents, sft_steps
-from nanosafe.distributed import Ranks
-from nanosafe.model import Decoder
-from nanosafe.optim import Optimizer, cosine_schedule
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import find_checkpoint, load_model
+from nanosafe.parallel import Ranks
 from nanosafe.randomness import shuffled_passes
-from nanosafe.tokenizer import load_tokenizer
-from nanosafe.weights import find_checkpoint, load_model
+from nanosafe.text.data import Document, load_rows, sft_documents, sft_steps
+from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.train import cli
+from nanosafe.train.optim import Optimizer, cosine_schedule
+from nanosafe.train.packing import Balance, own_microbatches, pack, response_logprobs
+from nanosafe.train.run_folder import RunFolder
 
 WARMUP_SHARE, FINAL_LR_SHARE, WEIGHT_DECAY = 0.05, 0.0, 1e-4
 
 
 def flags() -> ArgumentParser:
-    parser = script.new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument
     add("--data", help="hub id (owner/name), .json, .jsonl, .csv or .parquet with question and response, or messages")
-    add("--epochs", type=script.positive_int, help="passes over the data, each in another order")
-    add("--steps", type=script.positive_int, help="optimizer steps (default: what --epochs makes)")
-    add("--batch-size", type=script.positive_int, help="responses per step, over all ranks")
-    add("--lr", type=script.positive_float, help="peak learning rate; 5 %% warm-up, cosine to 0")
-    add("--max-tokens", type=script.positive_int, help="longer conversations lose their end, and are counted")
-    add("--tokens-per-microbatch", type=script.positive_int, help="of one forward and backward, per rank")
+    add("--epochs", type=cli.positive_int, help="passes over the data, each in another order")
+    add("--steps", type=cli.positive_int, help="optimizer steps (default: what --epochs makes)")
+    add("--batch-size", type=cli.positive_int, help="responses per step, over all ranks")
+    add("--lr", type=cli.positive_float, help="peak learning rate; 5 %% warm-up, cosine to 0")
+    add("--max-tokens", type=cli.positive_int, help="longer conversations lose their end, and are counted")
+    add("--tokens-per-microbatch", type=cli.positive_int, help="of one forward and backward, per rank")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, ranks = script.start(flags(), argv, "sft", lambda args: None)
+    args, ranks = cli.start(flags(), argv, "sft", lambda args: None)
     run = RunFolder(args, ranks)
     if run.complete:
         return ranks.close()
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.date = args.date
     optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
     run.attach(model, tokenizer, optimizer)
-    parts = [sft_documents(row, tokenizer, args.max_tokens) for row in script.progress(rows, "tokenising", ranks)]
+    parts = [sft_documents(row, tokenizer, args.max_tokens) for row in cli.progress(rows, "tokenising", ranks)]
     documents = [document for part, _ in parts for document in part]
     ranks.print(
         f"data: {len(documents)} responses from {len(rows)} rows of {args.data}, "
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     ranks.print(f"{steps} steps of {args.batch_size}: {passes:.2f} passes over the responses"
                 + (", the last of which are never seen" if passes < 1 else ""))
 
-    tracker = script.Tracker(args, ranks)
+    tracker = cli.Tracker(args, ranks)
     for step in run.steps(steps):
-        clock = script.Clock(ranks)
+        clock = cli.Clock(ranks)
         positions = range(step * args.batch_size, (step + 1) * args.batch_size)
         batch = [documents[i] for i in shuffled_passes(len(documents), positions, args.seed, "data")]
         metrics = backward(model, batch, args.tokens_per_microbatch, ranks)
@@ -124,5 +124,5 @@ def console_line(row: dict, steps: int) -> str:
 
 
 if __name__ == "__main__":
-    with script.readable_errors():
+    with cli.readable_errors():
         main()

@@ -119,7 +119,7 @@ class Stage:
 
     def shape(self, alias: str, layers: int | None = None) -> dict:
         """The config of an alias, perhaps with fewer layers; tiny in --smoke."""
-        from nanosafe.config import SHAPES
+        from nanosafe.model.config import SHAPES
 
         if self.smoke:
             return SHAPES[alias] | TINY
@@ -154,7 +154,7 @@ class Stage:
 
 def tests(stage: Stage) -> None:
     """Kernels against their plain twins, and everything that runs only on CUDA, in eight processes."""
-    files = sorted((ROOT / "tests").glob("interpreted_*.py")) + [ROOT / "tests" / "test_cuda.py"]
+    files = sorted((ROOT / "tests" / "helpers").glob("interpreted_*.py")) + [ROOT / "tests" / "test_cuda.py"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "--durations=8"]
     if stage.smoke:  # without a GPU the interpreter would need minutes
         command += [str(files[-1]), "-k", "refuses or nccl"]
@@ -173,9 +173,9 @@ def tests(stage: Stage) -> None:
 
 def logits(stage: Stage) -> None:
     """Ours and transformers' on the same weights: in float32, then the errors of both in bfloat16."""
-    from tiny import decoder_like, random_reference, tiny_raw
+    from tiny_models import decoder_like, random_reference, tiny_raw
 
-    from nanosafe.config import SHAPES
+    from nanosafe.model.config import SHAPES
 
     torch.backends.cudnn.allow_tf32 = False  # transformers' convolutions
     shapes = {"qwen3-0.6b": 8, "r1-qwen-1.5b": 4, "llama-3.1-8b": 2, "granite-4.0-tiny": 6}
@@ -286,9 +286,9 @@ def train(stage: Stage) -> None:
 
     import train_sft
     from nanosafe import plan
-    from nanosafe.data import Document
-    from nanosafe.distributed import Ranks
-    from nanosafe.optim import Optimizer
+    from nanosafe.parallel import Ranks
+    from nanosafe.text.data import Document
+    from nanosafe.train.optim import Optimizer
 
     whole = stage.on_gpu and torch.cuda.get_device_properties(0).total_memory > LARGE
     model = sampler.random_model(stage.shape("qwen3-8b", None if whole else 10), stage.device, torch.bfloat16)
@@ -349,7 +349,7 @@ def head(stage: Stage) -> None:
 
 def prepare(stage: Stage) -> None:
     """Random weights for `rl` and `rl8b`, which find them in the cache."""
-    from nanosafe.random_weights import random_checkpoint
+    from nanosafe.plan.random_weights import random_checkpoint
 
     for alias in ("qwen3-0.6b", REWARD_MODEL, "qwen3-8b") if stage.is_large() else ("qwen3-0.6b", REWARD_MODEL):
         start = time.monotonic()

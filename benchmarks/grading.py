@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--hostile", type=int, default=0, help="so many answers that never end")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from nanosafe.evals.graders import answer_grader, math_grader
-    from nanosafe.evals.tasks import Question
+    from nanosafe.evals.benchmark import Question
+    from nanosafe.text.grading import answer_grader, math_grader
 
     rows = [json.loads(line) for line in args.file.read_text().splitlines()]
     questions, responses = [], []

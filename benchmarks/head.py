@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanosafe import token_logprob_entropy
-from nanosafe.kernels.head import CHUNK_BYTES, CUDA_ROWS
+from nanosafe.kernels.logprob import CHUNK_BYTES, CUDA_ROWS
 
 SIDES = ("nanosafe", "chunked", "full", "compiled", "liger", "products")
 DEFAULTS = {"cpu": dict(tokens=4096, dim=1024, vocab=151936, dtype="float32", chunk_mib=512),

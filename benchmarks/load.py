@@ -29,9 +29,9 @@ PROMPT = list(range(1000, 1016))
 def write_model(folder: Path) -> None:
     import torch
 
-    from nanosafe.config import ModelConfig
-    from nanosafe.model import Decoder
-    from nanosafe.weights import save_model
+    from nanosafe.model.config import ModelConfig
+    from nanosafe.model.decoder import Decoder
+    from nanosafe.model.weights import save_model
 
     with torch.device("meta"):
         model = Decoder(ModelConfig.from_dict(CONFIG))
@@ -46,7 +46,7 @@ def measure(peer: str, folder: Path) -> None:
     import torch
 
     if peer == "nanosafe":
-        from nanosafe.weights import load_model
+        from nanosafe.model.weights import load_model
 
         imported = time.monotonic()
         model = load_model(folder)

@@ -1,6 +1,6 @@
 """The plan of RL with the default recipe for six models on three machines, as docs/plan.md.
 
-    python benchmarks/plan.py                  # no GPU, no download: formulas of nanosafe/plan.py
+    python benchmarks/plan.py                  # no GPU, no download: formulas of nanosafe/plan/__init__.py
     python benchmarks/plan.py --print          # leaves docs/plan.md as it is
 
 Where the default flags do not fit, the settings with the fewest changes that do are shown. Prints one JSON line last.
@@ -13,14 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanosafe import plan, plan_report  # noqa: E402
+from nanosafe import plan
+from nanosafe.plan import report as plan_report  # noqa: E402
 
 MODELS = ("qwen3-8b", "r1-qwen-7b", "r1-llama-8b", "qwen3-32b", "granite-4.0-tiny", "llama-3.3-70b")
 MACHINES = ((1, 80), (1, 141), (8, 80))
 HEADER = ("model", "GPUs", "fits", "flags", "peak GB of usable", "KV pool: sequences", "hours", "GB per checkpoint")
 ABOUT = """# What RL of each model needs
 
-Made by `python benchmarks/plan.py` from the formulas of `nanosafe/plan.py`: **nothing here is measured**. REINFORCE++
+Made by `python benchmarks/plan.py` from the formulas of `nanosafe/plan/__init__.py`: **nothing here is measured**. REINFORCE++
 with the default recipe (reward model skywork-v2-llama-8b, 500 steps of 128 prompts, responses up to 4,096 tokens) in
 bfloat16; `train_rl.py --model MODEL --plan COUNTxGB` prints the same in full. Where the default flags do not fit, the
 fewest changes that do are shown.

@@ -39,8 +39,8 @@ import tokenizers
 import torch
 
 from nanosafe import load_model, save_model
-from nanosafe.config import ModelConfig
-from nanosafe.model import Decoder
+from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Decoder
 
 SHAPE = dict(model_type="qwen3", hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
              head_dim=64, vocab_size=8192, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=4096,
@@ -90,9 +90,9 @@ def peak_gb() -> float:
 
 def run_nanosafe(folder: Path, out: str, args: argparse.Namespace) -> dict:
     import train_rl
-    from nanosafe.data import encode_prompts, load_rows
     from nanosafe.sampler import Completion
-    from nanosafe.tokenizer import load_tokenizer
+    from nanosafe.text.data import encode_prompts, load_rows
+    from nanosafe.text.tokenizer import load_tokenizer
 
     if args.stored:
         train_rl.generate_over_ranks = lambda *given, **options: [

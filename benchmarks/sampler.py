@@ -36,10 +36,10 @@ from pathlib import Path
 import torch
 
 from nanosafe import SamplingParams, generate, load_model, save_model
-from nanosafe.config import ModelConfig
-from nanosafe.engine import Columns, Engine, Rows
-from nanosafe.memory import KVCache
-from nanosafe.model import Decoder
+from nanosafe.model.attention import KVCache
+from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Decoder
+from nanosafe.sampler.engine import Columns, Engine, Rows
 
 SHARED = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=128, vocab_size=151936, rope_theta=1e6,
               rms_norm_eps=1e-6, max_position_embeddings=40960, tie_word_embeddings=True, torch_dtype="bfloat16")

@@ -6,14 +6,14 @@ scripts, train_sft.py and train_rl.py.
 
 import warnings
 
-from nanosafe.evals.graders import grade_answer
-from nanosafe.kernels.head import token_logprob_entropy
-from nanosafe.model import Decoder
-from nanosafe.reinforce import advantages, policy_loss, token_kl
-from nanosafe.rewards import load_reward_model
+from nanosafe.kernels.logprob import token_logprob_entropy
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import load_model, save_model
 from nanosafe.sampler import Completion, SamplingParams, generate
-from nanosafe.tokenizer import load_tokenizer
-from nanosafe.weights import load_model, save_model
+from nanosafe.text.grading import grade_answer
+from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.train.reinforce import advantages, policy_loss, token_kl
+from nanosafe.train.rewards import load_reward_model
 
 # `python -m nanosafe.sampler` runs a module that this one has imported, which is meant.
 warnings.filterwarnings("ignore", "'nanosafe.sampler' found in sys.modules", RuntimeWarning)

@@ -12,20 +12,20 @@ import pytest
 import torch
 from pretend_cuda import DEVICE, pretending
 from test_train import rl_args, rows_of, sft_args, without_clock
-from tiny import random_checkpoint
+from tiny_models import random_checkpoint
 from world import write_world
 
 import train_rl
 import train_sft
-from nanosafe import granite
-from nanosafe.batches import pack, response_logprobs
-from nanosafe.data import Document
-from nanosafe.distributed import Ranks, gathered, join_group, shard
 from nanosafe.kernels import split_adam
-from nanosafe.memory import KVCache, PackedDocuments
-from nanosafe.optim import Optimizer
+from nanosafe.model import granite
+from nanosafe.model.attention import KVCache, PackedDocuments
+from nanosafe.model.weights import StoredTensors, load_model, save_tensors
+from nanosafe.parallel import Ranks, gathered, join_group, shard
 from nanosafe.sampler import SamplingParams, generate
-from nanosafe.weights import StoredTensors, load_model, save_tensors
+from nanosafe.text.data import Document
+from nanosafe.train.optim import Optimizer
+from nanosafe.train.packing import pack, response_logprobs
 
 cuda = nullcontext if torch.cuda.is_available() else pretending
 only_pretended = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which cannot be pretended")

@@ -13,23 +13,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_checkpoint import held_by_another
+from test_run_folder import held_by_another
 from world import CHATML, write_dates, write_policy, write_rows, write_world
 
 import eval as evaluation
-from nanosafe.config import read_json
-from nanosafe.distributed import Ranks
-from nanosafe.evals import harness, plots, tiny_tasks
-from nanosafe.evals.harness import add_rewards, protocol, respond, summarize
-from nanosafe.evals.records import RecordFile
-from nanosafe.evals.report import Row, difference, estimate, headline, protocols, sections, table, terminal
+from nanosafe.evals import plots
+from nanosafe.evals import run as harness
+from nanosafe.evals import tiny_suite as tiny_tasks
+from nanosafe.evals.benchmark import Benchmark, Question, adapt
+from nanosafe.evals.results import RecordFile
+from nanosafe.evals.run import add_rewards, protocol, respond, summarize
 from nanosafe.evals.statistics import Estimate
-from nanosafe.evals.tasks import Benchmark, Question, adapt
-from nanosafe.evals.tiny_tasks import grade_tiny, tiny_suite
-from nanosafe.rewards import load_reward, load_reward_model
+from nanosafe.evals.tables import Row, difference, estimate, headline, protocols, sections, table, terminal
+from nanosafe.evals.tiny_suite import grade_tiny, tiny_suite
+from nanosafe.model.config import read_json
+from nanosafe.model.weights import load_model
+from nanosafe.parallel import Ranks
+from nanosafe.text.tokenizer import load_tokenizer
 from nanosafe.tiny import world as tiny_world
-from nanosafe.tokenizer import load_tokenizer
-from nanosafe.weights import load_model
+from nanosafe.train.rewards import load_reward, load_reward_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--benchmarks", "tiny,safety,benign-look-alikes,arithmetic", "--limit", "4", "--max-response-tokens", "6",

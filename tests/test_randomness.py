@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanosafe.kernels.draw import W, _keys, _mix, first_ring, gumbel_noise
+from nanosafe.kernels.sample import W, _keys, _mix, first_ring, gumbel_noise
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 
 EULER = 0.5772156649

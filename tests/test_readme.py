@@ -7,8 +7,8 @@ from pathlib import Path
 import eval as evaluation
 import train_rl
 import train_sft
-from nanosafe import paper
-from nanosafe.config import ALIASES, tiny_seed
+from nanosafe.model.config import ALIASES, tiny_seed
+from nanosafe.paper import __main__ as paper
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -23,12 +23,12 @@ from world import write_dates, write_rows, write_world
 
 import train_rl
 import train_sft
-from nanosafe import checkpoint
-from nanosafe.checkpoint import RunFolder
-from nanosafe.data import sft_steps
-from nanosafe.distributed import Ranks
-from nanosafe.rewards import UNREAD
-from nanosafe.weights import load_model
+from nanosafe.model.weights import load_model
+from nanosafe.parallel import Ranks
+from nanosafe.text.data import sft_steps
+from nanosafe.train import run_folder as checkpoint
+from nanosafe.train.rewards import UNREAD
+from nanosafe.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 RL = ["--steps", "4", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatches", "2", "--lr", "1e-3",
@@ -188,7 +188,7 @@ def test_sigkill_and_sigterm_of_the_real_script(world, tmp_path):
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(world, tmp_path):
     """A limit on the size of files stands in for it: metrics fit, and from the second checkpoint on nothing else."""
     limited = ("import resource, signal, sys, train_rl\n"
-               "from nanosafe import checkpoint, script\n"
+               "from nanosafe.train import run_folder as checkpoint; from nanosafe.train import cli as script\n"
                "save = checkpoint.RunFolder.save\n"
                "def limit(run):\n"
                "    if run.state['step'] == 2:\n"
@@ -328,7 +328,7 @@ def shrink(config: dict, **sizes) -> dict:
 
 def write_shards(folder: Path, config: dict, shards: int, name: str) -> None:
     """Random weights of `config` as transformers names them, in `shards` files with an index."""
-    from tiny import random_reference
+    from tiny_models import random_reference
 
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {k: v.contiguous() for k, v in random_reference(config).state_dict().items()}

@@ -20,8 +20,8 @@ earlier assistant turns. Judges see `Question.asked`, which no attack changes, a
 
 from dataclasses import dataclass, replace
 
-from nanosafe.evals.benchmarks import BOXED, LETTER
-from nanosafe.evals.tasks import Benchmark
+from nanosafe.evals.benchmark import Benchmark
+from nanosafe.evals.paper_suite import BOXED, LETTER
 
 QUESTION = "{question}"  # where a wrapper takes the question, with the benchmark's suffix
 

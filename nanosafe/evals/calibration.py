@@ -25,15 +25,15 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe import script
-from nanosafe.config import read_own
-from nanosafe.data import as_row, find_records, load_pairs
-from nanosafe.distributed import Ranks
-from nanosafe.evals.records import RecordFile
-from nanosafe.evals.report import markdown
+from nanosafe.evals.results import RecordFile
 from nanosafe.evals.statistics import Estimate, auc, auc_interval, paired_difference
-from nanosafe.rewards import conversation, known_rewards, load_reward
-from nanosafe.weights import write_atomic
+from nanosafe.evals.tables import markdown
+from nanosafe.model.config import read_own
+from nanosafe.model.weights import write_atomic
+from nanosafe.parallel import Ranks
+from nanosafe.text.data import as_row, find_records, load_pairs
+from nanosafe.train import cli
+from nanosafe.train.rewards import conversation, known_rewards, load_reward
 
 LABELS = ("safe", "unsafe")
 SLACK = 0.01  # an AUC that falls by less is not worth a warning
@@ -253,5 +253,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with script.readable_errors():
+    with cli.readable_errors():
         main()

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanosafe.batches import Packed, microbatches, pack, response_hidden, response_logprobs
-from nanosafe.data import Document
-from nanosafe.model import Decoder
+from nanosafe.model.decoder import Decoder
 from nanosafe.sampler import SamplingParams, generate
-from nanosafe.tokenizer import Tokenizer
+from nanosafe.text.data import Document
+from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train.packing import Packed, microbatches, pack, response_hidden, response_logprobs
 
 REFLECTION_WORDS = frozenset(
     "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though Meanwhile "

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Hashable, Sequence
 
 from nanosafe.evals import rubrics
-from nanosafe.evals.graders import is_refusal, split_thought
+from nanosafe.evals.benchmark import Grader, Question, Values
 from nanosafe.evals.judges import HARMFUL, Judge, Writer
-from nanosafe.evals.tasks import Grader, Question, Values
+from nanosafe.text.grading import is_refusal, split_thought
 
 Pair = tuple[Question, str]  # a text, and what it is judged as an answer to
 Harm = Callable[[Judge, Sequence[Pair]], list[float | None]]

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanosafe.batches import microbatches
-from nanosafe.config import ModelConfig
-from nanosafe.data import THINK, opens_thought
-from nanosafe.distributed import visiting
 from nanosafe.evals import rubrics
 from nanosafe.evals.endpoint import Failure, chat_completion
-from nanosafe.evals.graders import is_refusal, split_thought
-from nanosafe.memory import PackedDocuments
-from nanosafe.model import Decoder
-from nanosafe.rewards import Conversation, RewardModel, known_rewards
+from nanosafe.model.attention import PackedDocuments
+from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import MAIN_RANK, find_checkpoint, load_checkpoint
+from nanosafe.parallel import visiting
 from nanosafe.sampler import SamplingParams, generate
-from nanosafe.tokenizer import Tokenizer, load_tokenizer
-from nanosafe.weights import MAIN_RANK, find_checkpoint, load_checkpoint
+from nanosafe.text.data import THINK, opens_thought
+from nanosafe.text.grading import is_refusal, split_thought
+from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.train.packing import microbatches
+from nanosafe.train.rewards import Conversation, RewardModel, known_rewards
 
 MASS_FLOOR = 0.5  # of both verdict words together: below it the guard was about to write something else
 VERDICT_DATE = "2025-01-01"  # Granite's and Llama 3.2's templates write one

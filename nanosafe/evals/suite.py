@@ -7,14 +7,14 @@ from importlib.metadata import version
 
 import torch
 
-from nanosafe.config import RECIPES, ModelConfig
 from nanosafe.evals.attacks import attacked, fits
-from nanosafe.evals.benchmarks import BENCHMARKS, load_benchmark, training_prompts
-from nanosafe.evals.graders import answer_grader
+from nanosafe.evals.benchmark import Benchmark, Grader, Question, Values
 from nanosafe.evals.judge_graders import air_bench_polarity, judge_graders, refusal_grader
 from nanosafe.evals.judges import load_judge
-from nanosafe.evals.tasks import Benchmark, Grader, Question, Values
-from nanosafe.evals.tiny_tasks import tiny_suite
+from nanosafe.evals.paper_suite import BENCHMARKS, load_benchmark, training_prompts
+from nanosafe.evals.tiny_suite import tiny_suite
+from nanosafe.model.config import RECIPES, ModelConfig
+from nanosafe.text.grading import answer_grader
 
 PAPER = ("attaq", "air-bench", "xstest", "math-500", "aime24", "aime25", "gpqa-diamond")  # xstest: never safety alone
 DEFAULT_JUDGE = "granite-guardian"

@@ -27,17 +27,17 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from nanosafe.config import ModelConfig
-from nanosafe.distributed import available_cores
-from nanosafe.granite import initial_recurrence
-from nanosafe.locks import locked
-from nanosafe.model import Decoder
-from nanosafe.optim import Optimizer, cosine_schedule
+from nanosafe.io.locks import locked
+from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import initial_recurrence
+from nanosafe.model.weights import save_model, write_atomic
+from nanosafe.parallel import available_cores
 from nanosafe.randomness import shuffled_passes
-from nanosafe.rewards import RewardModel
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import world
-from nanosafe.tokenizer import Tokenizer
-from nanosafe.weights import save_model, write_atomic
+from nanosafe.train.optim import Optimizer, cosine_schedule
+from nanosafe.train.rewards import RewardModel
 
 NO_THOUGHT = (
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"

@@ -12,19 +12,19 @@ from collections import defaultdict
 
 import torch
 
-from nanosafe.data import Pair
-from nanosafe.distributed import Ranks
+from nanosafe.evals.benchmark import Benchmark, adapt
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.evals.harness import respond
-from nanosafe.evals.report import markdown
+from nanosafe.evals.during_training import reward_accuracy
+from nanosafe.evals.run import respond
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
-from nanosafe.evals.tasks import Benchmark, adapt
-from nanosafe.evals.tiny_tasks import tiny_suite
-from nanosafe.evals.watch import reward_accuracy
-from nanosafe.rewards import load_reward
+from nanosafe.evals.tables import markdown
+from nanosafe.evals.tiny_suite import tiny_suite
+from nanosafe.model.weights import load_model
+from nanosafe.parallel import Ranks
+from nanosafe.text.data import Pair
+from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
 from nanosafe.tiny import world
-from nanosafe.tokenizer import Tokenizer, load_tokenizer
-from nanosafe.weights import load_model
+from nanosafe.train.rewards import load_reward
 
 HELD_OUT_PAIRS, SAMPLES = 1000, 4  # responses to each question
 

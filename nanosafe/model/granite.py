@@ -1,0 +1,150 @@
+"""What Granite 4 adds to the decoder: the Mamba-2 mixer and the mixture of experts.
+
+Most layers of Granite 4 have no attention: their mixer is a Mamba-2 recurrence (arXiv 2405.21060), whose state does not
+grow with the text. What it does along time is asked of `memory`, as attention is. The MLP is a mixture of experts, of
+which a router chooses a few for each token, beside a shared MLP that all tokens pass; small ones have the shared MLP
+alone. `model.HybridLayer` puts these together. Names are those of the checkpoints on the hub.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanosafe.kernels.cpu_matmul import Linear, linear
+from nanosafe.model.config import ModelConfig
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of x * silu(gate) over each of `groups` equal parts of the last dimension, in float32 inside."""
+
+    def __init__(self, size: int, groups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = (x.float() * F.silu(gate.float())).unflatten(-1, (self.groups, -1))
+        x = F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2)
+        return self.weight * x.to(gate.dtype)
+
+
+class Mamba(nn.Module):
+    """The Mamba-2 mixer: project, convolve, scan, gate, project back."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        shape = self.shape = config.hybrid
+        self.layer, inner = layer, shape.mamba_heads * shape.mamba_head_dim
+        self.in_proj = Linear(config.hidden_size, inner + shape.channels + shape.mamba_heads, shape.proj_bias)
+        self.conv1d = nn.Conv1d(shape.channels, shape.channels, shape.conv_size, groups=shape.channels,
+                                bias=shape.conv_bias)
+        for name, values in initial_recurrence(shape.mamba_heads).items():
+            self.register_parameter(name, nn.Parameter(values))
+        self.norm = GatedRMSNorm(inner, shape.groups, config.rms_norm_eps)
+        self.out_proj = Linear(inner, config.hidden_size, shape.proj_bias)
+
+    def forward(self, x: Tensor, memory) -> Tensor:
+        shape = self.shape
+        inner, states = shape.mamba_heads * shape.mamba_head_dim, shape.groups * shape.state_size
+        gate, xBC, dt = self.in_proj(x).split([inner, shape.channels, shape.mamba_heads], dim=-1)
+        xBC = F.silu(memory.convolve(self.layer, xBC, self.conv1d.weight, self.conv1d.bias))
+        x, B, C = xBC.split([inner, states, states], dim=-1)
+        x = x.unflatten(-1, (shape.mamba_heads, -1))  # [N, H, P]
+        B, C = (t.unflatten(-1, (shape.groups, -1)) for t in (B, C))  # [N, G, S]
+        dt = F.softplus(dt.float() + self.dt_bias.float())  # [N, H]
+        y = memory.scan(self.layer, x, dt, -self.A_log.float().exp(), B, C, shape.chunk_size)
+        y = y + x * self.D.float()[:, None]
+        return self.out_proj(self.norm(y.flatten(-2), gate))
+
+
+def initial_recurrence(heads: int) -> dict[str, Tensor]:
+    """Values [heads] to train a mixer from, as in Mamba-2: decay rates -1, -2, ..., steps from 0.001 to 0.1, evenly
+    spaced in the logarithm, and the input itself added once."""
+    dt = torch.logspace(-3, -1, heads)
+    return {"A_log": torch.arange(1.0, heads + 1).log(), "D": torch.ones(heads),
+            "dt_bias": dt + (-torch.expm1(-dt)).log()}  # softplus of it is dt
+
+
+class SharedMLP(nn.Module):
+    """SwiGLU whose gate and up projection are one matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.hybrid.shared_intermediate_size
+        self.input_linear = Linear(config.hidden_size, 2 * size, bias=False)
+        self.output_linear = Linear(size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_linear(swiglu(self.input_linear(x)))
+
+
+class Router(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layer = Linear(config.hidden_size, config.hybrid.experts, bias=False)
+
+
+class Experts(nn.Module):
+    """One matrix [out, in] for each expert."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        nn.init.normal_(self.weight, std=inputs**-0.5)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [rows, in], the rows of expert e ending at ends[e] -> [rows, out]."""
+        if grouped_kernel_works(self.weight, training=torch.is_grad_enabled()) and len(x):
+            return F.grouped_mm(x, self.weight.mT, offs=ends)
+        parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        return torch.cat([linear(part, weight) for part, weight in zip(parts, self.weight, strict=True)])
+
+
+class MixtureOfExperts(nn.Module):
+    """SwiGLU experts, of which each token passes those few that the router gives the largest logits.
+
+    Their outputs are weighted by the softmax over the chosen logits, in float32. No token is dropped: an expert gets as
+    many rows as chose it.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.chosen, self.experts = layer, config.hybrid.experts_per_token, config.hybrid.experts
+        self.router = Router(config)
+        self.input_linear = Experts(self.experts, config.hidden_size, 2 * config.intermediate_size)
+        self.output_linear = Experts(self.experts, config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, memory) -> Tensor:
+        logits = self.router.layer(x).float()  # [N, experts]
+        top, experts = logits.topk(self.chosen, dim=-1)  # [N, k]
+        memory.routed(self.layer, logits, experts)
+        by_expert, order = experts.flatten().sort(stable=True)  # all pairs of token and expert
+        every = torch.arange(self.experts, device=x.device)
+        ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)
+        # Copies first, then their order: as a gather the gradient would add up a token's parts in any order.
+        rows = x[:, None].expand(-1, self.chosen, -1).flatten(0, 1).index_select(0, order)  # [N * k, D]
+        out = self.output_linear(swiglu(self.input_linear(rows, ends)), ends)
+        out = out.index_select(0, order.argsort()).unflatten(0, experts.shape)  # [N, k, D]
+        return (out * top.softmax(-1).to(x.dtype)[..., None]).sum(1)
+
+
+def grouped_kernel_works(weight: Tensor, *, training: bool) -> bool:
+    """Whether PyTorch has one kernel for all experts; without it their numbers of rows are read on the host.
+
+    On Blackwell it has, but gives experts without a token a gradient that is not zero (pytorch issue 172439).
+    """
+    if not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    generation = torch.cuda.get_device_capability(weight.device)[0]
+    return generation == 9 or generation > 9 and not training
+
+
+def groups_on_host(model: nn.Module) -> bool:
+    """Whether sampling waits for the experts' numbers of rows, which no CUDA graph can."""
+    return any(not grouped_kernel_works(module.weight, training=False) for module in model.modules()
+               if isinstance(module, Experts))  # fmt: skip
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up

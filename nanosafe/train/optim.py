@@ -1,0 +1,148 @@
+"""The gradient step: float32 masters of the weights, one global denominator, AdamW, a cosine schedule.
+
+A loss divided by the token count of the whole optimizer step gives gradients that simply add up over micro-batches and
+ranks. They add up in float32, whatever the compute type: in bfloat16 the 64th micro-batch would no longer register.
+With --dtype float32 the model's own parameters are the masters; with --low-memory no master exists as a tensor, it is
+the bfloat16 parameter and a remainder (split_adam.py).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nanosafe.model.weights import StoredTensors
+from nanosafe.parallel import whole
+from nanosafe.train.low_memory import SplitAdamW
+
+
+def cosine_schedule(step: int, steps: int, warmup_share: float, final_share: float) -> float:
+    """The factor on the peak learning rate at `step` (from 0) of `steps`.
+
+    Linear warm-up over `warmup_share` of the steps that starts above 0 and reaches 1, then half a cosine to
+    `final_share`.
+    """
+    warmup = math.ceil(warmup_share * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / (steps - warmup)  # below 1, so that no step is spent at a rate of 0
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimizer:
+    """AdamW (arXiv 1711.05101) on float32 masters. Weight decay acts on matrices, not on norms and biases."""
+
+    def __init__(
+        self, model: nn.Module, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
+        low_memory=False,
+    ):  # fmt: skip
+        """low_memory: 6.02 bytes per parameter for weights, masters and 8-bit moments together, instead of 14.
+
+        It is for a model that is whole on this device; raises ValueError for parameters that are not bfloat16.
+        """
+        self.max_grad_norm = max_grad_norm
+        self.parameters = dict(model.named_parameters())
+        # What is updated, and whose .grad, in float32, collects the gradient of the step.
+        self.masters: dict[str, Tensor] = self._split() if low_memory else self._float32_masters()
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        if low_memory:
+            self.adam = SplitAdamW(groups, lr=0.0, betas=betas, eps=eps)
+        else:
+            # On CUDA the default makes all square roots of the second moments at once, 4 bytes a parameter.
+            fused = all(master.device.type == "cuda" for master in self.masters.values())
+            self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+
+    def _float32_masters(self) -> dict[str, Tensor]:
+        """A float32 copy of each parameter that is not float32 itself."""
+
+        def accumulator(master: Tensor):
+            def add(parameter: Tensor) -> None:
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                parameter.grad = None
+
+            return add
+
+        masters = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == torch.float32:
+                masters[name] = parameter
+            else:
+                masters[name] = parameter.detach().float()
+                parameter.register_post_accumulate_grad_hook(accumulator(masters[name]))
+        return masters
+
+    def _split(self) -> dict[str, Tensor]:
+        """The parameters themselves, made to hold float32 gradients."""
+        def widen(parameter: Tensor) -> None:
+            parameter.grad = parameter.grad.float()  # later gradients are added to it in place
+
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.bfloat16:
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise ValueError(f"--low-memory splits bfloat16 weights, but {name} is {kind}: add --dtype bfloat16")
+            parameter.grad_dtype = None  # .grad may be of any type
+            parameter.register_post_accumulate_grad_hook(widen)
+        return self.parameters
+
+    def step(self, lr: float) -> float:
+        """Clip the norm of the gradients, over all ranks, and update. Returns the norm before clipping.
+
+        A norm that is not finite (on every rank alike) leaves the weights untouched.
+        """
+        norm = whole(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)).item()
+        if math.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    if self.masters[name] is not parameter:
+                        parameter.copy_(self.masters[name])
+        self.adam.zero_grad()
+        return norm
+
+    def discard(self) -> float:
+        """Drop the gradients instead of stepping; the norm of such a step is NaN."""
+        self.adam.zero_grad()
+        return math.nan
+
+    def state(self) -> dict[str, Tensor]:
+        """What resuming needs beside the model's files: AdamW's own state, and masters that may be finer than those."""
+        tensors = {}
+        for name, master in self.masters.items():
+            tensors |= {f"{key}/{name}": value for key, value in self.adam.state.get(master, {}).items()}
+            if master is not self.parameters[name] or isinstance(master, DTensor):
+                tensors[f"master/{name}"] = master
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, stored: StoredTensors) -> None:
+        """The inverse of `state`, on an optimizer of the same model, whatever number of processes saved it.
+
+        Raises ValueError, having changed nothing, for the state of another one.
+        """
+        kinds = {path.split("/")[0] for path in stored}  # all of them, or none, are there for every parameter
+        wrong = stored.keys() ^ {f"{kind}/{name}" for kind in kinds for name in self.masters}
+        for path, tensor in stored.items():
+            kind, name = path.split("/", 1)
+            elementwise = kind not in ("step", "scale")
+            if elementwise and path not in wrong and tensor.shape != list(self.masters[name].shape):
+                wrong.add(path)
+        if wrong:
+            raise ValueError("optimizer.safetensors does not fit the model; missing, misshapen or "
+                             f"of no parameter: {', '.join(sorted(wrong)[:5])}")
+        for path in stored:
+            key, name = path.split("/", 1)
+            master = self.masters[name]
+            value = stored.read(path, like=master)
+            if key == "master":
+                master.copy_(value)
+            else:
+                # Only the fused AdamW of CUDA wants the number of its steps on the device.
+                fused = self.adam.param_groups[0].get("fused")
+                device = "cpu" if key == "step" and not fused else master.device
+                self.adam.state[master][key] = value.to(device)

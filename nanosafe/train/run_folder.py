@@ -1,0 +1,244 @@
+"""The run folder: what a run writes while it goes, and how it goes on after being stopped at any moment.
+
+    args.json  metrics.jsonl  samples.jsonl
+    checkpoints/step-000010/   an official-layout model folder with trainer/ inside
+    final/                     an official-layout model folder, there when the run is complete
+
+A row of metrics is on disk before the checkpoint that covers it appears, and a checkpoint appears whole, by one rename.
+So the newest checkpoint decides everything: resuming cuts the row files back to its step and goes on from there.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from nanosafe.io.locks import hold
+from nanosafe.model.config import read_own
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import StoredTensors, naming, save_model, save_tensors, staged, sync, write_atomic
+from nanosafe.parallel import Ranks
+from nanosafe.text.data import Row, digest_rows
+from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train.optim import Optimizer
+
+# Flags that may differ between a run and its continuation: none of them changes a computed number.
+FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device"}
+MAX_SKIPPED_STEPS = 5  # steps in a row without an update, after which something is broken rather than unlucky
+# What may lie in a folder before its first run does (the lock, a job's files, a user's log), and in a run's own.
+BEFORE_A_RUN = r"(checkpoints/)?\..*|job\..*|.*\.(txt|log|out|err)"
+OF_A_RUN = BEFORE_A_RUN + r"|args\.json|(metrics|samples)\.jsonl|checkpoints|evals?|tensorboard|wandb"
+
+
+class RunFolder:
+    """`args.out`. Every rank calls every method; rank 0 alone writes."""
+
+    def __init__(self, args: Namespace, ranks: Ranks):
+        """Open or make the folder, and hold its lock.
+
+        Raises ValueError, having changed nothing, if it holds a run that `args` do not continue, or other things, or
+        if another process writes to it.
+        """
+        self.args, self.ranks, self.out = args, ranks, Path(args.out)
+        self.dtype = getattr(torch, args.dtype)  # of the weights in the files; what is finer is the optimizer's
+        self.requested, self.stopping = 0, False  # the number of the signal; whether it is the last step
+        old = self._earlier_flags()
+        self.lock = hold(self.out) if ranks.main else None
+        ranks.wait()  # nobody reads what another process may still be writing
+        found = self.checkpoints()
+        self.complete = (self.out / "final").exists()
+        if (found or self.complete) and args.resume == "never":
+            raise ValueError(f"{self.out} already holds a run: use --resume auto to go on, or another --out")
+        if found or self.complete:
+            args.date = args.date or old.get("date")
+            changed = [
+                f"--{name.replace('_', '-')} was {old.get(name)!r}, is {value!r}"
+                for name, value in vars(args).items()
+                if name not in FREE_FLAGS and old.get(name) != value
+            ]
+            if changed:
+                raise ValueError(f"{self.out} holds another run ({'; '.join(changed)}): repeat its flags or set --out")
+        # One day for all ranks.
+        args.date = args.date or ranks.gather([date.today().isoformat()])[0]
+        self.resumed = found[-1] if found else None
+        self.state = self._read_state() if found and not self.complete else {"step": 0, "skipped": 0}
+        ranks.wait()  # every rank has read the folder before rank 0 changes it
+        if self.complete:
+            ranks.print(f"{self.out}/final is there: the run is complete")
+        if ranks.main and not self.complete:
+            rows = {name: self._rows_to_keep(name) for name in ("metrics.jsonl", "samples.jsonl")}
+            write_atomic(self.out / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
+            for leftover in [*self.out.glob(".partial-*"), *self.out.glob("checkpoints/.partial-*")]:
+                shutil.rmtree(leftover)
+            for name, kept in rows.items():
+                if kept is not None:
+                    write_atomic(self.out / name, kept)
+
+    def _earlier_flags(self) -> dict:
+        """args.json, if there is one. Raises ValueError for a folder of other things than a run's."""
+        names = sorted(os.listdir(self.out)) if self.out.exists() else []
+        known, old = re.compile(BEFORE_A_RUN), {}
+        if "args.json" in names:
+            path = self.out / "args.json"
+            old = read_own(path, {"save_every": int, "keep": int}, "set another --out, or mend it")
+            known = re.compile(OF_A_RUN)
+            if self.checkpoints() or "final" in names:
+                return old  # whatever its user has put beside it
+            names += [f"checkpoints/{path.name}" for path in self.out.glob("checkpoints/*")]
+        if others := [name for name in names if not known.fullmatch(name)]:
+            raise ValueError(f"{self.out} holds other things than a run ({', '.join(others[:5])}): set "
+                             "another --out")
+        return old
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.out / "checkpoints").glob("step-" + 6 * "[0-9]"))
+
+    def _read_state(self) -> dict:
+        path = self.resumed / "trainer" / "state.json"
+        state = read_own(path, {"step": int, "skipped": int}, self._cure())
+        if f"step-{state['step']:06d}" != self.resumed.name:
+            raise ValueError(f"{path} is damaged (it is of step {state['step']}): {self._cure()}")
+        return state
+
+    def _cure(self) -> str:
+        """Of a damaged checkpoint."""
+        return (f"delete {self.resumed}, and the same command goes on from the checkpoint before it, or "
+                "from the start")
+
+    def attach(self, model: Decoder, tokenizer: Tokenizer, optimizer: Optimizer) -> None:
+        """What is to be saved. If the run is resumed (`model` from `resumed`), restores the optimizer."""
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        if self.resumed is not None:
+            try:
+                optimizer.load_state(StoredTensors(self.resumed / "trainer", "optimizer"))
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"{self.resumed}/trainer is damaged ({error}): {self._cure()}") from None
+            self.ranks.print(f"resuming after step {self.state['step']} from {self.resumed}")
+
+    def check_data(self, name: str, rows: Sequence[Row]) -> None:
+        """Keep a hash of the rows with the run; raises ValueError if it began with others."""
+        read = digest_rows(rows)
+        if self.state.setdefault("data", read) != read:
+            raise ValueError(f"{name} has changed since {self.out} began: "
+                             "put the old data back, or set another --out")
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps still to do, from 0, up to `total` or until Ctrl-C or SIGTERM: then the step is finished and saved.
+
+        A second Ctrl-C stops at once. (Not a second signal of another kind: torchrun sends its workers SIGTERM when it
+        sees the Ctrl-C that they have seen themselves.)
+        """
+
+        def request(number, frame) -> None:
+            self.requested = number
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self.ranks.print("\nstopping after this step (Ctrl-C again: at once)")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, request)
+        self.total = total
+        while self.state["step"] < total and not self.stopping:
+            yield self.state["step"]
+
+    def record(self, metrics: dict, updated: bool) -> dict:
+        """Log the row of the step just done. Returns it as written: numbers that are not finite are None.
+
+        Exits after MAX_SKIPPED_STEPS steps in a row that updated nothing.
+        """
+        step = self.state["step"] + 1
+        self.state |= {"step": step, "skipped": 0 if updated else self.state["skipped"] + 1}
+        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}  # JSON has no NaN
+        self.log("metrics.jsonl", [row])
+        if self.state["skipped"] >= MAX_SKIPPED_STEPS:
+            raise SystemExit(
+                f"stopped: {MAX_SKIPPED_STEPS} steps in a row updated nothing, for want of a token in the loss, or of "
+                f"a finite reward, loss or gradient; the last checkpoint stays in {self.out}/checkpoints"
+            )
+        return row
+
+    def log(self, name: str, rows: list[dict]) -> None:
+        """Append rows to metrics.jsonl or samples.jsonl, synced."""
+        if self.ranks.main:
+            with naming(self.out / name), open(self.out / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def save_if_due(self) -> None:
+        """Save every --save-every steps, after the last one and when the run was asked to stop."""
+        self.stopping = self.ranks.any(self.requested)
+        if self.state["step"] % self.args.save_every == 0 or self.state["step"] == self.total or self.stopping:
+            self.save()
+
+    def save(self) -> None:
+        """Write checkpoints/step-N, then delete all but the newest `--keep`; after a step that updated nothing, none:
+        what makes rewards or gradients NaN may be in this one already, and must not push out the last good one."""
+        self._write(self.out / "checkpoints" / f"step-{self.state['step']:06d}", trainer=True)
+        if self.ranks.main:
+            surplus = [] if self.state["skipped"] else self.checkpoints()[: -self.args.keep]
+            for old in surplus:  # renamed first: half a checkpoint must not look whole
+                shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
+        self.ranks.wait()
+
+    def _write(self, folder: Path, trainer: bool) -> None:
+        """The model, and what the trainer goes on with, as `folder`: whole, by one rename, or not at all."""
+        partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
+        try:
+            save_model(self.model, partial, self.tokenizer, dtype=self.dtype, writes=main)
+            if trainer:
+                with staged(partial / "trainer", main) as new:
+                    save_tensors(self.optimizer.state(), new, "optimizer")
+                    if main:
+                        (new / "state.json").write_text(json.dumps(self.state, indent=2) + "\n")
+            if main:
+                os.rename(partial, folder)
+                sync(folder.parent)
+                sync(self.out)
+        except OSError as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            kept = [path.name for path in self.checkpoints()]
+            raise OSError(f"saving {folder} failed ({error}); kept: {', '.join(kept) or 'none'}. Make room, and the "
+                          "same command goes on from there") from error
+
+    def finish(self) -> None:
+        """After the last step: write final/ and let go of the lock.
+
+        A run that was stopped before it exits here, as shells say that a signal ended it: whoever started the run must
+        not take it for complete.
+        """
+        if self.state["step"] < self.total:
+            self.ranks.print(f"stopped after step {self.state['step']}; the same command goes on from there")
+            self.ranks.close()
+            raise SystemExit(128 + (self.requested or signal.SIGTERM))
+        self._write(self.out / "final", trainer=False)
+        self.ranks.print(f"done: {self.out}/final")
+        if self.lock is not None:
+            self.lock.close()
+
+    def _rows_to_keep(self, name: str) -> bytes | None:
+        """The rows up to the resumed step; a line that a crash tore lies beyond it. None: there is no such file."""
+        path, kept = self.out / name, []
+        if not path.exists():
+            return None
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+                if step > self.state["step"]:
+                    break
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number}, is no row with its step: mend the line or "
+                                 "delete it") from None
+            kept.append(line)
+        return b"".join(kept)

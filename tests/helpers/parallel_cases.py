@@ -1,0 +1,151 @@
+"""Stored episodes that one process and two gloo processes work through; test_train.py spawns `run_cases`."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import train_rl
+import train_sft
+from nanosafe.model.weights import StoredTensors, load_model, save_model, save_tensors, staged
+from nanosafe.parallel import Ranks, whole
+from nanosafe.sampler import SamplingParams, generate_over_ranks
+from nanosafe.text.data import Document, Episode, Row
+from nanosafe.train.optim import Optimizer
+
+STEPS, LR = 3, 1e-3
+CASES = {  # rows of the rollout, and what differs from the defaults
+    "unequal": dict(rows=5),
+    "rank without a row": dict(rows=1),
+    "rank without a token": dict(rows=3, truncated="mask"),  # row 1, the only one of rank 1, is truncated
+    "baseline": dict(rows=6, estimator="reinforce++-baseline"),
+    "sequence": dict(rows=5, reduction="sequence"),
+    "sft": dict(rows=5),
+    "recomputed": dict(rows=5, recompute=True),
+    "one by one": dict(rows=5, recompute=True, tokens_per_microbatch=1),  # then a balance loss is of each text alone
+}
+
+
+def stored_episodes(rows: int, vocab_size: int) -> list[Episode]:
+    generator = torch.Generator().manual_seed(7)
+
+    def ids(length):
+        return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+
+    episodes = []
+    for row in range(rows):
+        length = 3 + 4 * row
+        e = Episode(ids(4 + row), ids(length), row=row, group=row // 2, source=Row([], "stored"), truncated=row == 1,
+                    sampler_logprobs=(-3 * torch.rand(length, generator=generator)).tolist(), text="")  # fmt: skip
+        e.reward = float(torch.randn((), generator=generator))
+        episodes.append(e)
+    return episodes
+
+
+def run_cases(rank: int, world_size: int, world: Path, out: Path) -> None:
+    """Write {case: {"metrics", "gradients"}} of this rank to OUT/WORLD_SIZE-RANK.pt."""
+    ranks = joined(rank, world_size, out / "first")
+    results = {name: run_case(name, world, ranks) for name in CASES}
+    results["completions"] = [completions(world, ranks, count) for count in (23, 1, 0)]
+    for dtype in (torch.float32, torch.bfloat16):
+        results[dtype] = train_on_stored(world, ranks, dtype, out / f"saved-{world_size}-{dtype}", None)
+    torch.save(results, out / f"{world_size}-{rank}.pt")
+    ranks.close()
+
+
+def run_named(rank: int, world_size: int, world: Path, out: Path, worlds: dict[str, Path]) -> None:
+    """`run_cases` of a few, each in a world of its own; in `world` several steps, saved, and completions."""
+    ranks = joined(rank, world_size, out / "third")
+    results = {name: run_case(name, place, ranks) for name, place in worlds.items()}
+    results["trained"] = train_on_stored(world, ranks, torch.float32, out / f"saved-{world_size}", None)
+    results["completions"] = completions(world, ranks, 5)
+    torch.save(results, out / f"{world_size}-{rank}.pt")
+    ranks.close()
+
+
+def run_resumed(rank: int, world_size: int, world: Path, out: Path) -> None:
+    """Go on from what each number of processes has saved; writes {(saved by, dtype): ...} to OUT/resumed-*.pt."""
+    ranks = joined(rank, world_size, out / "second")
+    results = {(by, dtype): train_on_stored(world, ranks, dtype, out, out / f"saved-{by}-{dtype}")
+               for by in (1, 2) for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
+    torch.save(results, out / f"resumed-{world_size}-{rank}.pt")
+    ranks.close()
+
+
+def joined(rank: int, world_size: int, store: Path) -> Ranks:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    return Ranks("cpu")
+
+
+def completions(world: Path, ranks: Ranks, count: int) -> list[list[tuple]]:
+    """Of `count` prompts, the same on all ranks, of lengths and numbers of samples that differ much."""
+    policy = load_model(world / "policy", dtype=torch.float32)
+    prompts = [[5 + i] * (1 + 7 * i % 60) for i in range(count)]
+    params = [SamplingParams(max_new_tokens=1 + 11 * i % 40, n=1 + i % 3, seed=i) for i in range(count)]
+    outputs = generate_over_ranks(policy, prompts, params, ranks)
+    return [[(c.token_ids, c.logprobs, c.finish_reason) for c in samples] for samples in outputs]
+
+
+def run_case(name: str, world: Path, ranks: Ranks) -> dict:
+    policy = load_model(world / "policy", dtype=torch.float32, ranks=ranks)
+    policy.recompute("recompute" in CASES[name])
+    reference = load_model(world / "policy", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.01)  # else the KL would be zero
+    args = arguments(CASES[name])
+    episodes = stored_episodes(CASES[name]["rows"], policy.config.vocab_size)
+    optimizer = Optimizer(policy, max_grad_norm=1e9)
+    if name == "sft":
+        documents = [Document(e.prompt_ids, e.response_ids) for e in episodes]
+        metrics = train_sft.backward(policy, documents, args.tokens_per_microbatch, ranks)
+    else:
+        batch, metrics = prepared(policy, reference, episodes, args, ranks)
+        counts = batch.mask.sum(1).tolist()
+        denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
+        metrics |= train_rl.backward(policy, batch, list(range(len(episodes))), denominator, args, ranks)
+    gradients = {name: whole(p.grad).clone() for name, p in policy.named_parameters()}
+    metrics["grad_norm"] = optimizer.step(lr=0.0)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert abs(metrics["grad_norm"] - norm) <= 1e-5 * norm
+    return {"metrics": metrics, "gradients": gradients}
+
+
+def arguments(case: dict) -> Namespace:
+    return Namespace(**dict(
+        truncated="keep", estimator="reinforce++", reduction="token", temperature=1.3, kl_coef=0.1, gamma=0.99,
+        reward_clip=None, kl_kind="k1", no_normalize=False, clip_low=0.2, clip_high=0.2, dual_clip=None,
+        tokens_per_microbatch=40, minibatches=2, epochs=1, seed=0, lr=LR, steps=STEPS,
+    ) | {key: value for key, value in case.items() if key != "rows"})  # fmt: skip
+
+
+def prepared(policy, reference, episodes: list[Episode], args: Namespace, ranks: Ranks):
+    """The batch as it goes into the update, and its metrics."""
+    reflection = torch.arange(3, policy.config.vocab_size, 3)
+    batch = train_rl.evaluate(policy, reference, episodes, reflection, args, ranks)
+    metrics = train_rl.summarize(batch) | train_rl.set_advantages(batch, args)
+    batch.logprobs += 0.4 * batch.sampler_logprobs.sin()  # as if the policy had moved: some ratios are clipped
+    return batch, metrics
+
+
+def train_on_stored(world: Path, ranks: Ranks, dtype: torch.dtype, out: Path, resumed: Path | None) -> dict:
+    """STEPS whole updates on the same episodes, or, from what a run saved in `resumed` after two, the last of them."""
+    policy = load_model(resumed or world / "policy", dtype=dtype, ranks=ranks)
+    reference = load_model(world / "policy", dtype=dtype)
+    optimizer, rows = Optimizer(policy), []
+    if resumed:
+        optimizer.load_state(StoredTensors(resumed, "optimizer"))
+    for step in range(2 if resumed else 0, STEPS):
+        if step == 2 and not resumed:
+            save_model(policy, out, dtype=dtype, writes=ranks.main, max_shard_bytes=20_000)
+            with staged(out, ranks.main) as new:
+                save_tensors(optimizer.state(), new, "optimizer", max_shard_bytes=20_000)
+            ranks.wait()
+        episodes = stored_episodes(7, policy.config.vocab_size)
+        batch, metrics = prepared(policy, reference, episodes, args := arguments({}), ranks)
+        rows.append(metrics | train_rl.update(policy, optimizer, batch, args, ranks, step))
+    return {"rows": rows, "weights": {name: whole(p).detach().clone() for name, p in optimizer.masters.items()}}

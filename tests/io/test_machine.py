@@ -1,0 +1,46 @@
+"""Free memory, against /proc and cgroup files written by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from nanosafe.io.machine import host_memory
+
+GIB = 2**30
+KERNEL = {"proc/meminfo": "MemTotal: 67108864 kB\nMemFree: 1048576 kB\nMemAvailable: 33554432 kB"}  # 64, 1, 32 GiB
+JOB = "sys/fs/cgroup/job/"
+V1 = "sys/fs/cgroup/memory/"
+
+
+def write(root: Path, files: dict[str, str | int]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+@pytest.mark.parametrize("cgroups, total, free", [
+    ({}, 64, 32),  # what the page cache holds is free too
+    ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": 8 * GIB, "sys/fs/cgroup/memory.current": 6 * GIB,
+      "sys/fs/cgroup/memory.stat": f"anon 5\ninactive_file {GIB}"}, 8, 3),  # cached files can be dropped
+    ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "max", "sys/fs/cgroup/memory.current": 6 * GIB}, 64, 32),
+    ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": 4 * GIB, "sys/fs/cgroup/memory.current": 5 * GIB}, 4, 0),
+    ({"proc/self/cgroup": "0::/job/step", f"{JOB}step/memory.max": "max", f"{JOB}step/memory.current": 2 * GIB,
+      f"{JOB}memory.max": 16 * GIB, f"{JOB}memory.current": 9 * GIB}, 16, 7),  # the limit of the group around it
+    ({"proc/self/cgroup": "3:cpu:/\n4:memory:/docker/abc\n0::/", f"{V1}memory.limit_in_bytes": 10 * GIB,
+      f"{V1}memory.usage_in_bytes": 4 * GIB, f"{V1}memory.stat": f"total_inactive_file {2 * GIB}"}, 10, 8),
+    ({"proc/self/cgroup": "4:memory:/", f"{V1}memory.limit_in_bytes": 2**63 - 4096,
+      f"{V1}memory.usage_in_bytes": 4 * GIB}, 64, 32),
+])  # fmt: skip
+def test_free_memory_is_what_the_kernel_gives_within_the_limits_of_the_cgroups(cgroups, total, free, tmp_path):
+    assert host_memory(write(tmp_path, KERNEL | cgroups)) == (total * GIB, free * GIB)
+
+
+def test_without_proc_all_memory_counts(tmp_path):
+    total, free = host_memory(tmp_path)
+    assert total == free > GIB // 4
+
+
+def test_the_machine_that_runs_this_has_free_memory():
+    total, free = host_memory()
+    assert 0 < free <= total

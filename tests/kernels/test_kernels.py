@@ -1,0 +1,105 @@
+"""Runs the Triton kernels' tests wherever there is a GPU or an interpreter, and compiles the kernels for sm_90."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_paged_attention import paged_case
+from test_sample import settings
+
+from nanosafe.kernels import logprob as head
+from nanosafe.kernels import paged_attention as decode
+from nanosafe.kernels import scan
+from nanosafe.kernels.sample import triton_draw
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "helpers").glob("interpreted_*.py")), ids=lambda file: file.stem)
+def test_kernels_on_the_gpu_or_interpreted(file):
+    """In a process of its own, because Triton chooses its interpreter when it is imported."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(run.stdout, run.stderr)
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert run.returncode == 0 and passed, f"{file.name} failed or ran no test"
+
+
+class Hopper:
+    """Stands for the driver of an H100 or H200, so that Triton compiles for one where there is none."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return -1  # never a real device, whose compiled kernels would be mixed up with these
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """A list that kernels are compiled into, to machine code for sm_90, when they would be launched.
+
+    So a function that launches kernels can be called with tensors on the CPU; its outputs stay uninitialised.
+    """
+    if decode.INTERPRETED:
+        pytest.skip("Triton's interpreter is on")
+    kernels = []
+
+    def bind(kernel, grid):
+        return lambda *args, **options: kernels.append(kernel.warmup(*args, grid=grid, **options))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.JITFunction, "__getitem__", bind)
+    triton.runtime.driver.set_active(Hopper())
+    yield kernels
+    if torch.cuda.is_available():  # else there is no driver to go back to
+        triton.runtime.driver.reset_active()
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_kernels_compile_for_sm_90(compiled, dtype):
+    arguments, _ = paged_case([33, 64], group=4, block_size=16, head_dim=128, dtype=dtype)
+    for splits in (1, 3):
+        decode.triton_paged_attention(*arguments, splits=splits)
+    assert [kernel.metadata.name for kernel in compiled] == ["_attend_share", "_attend_share", "_combine_shares"]
+    for attend in compiled[:2]:
+        assert "cp.async" in attend.asm["ptx"]  # the next tiles are read while one is used
+        assert ("mma.sync" in attend.asm["ptx"]) == (dtype == torch.bfloat16)  # tensor cores
+        assert 3 * attend.metadata.shared <= 227 * 1024  # bytes of a processor: three programs fit
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_scan_kernel_compiles_for_sm_90(compiled, dtype):
+    x, B = torch.zeros(2, 48, 64, dtype=dtype), torch.zeros(2, 1, 128, dtype=dtype)  # Granite 4's
+    states, slots = torch.zeros(3, 48, 64, 128), torch.zeros(2, dtype=torch.int64)
+    scan.triton_scan_step(x, torch.zeros(2, 48), torch.zeros(48), B, B, states, slots)
+    [kernel] = compiled
+    assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]  # 16 bytes a thread
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_drawing_kernel_compiles_for_sm_90(compiled):
+    triton_draw(torch.zeros(2, 151_936), *settings(2))
+    assert [kernel.metadata.name for kernel in compiled] == ["_draw_row"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_kernels_compile_for_sm_90(compiled, dtype):
+    logits, targets, columns = torch.zeros(2, 151_936), torch.zeros(2, dtype=torch.int64), torch.zeros(6, 2)
+    head.triton_row_statistics(logits, targets, 0.6, *columns[:4])
+    head.triton_row_gradients(logits, 0.6, dtype, targets, *columns[1:])
+    assert [kernel.metadata.name for kernel in compiled] == ["_row_statistics", "_row_gradients"]
+    for kernel in compiled:
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]  # 16 bytes a thread

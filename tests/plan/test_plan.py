@@ -1,0 +1,331 @@
+"""--plan: its shapes against the official files and published sizes, its formulas against counted bytes and by hand."""
+
+import json
+import weakref
+from argparse import Namespace
+
+import pytest
+import torch
+from hub import StandInHub
+from tiny_models import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_rl
+import train_sft
+from nanosafe import plan
+from nanosafe.model import decoder as model_file
+from nanosafe.model.attention import PackedDocuments
+from nanosafe.model.config import ALIASES, SHAPES, ModelConfig
+from nanosafe.model.decoder import Decoder, Layer, rope_tables
+from nanosafe.plan import report as plan_report
+from nanosafe.sampler.engine import Engine
+from nanosafe.train.optim import Optimizer
+
+FOLDERS = {alias: repo.partition("@")[0].split("/")[1] for alias, repo in ALIASES.items()}
+OFFICIAL = sorted(a for a in FOLDERS if a.startswith(("qwen3-", "r1-", "llama-3.1", "granite-4.0-tiny")))
+PUBLISHED = {  # parameters, as the model cards and index files give them
+    "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264, "r1-qwen-1.5b": 1_777_088_000,
+    "r1-qwen-7b": 7_615_616_512, "r1-llama-8b": 8_030_261_248, "llama-3.1-8b": 8_030_261_248,
+    "llama-guard-3": 8_030_261_248, "llama-3.3-70b": 70_553_706_496, "granite-guardian": 8_170_848_256,
+    "granite-4.0-tiny": 6_671_539_776,
+    # as many layers, two experts more and a larger vocabulary: by the dimensions
+    "granite-4.0-h-tiny": 6_671_539_776 + 40 * 2 * (1536 + 3 * 512 * 1536) + (100_352 - 49_160) * 1536,
+}  # fmt: skip
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("alias", OFFICIAL)
+def test_every_field_of_a_shape_is_the_official_files(alias, assets):
+    folder = assets / "configs" / FOLDERS[alias]
+    official = json.loads((folder / "config.json").read_text())
+    missing = object()
+    assert {name: official.get(name, missing) for name in SHAPES[alias]} == SHAPES[alias]
+    ours, theirs = ModelConfig.from_dict(SHAPES[alias]), ModelConfig.from_dict(official)
+    assert ours == theirs  # all that is computed, also from fields that the shape leaves out
+
+
+@pytest.mark.parametrize("alias", SHAPES)
+def test_a_shape_has_the_published_number_of_parameters(alias):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Decoder(ModelConfig.from_dict(SHAPES[alias])).parameters())
+    if alias.startswith("skywork"):  # the language model it was trained from, with one row in place of the head
+        base = alias.removeprefix("skywork-v2-").replace("llama-8b", "llama-3.1-8b")
+        shape = SHAPES[base]
+        head = 0 if shape["tie_word_embeddings"] else shape["vocab_size"] * shape["hidden_size"]
+        assert count == PUBLISHED[base] - head + shape["hidden_size"]
+    else:
+        assert count == PUBLISHED[alias]
+
+
+def test_every_alias_has_a_shape():
+    assert set(SHAPES) == set(ALIASES) | {"llama-3.3-70b"}
+
+
+# Parts.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that still live; those of `known` tensors not."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.seen[key] = weakref.ref(storage, lambda _, key=key, size=size: self.freed(key, size))
+                self.live += size
+                self.peak = max(self.peak, self.live)
+        return out
+
+    def freed(self, key, size):
+        del self.seen[key]
+        self.live -= size
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what CUDA's fused norm keeps, its input; on a CPU torch composes the norm of many float32 tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.empty_like(gradient), torch.zeros_like(ctx.saved_tensors[1])
+
+
+LAYERS = {
+    "qwen3-8b": dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=1, head_dim=64),
+    "qwen3-4b": dict(hidden_size=128, intermediate_size=486, num_attention_heads=4, num_key_value_heads=1, head_dim=64),
+    "r1-qwen-7b": dict(hidden_size=224, intermediate_size=1184, num_attention_heads=7, num_key_value_heads=1),
+    "llama-3.1-8b": dict(hidden_size=256, intermediate_size=896, num_attention_heads=8, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize("alias", LAYERS)
+def test_activations_of_a_layer_are_the_bytes_that_live(alias, monkeypatch):
+    monkeypatch.setattr(model_file.F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))
+    config, lengths = ModelConfig.from_dict(SHAPES[alias] | LAYERS[alias]), [256, 256, 512]
+    layer, documents = Layer(config, 0).bfloat16(), PackedDocuments(lengths)
+    cos, sin = rope_tables(config.rope, config.head_dim, documents.positions)
+    x = torch.randn(sum(lengths), config.hidden_size).bfloat16()
+    with torch.no_grad(), LiveBytes(layer.parameters()) as forward:
+        layer(x, cos, sin, documents)
+    given = 2 * config.hidden_size + 8 * config.head_dim  # x, cos and sin were there before
+    assert plan.forward_bytes(config, 2) - given == pytest.approx(forward.peak / len(x), rel=0.03)
+    with LiveBytes(layer.parameters()) as both:
+        y = layer(x.requires_grad_(), cos, sin, documents)
+        assert plan.saved_bytes(config, 2) == pytest.approx((both.live - y.nbytes) / len(x), rel=0.001)
+        both.peak = 0
+        y.backward(torch.ones_like(y))
+    # Its weights' gradients, which other parts count, are at most partly there at the peak.
+    weights = sum(p.nbytes for p in layer.parameters())
+    assert (both.peak - weights) / len(x) < plan.backward_bytes(config, 2) < 1.05 * both.peak / len(x)
+
+
+def test_the_state_of_one_process_is_what_model_and_optimizer_hold():
+    for dtype, low_memory in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = Decoder(tiny_config("qwen3", vocab_size=2048, hidden_size=256)).to(dtype)
+        optimizer = Optimizer(model, low_memory=low_memory)
+        for master in optimizer.masters.values():
+            master.grad = torch.zeros_like(master, dtype=torch.float32)
+        optimizer.step(1e-3)
+        held = sum(p.nbytes for p in model.parameters()) + sum(t.nbytes for t in optimizer.state().values())
+        size = plan.sizes(model.config)
+        assert sum(plan.training_state(size, dtype.itemsize, 1, low_memory).values()) == pytest.approx(held, rel=0.005)
+        assert plan.checkpoint_bytes(size, dtype.itemsize, low_memory) == pytest.approx(held, rel=0.005)
+
+
+def test_8b_on_one_h200_by_hand():
+    """DESIGN's budget with float32 gradients: 16.4 + 16.4 + 16.5 GB, gradients 32.8, reference 16.4, reward 15.0."""
+    found = plan.make("rl", plan.settings("rl", "qwen3-8b", low_memory=True), plan.Machine(1, plan.card_bytes(141)))
+    update = found.phases["update"]
+    assert update["weights"] == update["masters"] == update["reference"] == 2 * 8_190_735_360
+    assert update["moments"] == 8_190_735_360 * (2 + 4 / 256) and update["gradients"] == 4 * 8_190_735_360
+    assert update["reward model"] == 2 * (8_030_261_248 - 128256 * 4096 + 4096)
+    # inputs of 36 layers and 4 more tensors of 16,384 tokens; then the head's workspace and its gradient, or a layer
+    inputs = 16384 * (40 * 4096 * 2 + 2 * 4 * 128)
+    assert update["activations"] > inputs + (512 << 20) + 6 * 151936 * 4096
+    assert found.fits and 120e9 < sum(update.values()) < 130e9
+
+
+def test_several_gpus_share_masters_moments_and_gradients_and_gather_for_a_rollout():
+    phases = plan.make("rl", plan.settings("rl", "qwen3-8b"), plan.Machine(8, plan.card_bytes(80))).phases
+    P = 8_190_735_360
+    assert {name: phases["update"][name] for name in ("masters", "moments", "gradients")} == {
+        "masters": 4 * P / 8, "moments": 8 * P / 8, "gradients": 4 * P / 8}  # fmt: skip
+    assert phases["rollout"]["gathered weights"] == 2 * P and "gathered weights" not in phases["update"]
+    root, layer = 2 * 151936 * 4096 + 4096, (P - 2 * 151936 * 4096 - 4096) / 36
+    assert phases["log-probs"]["shard buffers"] == 2 * root + 2 * 2 * layer
+    assert phases["update"]["shard buffers"] == 2 * root + (2 * 2 + 2 + 4) * layer
+
+
+def test_an_update_in_one_pass_needs_no_memory_of_its_own():
+    gpu, cpu = plan.Machine(1, plan.card_bytes(141)), plan.Machine(1, plan.card_bytes(141), "cpu")
+    found = plan.make("sft", plan.settings("sft", "qwen3-4b"), gpu)
+    assert found.totals["step"] == (2 + 4 + 8 + 4) * 4_022_468_096
+    on_cpu = plan.make("sft", plan.settings("sft", "qwen3-4b", dtype="float32"), cpu)
+    assert on_cpu.phases["step"]["optimizer"] == 4 * 151936 * 2560  # square roots of the largest tensor
+    low = plan.settings("sft", "qwen3-4b", low_memory=True)
+    assert plan.make("sft", low, gpu).phases["step"]["optimizer"] == 0
+    assert 0 < plan.make("sft", low, cpu).phases["step"]["optimizer"] < 1e9
+
+
+def test_offloaded_models_are_there_in_their_turn_only():
+    machine = plan.Machine(1, plan.card_bytes(141))
+    phases = plan.make("rl", plan.settings("rl", "qwen3-0.6b", offload=True), machine).phases
+    assert [phase for phase in phases if "reference" in phases[phase]] == ["log-probs"]
+    assert [phase for phase in phases if "reward model" in phases[phase]] == ["reward"]
+    resident = plan.make("rl", plan.settings("rl", "qwen3-0.6b"), machine).phases
+    assert all({"reference", "reward model"} <= parts.keys() for parts in resident.values())
+    alone = plan.make("rl", plan.settings("rl", "qwen3-0.6b", kl_coef=0, reward_model="rule:refusal"), machine).phases
+    assert not any({"reference", "reward model"} & parts.keys() for parts in alone.values())
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_pool_is_the_engines(rows):
+    config, longest, free = tiny_config("qwen3"), 150, 3 << 20
+    engine = Engine(Decoder(config), max_tokens=longest, requests=rows, block_size=64, cache_bytes=int(0.8 * free))
+    blocks, width, block = plan.kv_pool(config, 4, free, rows, longest, "cuda")
+    assert (blocks, width) == (engine.scheduler.pool.total, engine.table_width)
+    assert (blocks + 1) * block == engine.cache.keys.nbytes + engine.cache.values.nbytes
+
+
+def test_a_run_whose_pool_is_shorter_than_a_sequence_does_not_fit():
+    machine = plan.Machine(1, 10 * 10**9)
+    assert plan.Plan({"rollout": {"weights": 8e9}}, machine, blocks=5, table_width=5, refused=None).fits
+    assert not plan.Plan({"rollout": {"weights": 8e9}}, machine, blocks=4, table_width=5, refused=None).fits
+    assert not plan.Plan({"rollout": {"weights": 9e9}}, machine, blocks=5, table_width=5, refused=None).fits
+
+
+def test_activations_follow_the_budget_the_longest_response_and_recomputation():
+    def activations(**changes):
+        args = plan.settings("rl", "qwen3-8b", **changes)
+        return plan.make("rl", args, plan.Machine(8, plan.card_bytes(141))).phases["update"]["activations"]
+
+    assert activations(tokens_per_microbatch=8192) < activations() < activations(no_recompute=True)
+    assert activations(max_response_tokens=15360) == activations(tokens_per_microbatch=1024, max_response_tokens=15360)
+    # All layers' activations stay: about 36 times what one layer keeps, 16,384 tokens of 8B's 12,288-wide MLP.
+    assert activations(no_recompute=True) > 36 * 16384 * 2 * 4 * 12288
+
+
+# What is said.
+
+
+def test_cards_are_smaller_than_their_names():
+    assert plan.card_bytes(141) == 139 * 2**30 and plan.card_bytes(80) == 78 * 2**30
+    assert plan.find_machine("8x80", None, False) == (8, 78 * 2**30, "cuda")
+    assert plan.find_machine("141", None, False).count == 1
+    for wrong in ("8x", "x80", "0x80", "8 80", "8x80GB"):
+        with pytest.raises(ValueError, match="COUNTxGB"):
+            plan.find_machine(wrong, None, False)
+
+
+def test_without_a_value_the_plan_is_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan.find_machine("", None, False) == (1, 78 * 2**30, "cuda")
+    assert plan.find_machine("", None, True).kind == plan.find_machine("", "cpu", False).kind == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Namespace(total_memory=24 * 10**9))
+    assert plan.find_machine("", None, False) == (4, 24 * 10**9, "cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan.find_machine("", None, False).count == 2
+
+
+def test_every_remedy_fits_and_none_is_offered_in_vain():
+    one = plan.Machine(1, plan.card_bytes(141))
+    args = plan.settings("rl", "qwen3-8b")
+    assert not plan.make("rl", args, one).fits
+    found = list(plan.remedies("rl", args, one))
+    assert found[0] == (one, {"low_memory": True}) and plan_report.as_flags(found[0][1]) == "--low-memory"
+    assert len(found) > 1 and found[1][0].count > 1
+    for machine, change in found:
+        assert plan.make("rl", Namespace(**vars(args) | change), machine).fits
+    half = plan.Machine(1, plan.card_bytes(40))
+    for machine, _ in plan.remedies("rl", args, half):
+        assert machine != half  # 6 bytes a parameter are 49 GB already
+
+
+def test_70b_is_refused_plainly_whatever_the_number_of_gpus():
+    for machine in ("64x80", "1x141"):
+        text = plan_report.report("rl", plan.settings("rl", "llama-3.3-70b", plan=machine, device=None))
+        assert "FITS: NO" in text and "refused: sampling needs all weights on one GPU (141.1 GB" in text
+        assert "no setting that was tried" in text
+    assert plan.make("rl", plan.settings("rl", "qwen3-32b"), plan.Machine(1, plan.card_bytes(80))).refused is None
+
+
+def test_hours_by_hand():
+    """One prompt, one response of always 2 * mean tokens at most: weights are read once a step, for max steps."""
+    machine = plan.Machine(1, plan.card_bytes(141))
+    args = plan.settings("rl", "qwen3-8b", prompts_per_step=1, minibatches=1, kl_coef=0, reward_model="rule:refusal",
+                         low_memory=True)  # fmt: skip
+    seconds = plan.seconds_per_step("rl", args, machine, plan.make("rl", args, machine))
+    weights = 2 * (8_190_735_360 - 151936 * 4096)
+    cache = 147_456 * (2048 * 128 + 4096**2 / 6)
+    flop = 8_190_735_360 * (128 + 2048)
+    assert seconds["rollout"] == pytest.approx((4096 * weights + cache) / (0.6 * 4.8e12) + 2 * flop / (0.4 * 989e12))
+    assert seconds["update"] == pytest.approx(8 * flop / (0.4 * 989e12)) and seconds["reward"] == 0
+    assert seconds["log-probs"] == pytest.approx(seconds["update"] / 4)
+
+
+@pytest.mark.parametrize("script", [train_rl, train_sft])
+def test_the_flag_prints_and_ends_before_anything_starts(script, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nanosafe.train.cli.Ranks", None)  # would fail if it were called
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--model", "qwen3-8b", "--plan", "8x80"])
+    text = capsys.readouterr().out
+    assert ended.value.code is None and "IT FITS: yes" in text and "8 GPUs of 83.8 GB" in text
+    assert "not measured" in text and "GB per checkpoint" in text and "qwen3-8b 16.4 GB" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_flags_change_the_plan(capsys):
+    def printed(*flags):
+        with pytest.raises(SystemExit):
+            train_rl.main(["--model", "qwen3-8b", "--plan", "1x141", *flags])
+        return capsys.readouterr().out
+
+    assert "it fits on 1 GPU of 149.3 GB with --low-memory" in printed()
+    assert "IT FITS: yes" in printed("--low-memory")
+    with pytest.raises(ValueError, match="one process"):
+        train_rl.main(["--model", "qwen3-8b", "--plan", "8x80", "--low-memory"])
+
+
+def test_the_tiny_world_is_planned_for_a_cpu_without_building_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOSAFE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train_rl.main(["--plan"])
+    text = capsys.readouterr().out
+    assert "IT FITS: yes" in text and "CPU process" in text and "float32" in text and "no model" in text
+    assert not (tmp_path / "cache").exists()
+
+
+def test_of_a_repository_only_the_config_is_fetched(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPES["qwen3-4b"]))
+    (folder / "model.safetensors").write_bytes(b"never sent")
+    assert plan.known_config("some/model") is None
+    assert plan.known_config("Qwen/Qwen3-4B")[0] == plan.known_config("qwen3-4b")[0]
+    with StandInHub({"some/model": folder}) as hub:
+        hub.patch(monkeypatch, tmp_path / "home")
+        config, origin = plan.find_config("some/model")
+        assert set(hub.sent) == {"config.json"}
+    assert plan.sizes(config).total == PUBLISHED["qwen3-4b"] and "only file downloaded" in origin
+    assert plan.known_config(str(folder))[0] == config
+    with pytest.raises(FileNotFoundError, match="qwen3-8b"):
+        plan.find_config("qwen3-8")
