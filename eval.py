@@ -58,16 +58,15 @@ from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, TRAINING_SET, paper_part,
 from nanosafe.evals.tables import PART, forking_tokens, protocols, read_result, table, terminal
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.evals.unitxt import write_unitxt
-from nanosafe.io.fields import digest
+from nanosafe.io.files import digest, misfit, write_atomic
 from nanosafe.io.locks import hold
-from nanosafe.model.config import ModelConfig, misfit
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import find_checkpoint, load_model, write_atomic
+from nanosafe.names import checkpoint, load_model, load_reward, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import load_rows, sft_documents
-from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.text.data import sft_documents
 from nanosafe.train import cli
-from nanosafe.train.rewards import Reward, load_reward
+from nanosafe.train.rewards import Reward
 
 MEASURED = PART | {"protocol": dict}
 CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")  # sections that are printed too
@@ -246,19 +245,19 @@ class Evaluation:
         """Load it and open the folder; raises ValueError if that holds the responses of other weights or settings."""
         self.args, self.ranks, self.out = args, ranks, out
         with ranks.main_first():
-            folder = find_checkpoint(name)
+            folder = checkpoint(name)
         self.suite = suite.of(name, ModelConfig.from_folder(folder))
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.think(args.thinking == "on")
         self.tokenizer.date = args.date
         self.vocabulary = self.tokenizer.vocabulary()
         self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
-        checkpoint = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
+        of_run = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
         settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
                     "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model),
                     "template": digest(self.tokenizer.chat_template)}  # fmt: skip
-        self.result = {"model": name, "label": label, "run": checkpoint and checkpoint[1],
-                       "step": checkpoint and int(checkpoint[2]), "settings": settings, "memorization": None,
+        self.result = {"model": name, "label": label, "run": of_run and of_run[1],
+                       "step": of_run and int(of_run[2]), "settings": settings, "memorization": None,
                        "benchmarks": {}}  # fmt: skip
         self.lock = hold(out) if ranks.main else None
         self.records = RecordFile(out / "records.jsonl", ranks)

@@ -24,16 +24,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanosafe import plan
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, reward_accuracy
 from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import find_checkpoint, load_model
+from nanosafe.names import checkpoint, load_model, load_pairs, load_reward, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks, gathered, visiting
+from nanosafe.plan import random_weights
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 from nanosafe.sampler import SamplingParams, generate_over_ranks
-from nanosafe.text.data import Episode, Row, encode_prompts, load_pairs, load_rows, opens_thought
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.data import Episode, Row, encode_prompts
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
 from nanosafe.train.optim import Optimizer, cosine_schedule
 from nanosafe.train.packing import (
@@ -45,7 +47,7 @@ from nanosafe.train.packing import (
     response_hidden,
     response_logprobs,
 )
-from nanosafe.train.rewards import UNREAD, Reward, check_rows, conversation, fill_unread, load_reward
+from nanosafe.train.rewards import UNREAD, Reward, check_rows, conversation, fill_unread
 from nanosafe.train.run_folder import RunFolder
 
 WARMUP_SHARE, FINAL_LR_SHARE = 0.03, 0.1
@@ -121,7 +123,13 @@ def check(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, ranks = cli.start(flags(), argv, "rl", check)
+    args, origins = cli.settings(flags(), argv, "rl", recipe)
+    check(args)
+    if args.plan is not None:
+        return plan.show("rl", args)
+    ranks = cli.join(args, origins, "rl")
+    if args.random_weights:
+        random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
     if run.complete:
         return ranks.close()
@@ -129,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     # The policy goes on from the newest checkpoint; the reference stays what the policy was at the start.
     dtype = getattr(torch, args.dtype)
     with ranks.main_first():
-        base = find_checkpoint(args.model)
+        base = checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device, dtype=dtype,
                              offload=args.offload, date=args.date)
@@ -251,7 +259,7 @@ def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: N
 
     def values(part: list[Episode]) -> list[float]:
         conversations = [
-            conversation(e.source.prompt, e.text, opened_thought=opens_thought(tokenizer, e.prompt_ids),
+            conversation(e.source.prompt, e.text, opened_thought=tokenizer.opens_thought(e.prompt_ids),
                          scope=args.reward_scope)
             for e in part
         ]

@@ -19,12 +19,13 @@ from argparse import ArgumentParser
 
 import torch
 
+from nanosafe import plan
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import find_checkpoint, load_model
+from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks
+from nanosafe.plan import random_weights
 from nanosafe.randomness import shuffled_passes
-from nanosafe.text.data import Document, load_rows, sft_documents, sft_steps
-from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.text.data import Document, sft_documents, sft_steps
 from nanosafe.train import cli
 from nanosafe.train.optim import Optimizer, cosine_schedule
 from nanosafe.train.packing import Balance, own_microbatches, pack, response_logprobs
@@ -47,13 +48,18 @@ def flags() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, ranks = cli.start(flags(), argv, "sft", lambda args: None)
+    args, origins = cli.settings(flags(), argv, "sft", recipe)
+    if args.plan is not None:
+        return plan.show("sft", args)
+    ranks = cli.join(args, origins, "sft")
+    if args.random_weights:
+        random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
     if run.complete:
         return ranks.close()
 
     with ranks.main_first():
-        base = find_checkpoint(args.model)
+        base = checkpoint(args.model)
         rows = load_rows(args.data)
     run.check_data(args.data, rows)
     model = load_model(run.resumed or base, device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks)

@@ -119,7 +119,7 @@ class Stage:
 
     def shape(self, alias: str, layers: int | None = None) -> dict:
         """The config of an alias, perhaps with fewer layers; tiny in --smoke."""
-        from nanosafe.model.config import SHAPES
+        from nanosafe.plan.shapes import SHAPES
 
         if self.smoke:
             return SHAPES[alias] | TINY
@@ -175,7 +175,7 @@ def logits(stage: Stage) -> None:
     """Ours and transformers' on the same weights: in float32, then the errors of both in bfloat16."""
     from tiny_models import decoder_like, random_reference, tiny_raw
 
-    from nanosafe.model.config import SHAPES
+    from nanosafe.plan.shapes import SHAPES
 
     torch.backends.cudnn.allow_tf32 = False  # transformers' convolutions
     shapes = {"qwen3-0.6b": 8, "r1-qwen-1.5b": 4, "llama-3.1-8b": 2, "granite-4.0-tiny": 6}

@@ -39,7 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from nanosafe.evals.benchmark import Question
-    from nanosafe.text.grading import answer_grader, math_grader
+    from nanosafe.evals.graders import answer_grader
+    from nanosafe.text.grading import math_grader
 
     rows = [json.loads(line) for line in args.file.read_text().splitlines()]
     questions, responses = [], []

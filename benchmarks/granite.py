@@ -24,8 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanosafe.model.attention import KVCache, PagedDecode, SlotDecode  # noqa: E402
-from nanosafe.model.config import SHAPES, ModelConfig  # noqa: E402
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder  # noqa: E402
+from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler.engine import DecodeGraph  # noqa: E402
 
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)

@@ -46,7 +46,7 @@ def measure(peer: str, folder: Path) -> None:
     import torch
 
     if peer == "nanosafe":
-        from nanosafe.model.weights import load_model
+        from nanosafe.names import load_model
 
         imported = time.monotonic()
         model = load_model(folder)

@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanosafe import plan
-from nanosafe.plan import report as plan_report  # noqa: E402
 
 MODELS = ("qwen3-8b", "r1-qwen-7b", "r1-llama-8b", "qwen3-32b", "granite-4.0-tiny", "llama-3.3-70b")
 MACHINES = ((1, 80), (1, 141), (8, 80))
@@ -51,7 +50,7 @@ def row(model: str, count: int, card: int) -> dict:
         out["hours"] = round(plan.hours("rl", args, machine, made), 1)
     else:
         out["refused"] = made.refused
-        out["instead"] = [f"{other.count}x{141 if other.bytes > 100e9 else card} {plan_report.as_flags(change)}"
+        out["instead"] = [f"{other.count}x{141 if other.bytes > 100e9 else card} {plan.as_flags(change)}"
                           for other, change in found]  # fmt: skip
     return out
 
@@ -59,7 +58,7 @@ def row(model: str, count: int, card: int) -> dict:
 def cells(r: dict) -> list[str]:
     peak, disk = f"{r['peak_gb']:.1f} of {r['usable_gb']:.1f}", str(r["checkpoint_gb"])
     if r["fits"]:
-        flags = plan_report.as_flags(r["flags"]) if r["flags"] else "default"
+        flags = plan.as_flags(r["flags"]) if r["flags"] else "default"
         return [r["model"], r["gpus"], "yes", flags, peak, str(r["sequences"]), f"{r['hours']:.0f}", disk]
     instead = "instead: " + "; ".join(r["instead"]) if r["instead"] else "nothing that was tried helps"
     why = "refused, a GPU must hold all weights to sample; " * bool(r["refused"])
@@ -73,7 +72,7 @@ def main() -> None:
     rows = [row(model, *machine) for model in MODELS for machine in MACHINES]
     example = plan.Machine(8, plan.card_bytes(80))
     defaults = plan.settings("rl", MODELS[0])
-    assumed = plan_report.time_lines("rl", defaults, example, plan.make("rl", defaults, example))[1:]
+    assumed = plan.time_lines("rl", defaults, example, plan.make("rl", defaults, example))[1:]
     lines = [ABOUT.rstrip(), *(f"- {line.strip()}" for line in assumed), "", f"| {' | '.join(HEADER)} |",
              "|" + "---|" * len(HEADER)]  # fmt: skip
     lines += [f"| {' | '.join(cells(r))} |" for r in rows]

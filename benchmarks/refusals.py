@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the folder model_completions")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from nanosafe.text.grading import is_refusal
+    from nanosafe.text.thoughts import is_refusal
 
     counts = Counter()  # (half, prompts, label, whether the rule finds a refusal)
     for path in sorted(args.folder.glob("*.csv")):

@@ -90,9 +90,9 @@ def peak_gb() -> float:
 
 def run_nanosafe(folder: Path, out: str, args: argparse.Namespace) -> dict:
     import train_rl
+    from nanosafe.names import load_rows, load_tokenizer
     from nanosafe.sampler import Completion
-    from nanosafe.text.data import encode_prompts, load_rows
-    from nanosafe.text.tokenizer import load_tokenizer
+    from nanosafe.text.data import encode_prompts
 
     if args.stored:
         train_rl.generate_over_ranks = lambda *given, **options: [

@@ -8,12 +8,11 @@ import warnings
 
 from nanosafe.kernels.logprob import token_logprob_entropy
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import load_model, save_model
+from nanosafe.model.weights import save_model
+from nanosafe.names import load_model, load_reward_model, load_tokenizer
 from nanosafe.sampler import Completion, SamplingParams, generate
 from nanosafe.text.grading import grade_answer
-from nanosafe.text.tokenizer import load_tokenizer
 from nanosafe.train.reinforce import advantages, policy_loss, token_kl
-from nanosafe.train.rewards import load_reward_model
 
 # `python -m nanosafe.sampler` runs a module that this one has imported, which is meant.
 warnings.filterwarnings("ignore", "'nanosafe.sampler' found in sys.modules", RuntimeWarning)

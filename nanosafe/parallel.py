@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from nanosafe.io.machine import available_cores
+
 TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 PATIENCE = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
 PARENT_SECONDS = 1.0  # between two looks at whether torchrun still lives
@@ -216,6 +218,3 @@ def visiting(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             parameter.data = data
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

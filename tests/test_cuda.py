@@ -20,7 +20,8 @@ import train_sft
 from nanosafe.kernels import split_adam
 from nanosafe.model import granite
 from nanosafe.model.attention import KVCache, PackedDocuments
-from nanosafe.model.weights import StoredTensors, load_model, save_tensors
+from nanosafe.model.weights import StoredTensors, save_tensors
+from nanosafe.names import load_model
 from nanosafe.parallel import Ranks, gathered, join_group, shard
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.text.data import Document

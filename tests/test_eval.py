@@ -26,12 +26,10 @@ from nanosafe.evals.run import add_rewards, protocol, respond, summarize
 from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import Row, difference, estimate, headline, protocols, sections, table, terminal
 from nanosafe.evals.tiny_suite import grade_tiny, tiny_suite
-from nanosafe.model.config import read_json
-from nanosafe.model.weights import load_model
+from nanosafe.io.files import read_json
+from nanosafe.names import load_model, load_reward, load_reward_model, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.text.tokenizer import load_tokenizer
 from nanosafe.tiny import world as tiny_world
-from nanosafe.train.rewards import load_reward, load_reward_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--benchmarks", "tiny,safety,benign-look-alikes,arithmetic", "--limit", "4", "--max-response-tokens", "6",

@@ -9,8 +9,7 @@ import torch
 from test_train import rows_of, run_forked, run_script, without_clock
 
 import train_rl
-from nanosafe.model.weights import load_model
-from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.names import load_model, load_tokenizer
 
 HEAD = "before                  after                   change, same questions"
 

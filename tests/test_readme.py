@@ -7,8 +7,9 @@ from pathlib import Path
 import eval as evaluation
 import train_rl
 import train_sft
-from nanosafe.model.config import ALIASES, tiny_seed
+from nanosafe.names import tiny_seed
 from nanosafe.paper import __main__ as paper
+from nanosafe.recipes import ALIASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

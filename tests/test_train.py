@@ -23,7 +23,7 @@ from world import write_dates, write_rows, write_world
 
 import train_rl
 import train_sft
-from nanosafe.model.weights import load_model
+from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import sft_steps
 from nanosafe.train import run_folder as checkpoint

@@ -28,12 +28,12 @@ import torch
 from nanosafe.evals.results import RecordFile
 from nanosafe.evals.statistics import Estimate, auc, auc_interval, paired_difference
 from nanosafe.evals.tables import markdown
-from nanosafe.model.config import read_own
-from nanosafe.model.weights import write_atomic
+from nanosafe.io.files import read_own, write_atomic
+from nanosafe.names import find_records, load_pairs, load_reward
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import as_row, find_records, load_pairs
+from nanosafe.text.data import as_row
 from nanosafe.train import cli
-from nanosafe.train.rewards import conversation, known_rewards, load_reward
+from nanosafe.train.rewards import conversation, known_rewards
 
 LABELS = ("safe", "unsafe")
 SLACK = 0.01  # an AUC that falls by less is not worth a warning

@@ -13,9 +13,8 @@ from pathlib import Path
 from nanosafe.evals.benchmark import Benchmark, adapt
 from nanosafe.evals.run import add_rewards, respond, summarize
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
-from nanosafe.model.config import read_json
+from nanosafe.io.files import read_json, write_atomic
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import write_atomic
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Pair
 from nanosafe.text.tokenizer import Tokenizer

@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from nanosafe.evals import rubrics
 from nanosafe.evals.endpoint import Failure, chat_completion
+from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import MAIN_RANK, find_checkpoint, load_checkpoint
+from nanosafe.model.weights import load_checkpoint
+from nanosafe.names import checkpoint, load_tokenizer
 from nanosafe.parallel import visiting
 from nanosafe.sampler import SamplingParams, generate
-from nanosafe.text.data import THINK, opens_thought
-from nanosafe.text.grading import is_refusal, split_thought
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.thoughts import THINK, is_refusal, split_thought
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import microbatches
 from nanosafe.train.rewards import Conversation, RewardModel, known_rewards
 
@@ -199,7 +200,7 @@ class ChatJudge(Writer):
         for i, [completion] in zip(rows, outputs, strict=True):
             if completion.finish_reason == "stop":
                 text = self.tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)
-                replies[i] = _answer(THINK + text if opens_thought(self.tokenizer, encoded[i]) else text)
+                replies[i] = _answer(THINK + text if self.tokenizer.opens_thought(encoded[i]) else text)
         return replies
 
 
@@ -269,7 +270,7 @@ def load_judge(spec: str, *, device: str | torch.device = "cpu", dtype: torch.dt
             raise ValueError(f"--judge {spec}: known are rule:refusal and endpoint:MODEL@URL, with a URL that begins "
                              "with http:// or https://")  # fmt: skip
         return EndpointJudge(match[1], match[2])
-    folder, device = find_checkpoint(spec), torch.device(device)
+    folder, device = checkpoint(spec), torch.device(device)
     config, tokenizer = ModelConfig.from_folder(folder), load_tokenizer(folder)
     tokenizer.date = VERDICT_DATE
     if config.num_labels and bounds is None:

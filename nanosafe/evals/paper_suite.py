@@ -27,9 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanosafe.evals.benchmark import HARM, Benchmark, Grader, Question
+from nanosafe.io.hub import find_files
+from nanosafe.names import load_rows
 from nanosafe.randomness import derive_seed, permutation
 from nanosafe.text.answers import read_integer
-from nanosafe.text.data import find_files, load_rows, read_records
+from nanosafe.text.readers import read_records
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LETTER = '\n\nChoose one option. The last line of your answer must read "Answer: $LETTER", $LETTER being A, B, C or D.'

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import SUBJECTS, Row, estimate, headline
-from nanosafe.model.weights import write_atomic
+from nanosafe.io.files import write_atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"

@@ -20,8 +20,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanosafe.io.fields import digest
-from nanosafe.model.weights import write_atomic
+from nanosafe.io.files import digest, write_atomic
 from nanosafe.parallel import Ranks
 
 

@@ -15,13 +15,13 @@ from nanosafe.evals.benchmark import OF_THOUGHTS, Benchmark, Question
 from nanosafe.evals.diagnostics import entropy_curve, forking_summary, reflection_summary, response_entropies
 from nanosafe.evals.results import RecordFile
 from nanosafe.evals.statistics import SHARES, over_items, paired_difference, pass_at_k
-from nanosafe.io.fields import digest
+from nanosafe.io.files import digest
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler import Completion, SamplingParams, generate
-from nanosafe.text.data import END_THINK, THINK, Document
-from nanosafe.text.grading import split_thought
+from nanosafe.text.data import Document
+from nanosafe.text.thoughts import END_THINK, THINK, split_thought
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.rewards import Reward, conversation, known_rewards
 

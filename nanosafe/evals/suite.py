@@ -9,12 +9,12 @@ import torch
 
 from nanosafe.evals.attacks import attacked, fits
 from nanosafe.evals.benchmark import Benchmark, Grader, Question, Values
-from nanosafe.evals.judge_graders import air_bench_polarity, judge_graders, refusal_grader
+from nanosafe.evals.graders import air_bench_polarity, answer_grader, judge_graders, refusal_grader
 from nanosafe.evals.judges import load_judge
 from nanosafe.evals.paper_suite import BENCHMARKS, load_benchmark, training_prompts
 from nanosafe.evals.tiny_suite import tiny_suite
-from nanosafe.model.config import RECIPES, ModelConfig
-from nanosafe.text.grading import answer_grader
+from nanosafe.model.config import ModelConfig
+from nanosafe.recipes import RECIPES
 
 PAPER = ("attaq", "air-bench", "xstest", "math-500", "aime24", "aime25", "gpqa-diamond")  # xstest: never safety alone
 DEFAULT_JUDGE = "granite-guardian"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanosafe.evals.statistics import Estimate, paired_difference
-from nanosafe.model.config import misfit, read_own
+from nanosafe.io.files import misfit, read_own
 
 # What a result.json must have to be compared, and each benchmark in it.
 RESULT = {"label": str, "benchmarks": dict}

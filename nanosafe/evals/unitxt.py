@@ -21,8 +21,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanosafe.model.weights import write_atomic
-from nanosafe.text.grading import split_thought
+from nanosafe.io.files import write_atomic
+from nanosafe.text.thoughts import split_thought
 
 
 def write_unitxt(records: Sequence[dict], path: str | Path) -> None:

@@ -1,20 +1,15 @@
-"""What may stand in a model folder: a table of fields for each JSON file, and the reading of files.
+"""What may stand in a model folder: a table of fields for each JSON file.
 
 A folder may come from anyone. A field that cannot be computed as it stands is an error that names
 file and field. Null is as good as absent, and what is in no table changes nothing that is computed.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizer.json have 1 << 25
-MAX_DEPTH = 64  # of objects and lists in one another: beyond a thousand, Python itself gives up
 REQUIRED = object()
 
 
@@ -197,54 +192,3 @@ def wrong(where: str | Path, name: str, value: Any, meaning: str) -> ValueError:
     return ValueError(f"{where}: {found}, it must be {meaning}")
 
 
-def read_json(path: Path) -> dict:
-    """The object in `path`; errors are FileNotFoundError or ValueError that name the file."""
-    content = read_file(path)
-    try:
-        value = json.loads(content.decode())
-        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
-    except (ValueError, RecursionError) as error:
-        cure = "fetch it again or mend it"
-        raise ValueError(f"{path} is not valid JSON ({error}): {cure}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [entry.values() if isinstance(entry, dict) else entry for entry in level]
-        level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
-    if level:
-        raise ValueError(f"{path} nests more than {MAX_DEPTH} objects and lists: mend it")
-    return value
-
-
-def digest(value: object) -> str:
-    """Of a JSON value, whatever the order of its keys; what JSON does not have counts as its text."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file of its own folder (see own_file), of MAX_BYTES at most."""
-    if own_file(path).stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has over {MAX_BYTES >> 20} MiB: it is not what its name says")
-    return path.read_bytes()
-
-
-def own_file(path: Path) -> Path:
-    """`path` if it is an ordinary file of its folder; else FileNotFoundError or ValueError.
-
-    What a link leads to would be copied into every checkpoint, so links out of the folder are not
-    followed, but for those of huggingface_hub's cache, from snapshots/REVISION/ to its own blobs/.
-    """
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path} is missing: official Hugging Face folders have it")
-    folder, target = path.parent.resolve(), path.resolve()
-    blobs = (folder.parent.parent / "blobs").resolve()
-    cached = folder.parent.name == "snapshots" and target.is_relative_to(blobs)
-    if not cached and not target.is_relative_to(folder):
-        raise ValueError(f"{path} links to {target}, out of its folder: put the file itself there")
-    if not target.exists():
-        raise FileNotFoundError(f"{path} links to {target}, which is missing: download it again")
-    if not target.is_file():
-        raise ValueError(f"{path} is not an ordinary file: download it again")
-    return path

@@ -1,8 +1,9 @@
-"""How much memory the host has and how much is free, within the limits of a container or job."""
+"""What this process has: its rank, cores, and the host's memory within the limits of a container or job."""
 
 import os
 from pathlib import Path
 
+MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
 # Both layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
 # the files of limit and use, and the line of memory.stat that counts files the kernel can drop.
 LAYOUTS = {
@@ -10,6 +11,11 @@ LAYOUTS = {
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
                "total_inactive_file"),
 }  # fmt: skip
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:

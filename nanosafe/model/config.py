@@ -6,154 +6,12 @@ a config that loads is a config that is computed exactly. Also here: short names
 recipes of the two training scripts.
 """
 
-import json
 import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanosafe.io.fields import CONFIG, DENSE, GENERATION, HYBRID, ROPE, check, read_json, wrong
-
-# alias -> hub repository, pinned to the commit that was checked where one is known
-ALIASES = {
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B@c1899de289a04d12100db370d81485cdf75e47ca",
-    "qwen3-1.7b": "Qwen/Qwen3-1.7B@70d244cc86ccca08cf5af4e1e306ecf908b1ad5e",
-    "qwen3-4b": "Qwen/Qwen3-4B@1cfa9a7208912126459214e8b04321603b3df60c",
-    "qwen3-8b": "Qwen/Qwen3-8B@b968826d9c46dd6066d109eabc6255188de91218",
-    "qwen3-14b": "Qwen/Qwen3-14B@40c069824f4251a91eefaf281ebe4c544efd3e18",
-    "qwen3-32b": "Qwen/Qwen3-32B@9216db5781bf21249d130ec9da846c4624c16137",
-    "r1-qwen-1.5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B@ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562",
-    "r1-qwen-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B@916b56a44061fd5cd7d6a8fb632557ed4f724f60",
-    "r1-llama-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct@0e9e39f249a16976918f6564b8830bc894c89659",
-    "llama-guard-3": "meta-llama/Llama-Guard-3-8B@7327bd9f6efbbe6101dc6cc4736302b3cbb6e425",
-    "skywork-v2-llama-8b": "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
-    "skywork-v2-qwen3-0.6b": "Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-    "skywork-v2-qwen3-1.7b": "Skywork/Skywork-Reward-V2-Qwen3-1.7B",
-    "skywork-v2-qwen3-4b": "Skywork/Skywork-Reward-V2-Qwen3-4B",
-    "skywork-v2-qwen3-8b": "Skywork/Skywork-Reward-V2-Qwen3-8B",
-    "granite-guardian": "ibm-granite/granite-guardian-3.1-8b",
-    "granite-4.0-tiny": "ibm-granite/granite-4.0-tiny-preview@9bbe26b647d49e1cc50612f30e8ab2b0920631f2",
-    "granite-4.0-h-tiny": "ibm-granite/granite-4.0-h-tiny",
-}
-
-# What each alias's config.json says of its shape: enough for --plan and --random-weights to build the model without a
-# download. Values of the official files or, for want of those, of model cards and memory: Skywork's (the shape of what
-# each was trained from), Llama-Guard's, the Granites', and Llama-3.3-70B's (no alias: what is too big).
-_LLAMA31 = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336,
-    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-    max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
-    rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                      original_max_position_embeddings=8192),
-    bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
-)  # fmt: skip
-_SCORE = dict(id2label={"0": "LABEL_0"})
-
-
-def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
-    return dict(
-        architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-        max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=tied,
-        bos_token_id=151643, eos_token_id=151645,
-    )  # fmt: skip
-
-
-def _r1_qwen(hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> dict:
-    return dict(
-        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
-        max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=10000, tie_word_embeddings=False,
-        bos_token_id=151643, eos_token_id=151643,
-    )  # fmt: skip
-
-
-def _granite4(experts: int, vocabulary: int, special: dict) -> dict:
-    return dict(
-        architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid", hidden_size=1536,
-        intermediate_size=512, shared_intermediate_size=1024, num_hidden_layers=40, num_attention_heads=12,
-        num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        rope_theta=10000, position_embedding_type="nope", tie_word_embeddings=True, embedding_multiplier=12,
-        attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=6, num_local_experts=experts,
-        num_experts_per_tok=6, layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)],
-        mamba_n_heads=48, mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_d_conv=4, mamba_expand=2,
-        mamba_chunk_size=256, mamba_conv_bias=True, mamba_proj_bias=False, **special,
-    )  # fmt: skip
-
-
-SHAPES = {
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
-    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, True),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
-    "qwen3-14b": _qwen3(5120, 17408, 40, 40, False),
-    "qwen3-32b": _qwen3(5120, 25600, 64, 64, False),
-    "r1-qwen-1.5b": _r1_qwen(1536, 8960, 12, 2, 151936),
-    "r1-qwen-7b": _r1_qwen(3584, 18944, 28, 4, 152064),
-    "r1-llama-8b": _LLAMA31 | dict(eos_token_id=128001),
-    "llama-3.1-8b": _LLAMA31,
-    "llama-guard-3": _LLAMA31,
-    "llama-3.3-70b": _LLAMA31 | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                                     num_attention_heads=64),
-    "skywork-v2-llama-8b": _LLAMA31 | _SCORE | dict(architectures=["LlamaForSequenceClassification"]),
-    "granite-guardian": dict(
-        architectures=["GraniteForCausalLM"], model_type="granite", hidden_size=4096, intermediate_size=12800,
-        num_hidden_layers=40, num_attention_heads=32, num_key_value_heads=8, vocab_size=49155,
-        max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=10000000.0, tie_word_embeddings=True,
-        embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    ),
-    "granite-4.0-tiny": _granite4(62, 49160, dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)),
-    "granite-4.0-h-tiny": _granite4(64, 100352, dict(bos_token_id=100257, eos_token_id=100257, pad_token_id=100256)),
-}  # fmt: skip
-SHAPES |= {f"skywork-v2-{name}": SHAPES[name] | _SCORE | dict(architectures=["Qwen3ForSequenceClassification"])
-           for name in ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")}  # fmt: skip
-
-# Defaults of the training scripts. RL: OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL
-# coefficient, batch and lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts
-# with their updates. SFT: STAR-1's own recipe, 39 steps on its 1,000 rows.
-RECIPES = {
-    "rl": dict(
-        reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1", steps=500, prompts_per_step=128,
-        samples_per_prompt=1, minibatches=4, epochs=1, lr=5e-7, kl_coef=0.01, kl_kind="k1", max_prompt_tokens=1024,
-        max_response_tokens=4096, tokens_per_microbatch=16384,
-    ),
-    "sft": dict(
-        data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384,
-    ),
-}  # fmt: skip
-# What the tiny world changes in them. Its models are 10,000 times smaller and so take larger steps. Learning rate and
-# epochs of SFT, learning rate and KL coefficient of RL were chosen among twenty settings each, tried on the validation
-# split (docs/tuning.md).
-TINY_RECIPES = {
-    "rl": dict(
-        reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
-        prompts_per_step=64, minibatches=2, lr=1e-4, kl_coef=0.3, max_prompt_tokens=128,
-        max_response_tokens=128, tokens_per_microbatch=4096, save_every=10, keep=4,
-    ),
-    "sft": dict(data="tiny-star", epochs=7, batch_size=64, lr=1e-4, max_tokens=256, tokens_per_microbatch=4096),
-}  # fmt: skip
-
-
-def recipe(script: str, model: str) -> dict:
-    """The defaults of `script` (rl, sft) for `model`: if it lives in the tiny world, that world's, of its seed."""
-    seed = tiny_seed(model)
-    if seed is None:
-        return RECIPES[script]
-    ours = {name: f"{value}@{seed}" if str(value).startswith("tiny-") else value
-            for name, value in TINY_RECIPES[script].items()}  # fmt: skip
-    return RECIPES[script] | ours
-
-
-def tiny_seed(model: str) -> int | None:
-    """The seed that a model of the tiny world grew from, by its name or by the config.json of a folder; else None."""
-    if match := re.fullmatch(r"tiny(?:-llama|-granite)?(?:@(\d+))?", model):
-        return int(match[1] or 0)
-    path, name = Path(model).expanduser() / "config.json", "nanosafe_seed"
-    return check(read_json(path), {name: CONFIG[name]}, path)[name] if path.is_file() else None
-
+from nanosafe.io.fields import CONFIG, DENSE, GENERATION, HYBRID, ROPE, check, wrong
+from nanosafe.io.files import read_json
 
 ARCHITECTURES = {  # config.json "architectures" -> (model_type, has a score head)
     f"{family}For{head}": (family.lower(), head != "CausalLM")
@@ -314,31 +172,6 @@ class ModelConfig:
             generation=generation,
             source=source,
         )
-
-
-def read_own(path: Path, fields: Mapping[str, type], cure: str) -> dict:
-    """The object, with `fields`, of a file that an earlier run wrote.
-
-    Raises ValueError naming the file, what is wrong and `cure`.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-        problem = misfit(value, fields)
-    except FileNotFoundError:
-        problem = "it is missing"
-    except (ValueError, RecursionError) as error:
-        problem = f"not valid JSON: {error}"
-    if problem:
-        raise ValueError(f"{path} is damaged ({problem}): {cure}")
-    return value
-
-
-def misfit(value: object, fields: Mapping[str, type]) -> str | None:
-    """What keeps `value` from being an object with these fields; None where nothing does."""
-    if not isinstance(value, dict):
-        return f"an object was written, found {type(value).__name__}"
-    wrong = [name for name, kind in fields.items() if type(value.get(name)) is not kind]
-    return f"field {wrong[0]!r} is missing or no {fields[wrong[0]].__name__}" if wrong else None
 
 
 def _count_labels(fields: dict, source: str) -> int:

@@ -1,4 +1,4 @@
-"""Weights: find a model (folder, alias or hub id), stream its safetensors into the decoder, save them back.
+"""Weights: stream a folder's safetensors into the decoder, and save them back.
 
 Only safetensors and JSON are read, never pickle. A load is a strict copy: every tensor of the model must be in the
 checkpoint with its shape, and nothing else may be. On the CPU, in the dtype of the file, a parameter is the
@@ -7,15 +7,8 @@ each reads its own rows, and the files are written from the ranks' rows one at a
 """
 
 import json
-import os
 import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,117 +21,20 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from nanosafe.io.fields import EOS, check, own_file, read_json
-from nanosafe.model.config import ALIASES, ModelConfig
+from nanosafe.io.fields import EOS, check
+from nanosafe.io.files import own_file, staged
+from nanosafe.io.hub import INDEX, SINGLE, read_index
+from nanosafe.io.machine import MAIN_RANK
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks, own_part, shard, whole
 
-SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"  # of a stem: "model", or what else lies in a folder
-MODEL, MODEL_INDEX = SINGLE.format("model"), INDEX.format("model")
 MAX_SHARD_BYTES = 5 * 10**9
-SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]  # fmt: skip
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
 # transformers 5's names of some tensors of Granite 4, and those that the files on the hub, and transformers' own, have.
 RENAMED = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight",
            "router.weight": "router.layer.weight"}  # fmt: skip
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
-
-
-def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of a model: a folder is itself; an alias or hub id, either with `@revision`, is downloaded.
-
-    Only the config, the tokenizer and, if `weights`, the safetensors that the index names are fetched, into
-    huggingface_hub's cache (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE work). A broken connection resumes where it
-    stopped; a killed download keeps finished files, and since shards come one at a time, at most one begins again.
-    Raises FileNotFoundError, PermissionError (gated) or ConnectionError, each with the cure.
-    """
-    name, folder = str(name_or_path), Path(name_or_path).expanduser()
-    if folder.is_dir():
-        steps = sorted(folder.glob("checkpoints/step-*/config.json"), reverse=True)
-        inside = [*folder.glob("final/config.json"), *steps]
-        if inside and not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{folder} is a run folder, no model: did you mean {inside[0].parent}?")
-        return folder
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
-    from nanosafe.tiny import build  # here: it uses this file
-
-    if build.is_tiny(name):
-        return build.tiny_checkpoint(name)
-    base, _, revision = name.partition("@")
-    repo, _, pinned = ALIASES.get(base, base).partition("@")
-    revision = revision or pinned or None
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        if "/" in base or base.startswith((".", "~")):
-            raise FileNotFoundError(f"folder {folder} does not exist")
-        near = ", ".join(get_close_matches(base.lower(), ALIASES, cutoff=0.5) or ALIASES)
-        raise FileNotFoundError(f"unknown model {name!r}: no folder, no alias (near: {near}), not like owner/name")
-    from huggingface_hub import hf_hub_download, snapshot_download, utils  # half a second that a folder does not need
-
-    if not MAIN_RANK:
-        utils.disable_progress_bars()
-    with hub_errors_explained(repo, revision, "config and tokenizer"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + [MODEL_INDEX] * weights))
-    files = sorted(set(_read_index(folder / MODEL_INDEX).values())) if (folder / MODEL_INDEX).exists() else [MODEL]
-    for file in ["config.json"] + files * weights:
-        with hub_errors_explained(repo, revision, file):
-            hf_hub_download(repo, file, revision=folder.name)  # the commit: no request for what is in the cache
-    return folder
-
-
-@contextmanager
-def hub_errors_explained(repo: str, revision: str | None, file: str) -> Iterator[None]:
-    """Turns huggingface_hub's exceptions while it fetches `file` of `repo` into one sentence with the cure."""
-    from huggingface_hub import constants, errors
-
-    endpoint, token = constants.ENDPOINT, "run `hf auth login` or set HF_TOKEN"
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise PermissionError(f"{repo} is gated: accept its licence at {endpoint}/{repo}, then {token}") from None
-    except errors.RepositoryNotFoundError:
-        cure = f"check the spelling; if it is private, {token}"
-        raise FileNotFoundError(f"{repo} is neither a local folder nor a repository at {endpoint}: {cure}") from None
-    except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{repo} has no revision {revision!r}: see {endpoint}/{repo}/commits/main") from None
-    except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError: the hub could not be asked
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} cannot be reached"
-        raise ConnectionError(
-            f"{reason}, and the cache {constants.HF_HUB_CACHE} lacks {file} of {repo}. Download it where there is a "
-            "network and point HF_HOME to that cache, or give a local folder"
-        ) from None
-    except errors.EntryNotFoundError:
-        pickles = "; pickle files (.bin, .pt, .pth) are not read, because they can run code" if file == MODEL else ""
-        raise FileNotFoundError(f"{repo} holds no {file} at revision {revision or 'main'}{pickles}") from None
-    except Exception as error:  # the HTTP client's own classes change with the library's version
-        cure = "mend that and start again, finished files are kept"
-        raise ConnectionError(f"downloading {file} of {repo} failed ({error}): {cure}") from error
-
-
-def load_model(
-    name_or_path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    ranks: Ranks | None = None,
-) -> Decoder:
-    """The language model `name_or_path` (see find_checkpoint) on `device` in `dtype`, in eval mode.
-
-    What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
-    ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype` (distributed.shard).
-    Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
-    """
-    folder = find_checkpoint(name_or_path)
-    if ModelConfig.from_folder(folder).num_labels:
-        raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
-    model = load_checkpoint(folder, device, dtype, ranks)
-    from nanosafe.text.tokenizer import Tokenizer  # here: it uses this file
-
-    with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
-        model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
-    return model
 
 
 def load_checkpoint(
@@ -209,7 +105,7 @@ class StoredTensors(dict[str, Stored]):
         if single.exists() or not index.exists():  # transformers, too, prefers the single file
             weight_map, files = {}, [single.name]
         else:
-            weight_map = _read_index(index)
+            weight_map = read_index(index)
             files = sorted(set(weight_map.values()))
         for path in [folder / file for file in files]:
             file = _open(path)
@@ -232,18 +128,6 @@ def official(name: str) -> str:
     """The name that files on the hub have for a tensor."""
     layer, found, rest = name.partition(".block_sparse_moe.")
     return layer + found + RENAMED.get(rest, rest)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: field 'weight_map' must be an object that maps tensor names to file names")
-    for name, file in weight_map.items():
-        # The name becomes a path and is fetched: a slash or ".." would reach beyond the model's own folder.
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise ValueError(f"{path}: {name!r} is in {file!r}, which is not a plain *.safetensors file name")
-    return weight_map
 
 
 def _open(path: Path) -> safe_open:
@@ -300,7 +184,7 @@ def save_model(
     One `model.safetensors`, or, beyond `max_shard_bytes`, shards and their index. All files are written and synced
     before the first is renamed into place, and what is left of an earlier save is deleted last: an error leaves an
     earlier model as it was, and a model may be saved over the files it is mapped from. The renames together are not one
-    atomic step: whoever needs that saves to a new folder and renames it, as checkpoint.py does.
+    atomic step: whoever needs that saves to a new folder and renames it, as train/run_folder.py does.
     """
     folder, dtype = Path(folder), dtype or model.model.embed_tokens.weight.dtype
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
@@ -381,53 +265,3 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"writing {path} failed: {error}") from None
 
 
-def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write `content`, or let it write to the path it is given; `path` is always wholly old or wholly new."""
-    path = Path(path)
-    with staged(path.parent) as new, naming(path):
-        content(new / path.name) if callable(content) else (new / path.name).write_bytes(content)
-
-
-@contextmanager
-def staged(folder: Path, writes: bool = True) -> Iterator[Path | None]:
-    """A new folder inside `folder`; its files are synced, then renamed into `folder`, or after an error deleted.
-
-    None for a rank that does not write.
-    """
-    if not writes:
-        yield None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    try:
-        with naming(folder):
-            yield new
-        files = sorted(new.iterdir())  # so that shards ("model-") come before their index ("model.")
-        for file in files:
-            file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-            sync(file)
-        for file in files:
-            os.replace(file, folder / file.name)
-        sync(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    with naming(path):
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An error in writing, such as of a full disk, names no file by itself: it is given `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None

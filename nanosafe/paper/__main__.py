@@ -31,11 +31,11 @@ from nanosafe.evals.suite import PAPER as PAPER_SUITE
 from nanosafe.evals.suite import slug
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.locks import hold
-from nanosafe.model.config import ALIASES, recipe, tiny_seed
+from nanosafe.io.machine import available_cores
+from nanosafe.names import recipe, tiny_seed
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
-from nanosafe.parallel import available_cores
-from nanosafe.plan import report as plan_report
+from nanosafe.recipes import ALIASES
 from nanosafe.tiny.build import FAMILIES, is_tiny
 from nanosafe.train.cli import positive_int, readable_errors
 
@@ -226,7 +226,7 @@ def fitting_flags(script: str, model: str, options: dict) -> list[str]:
     remedy = None if tiny_seed(model) is not None else first_remedy(script, model, options)
     if remedy is None or remedy[0] != plan.find_machine("", None, False) or not any(remedy[1].values()):
         return []
-    return plan_report.as_flags(remedy[1]).split()
+    return plan.as_flags(remedy[1]).split()
 
 
 def is_known(model: str, options: dict) -> bool:
@@ -263,7 +263,7 @@ def needs(model: str) -> list[str]:
         found = next(plan.remedies(script, args, machine), None)
         peak = plan.gb(plan.make(script, args, machine).peak)
         lines.append(f"  {script.upper()} on {machine}: peak {peak} GB; " + (
-            f"fits on {found[0]} with {plan_report.as_flags(found[1])}" if found else "no setting tried makes it fit"))
+            f"fits on {found[0]} with {plan.as_flags(found[1])}" if found else "no setting tried makes it fit"))
     sizes = {name: plan.download_bytes(name, plan.find_config(name)[0])
              for name in (model, args.reward_model, "granite-guardian")}  # fmt: skip
     lines.append("  downloads: " + ", ".join(f"{ALIASES.get(name, name).partition('@')[0]} {plan.gb(size)} GB"

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanosafe.io.files import read_own, write_atomic
 from nanosafe.io.locks import Lock
-from nanosafe.model.config import read_own
-from nanosafe.model.weights import write_atomic
-from nanosafe.parallel import available_cores
+from nanosafe.io.machine import available_cores
 from nanosafe.train.cli import visible
 
 ROOT = Path(__file__).resolve().parents[2]

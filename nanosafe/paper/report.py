@@ -22,9 +22,9 @@ from nanosafe.evals.run import summarize
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 from nanosafe.evals.tables import SUBJECTS, Row, check_comparable, difference, estimate, headline, markdown, sections
 from nanosafe.evals.tiny_suite import tiny_suite
-from nanosafe.model.config import tiny_seed
-from nanosafe.model.weights import write_atomic
-from nanosafe.text.data import read_records
+from nanosafe.io.files import write_atomic
+from nanosafe.names import tiny_seed
+from nanosafe.text.readers import read_records
 from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
 

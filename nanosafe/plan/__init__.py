@@ -19,16 +19,20 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe.io.machine import host_memory
+from nanosafe.io.hub import find_checkpoint, hub_errors_explained
+from nanosafe.io.machine import MAIN_RANK, host_memory
 from nanosafe.kernels.logprob import CHUNK_BYTES
 from nanosafe.kernels.split_adam import CHUNK
 from nanosafe.model.attention import KVCache
-from nanosafe.model.config import ALIASES, SHAPES, ModelConfig, recipe
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Experts
-from nanosafe.model.weights import find_checkpoint, hub_errors_explained
+from nanosafe.names import recipe, tiny_seed
+from nanosafe.plan.shapes import SHAPES
+from nanosafe.recipes import ALIASES
 from nanosafe.sampler.engine import default_prefill_tokens
 from nanosafe.text.data import sft_steps
+from nanosafe.tiny import build
 
 GIB = 1 << 30
 # Of a GPU's memory, what torch's allocator never gets (CUDA context, libraries, NCCL) and what it loses to fragments.
@@ -141,8 +145,6 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
 def known_config(name: str) -> tuple[ModelConfig, str] | None:
     """The config of a folder, the tiny world or an alias (or the repository that it stands for), and where it is from;
     None where only the hub knows it."""
-    from nanosafe.tiny import build  # here: it uses the scripts' files
-
     base, repos = name.partition("@")[0], {repo.partition("@")[0]: alias for alias, repo in ALIASES.items()}
     if Path(name).expanduser().is_dir():
         folder = find_checkpoint(name)
@@ -153,7 +155,7 @@ def known_config(name: str) -> tuple[ModelConfig, str] | None:
         size = {"vocab_size": text.vocabulary + 2}  # with <think> and </think>
         return ModelConfig.from_dict(shape | size), "the tiny world"
     if (alias := repos.get(base, base)) in SHAPES:
-        return ModelConfig.from_dict(SHAPES[alias]), "nanosafe/model/config.py"
+        return ModelConfig.from_dict(SHAPES[alias]), "nanosafe/plan/shapes.py"
     return None
 
 
@@ -459,12 +461,95 @@ def checkpoint_bytes(size: Sizes, s: int, low_memory: bool) -> float:
 
 def download_bytes(name: str, config: ModelConfig) -> int:
     """Of a model on the hub, in bfloat16; 0 for the others."""
-    from nanosafe.tiny import build
-
     if Path(name).expanduser().is_dir() or build.is_tiny(name) or name.startswith("rule:"):
         return 0
     size = sizes(config)
     return 2 * (size.total + size.head * (name in HEADS_STORED))
 
 
-# The report.
+# What --plan prints.
+
+
+def as_flags(change: dict) -> str:
+    return " ".join(f"--{k.replace('_', '-')}" + (f" {v}" if not isinstance(v, bool) else "")
+                    for k, v in change.items() if v is not False) or "the given flags"  # fmt: skip
+
+
+def table(plan: Plan) -> list[str]:
+    """Parts in rows, phases in columns."""
+    parts = list(dict.fromkeys(part for phase in plan.phases.values() for part in phase))
+    parts = [part for part in parts if any(phase.get(part) for phase in plan.phases.values())]
+    cells = [["GB on each", *plan.phases]]
+    cells += [[part, *(gb(p[part]) if p.get(part) else "" for p in plan.phases.values())] for part in parts]
+    cells += [["sum", *map(gb, plan.totals.values())]]
+    return ["".join([f"  {row[0]:<18}", *(f"{cell:>11}" for cell in row[1:])]) for row in cells]
+
+
+def report(script: str, args: Namespace) -> str:
+    """What --plan prints."""
+    machine = find_machine(args.plan, args.device, tiny_seed(args.model) is not None)
+    args = Namespace(**vars(args) | {"dtype": args.dtype or ("bfloat16" if machine.kind == "cuda" else "float32")})
+    config, origin = find_config(args.model)
+    plan, size, s = make(script, args, machine), sizes(config), bytes_of(args)
+    lines = [f"plan of train_{script}.py --model {args.model} in {args.dtype} on {machine} "
+             f"({gb(machine.usable)} for tensors); GB are 10^9 bytes",
+             f"  {args.model}: {size.total:,} parameters" + f", {size.active:,} of them active for each token" *
+             (size.active < size.total) + f" (shape: {origin})"]
+    models = {args.model: config}
+    if script == "rl" and not args.reward_model.startswith("rule:"):
+        models[args.reward_model], origin = find_config(args.reward_model)
+        lines.append(f"  {args.reward_model}: {sizes(models[args.reward_model]).total:,} parameters (shape: {origin})")
+    lines += table(plan)
+    if script == "rl":
+        positions = plan.blocks * (BLOCK if machine.kind == "cuda" else 1)
+        longest = args.max_prompt_tokens + args.max_response_tokens
+        lines.append(f"  KV pool: {positions if machine.kind == 'cuda' else positions * longest:,} tokens, "
+                     f"{plan.blocks // plan.table_width} sequences of the full {longest} at once"
+                     f" ({KVCache.bytes_per_position(config, getattr(torch, args.dtype)):,} bytes a token)")
+        if slot := KVCache.bytes_per_slot(config, getattr(torch, args.dtype)):
+            lines.append(f"  states of the Mamba layers: {slot / 1e6:.1f} MB a sequence, however long, for at most "
+                         f"{int(plan.phases['rollout']['states'] // slot) - 1} sequences at once")
+    lines.append(f"  expected peak: {gb(plan.peak)} GB of tensors on each of {gb(machine.usable)} "
+                 f"(CUDA's context and fragments are taken off)" if machine.kind == "cuda" else
+                 f"  expected peak: {gb(plan.peak)} GB of tensors in each process")
+    lines.append(f"  IT FITS: {'yes' if plan.fits else 'NO'}")
+    if plan.refused:
+        lines.append(f"  {plan.refused}")
+    if not plan.fits:
+        found = list(remedies(script, args, machine))
+        for other, change in found:
+            changed = Namespace(**vars(args) | change)
+            time = hours(script, changed, other, make(script, changed, other))
+            lines.append(f"  it fits on {other} with {as_flags(change)}, in about {time:.0f} h")
+        lines += ["  no setting that was tried makes it fit (up to 64 GPUs, and cards of 141 GB)"] * (not found)
+    one = checkpoint_bytes(size, s, args.low_memory)
+    lines.append(f"  disk: {gb(one)} GB per checkpoint, up to {gb((args.keep + 1) * one + s * size.total)} GB with "
+                 f"--keep {args.keep}, one being written, and final/")
+    sources = [f"{name} {gb(download_bytes(name, c))} GB" for name, c in models.items() if download_bytes(name, c)]
+    lines.append(f"  downloads: {', '.join(sources) or 'no model'}" + "; data sets are small" * bool(sources))
+    return "\n".join(lines + time_lines(script, args, machine, plan))
+
+
+def time_lines(script: str, args: Namespace, machine: Machine, plan: Plan) -> list[str]:
+    if machine.kind != "cuda":
+        return ["  hours: no estimate for a CPU"]
+    if not plan.fits:
+        return []
+    seconds, steps = seconds_per_step(script, args, machine, plan), steps_of(script, args)
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    lengths = f"{SFT_ROWS} rows of {SFT_TOKENS} tokens" if script == "sft" else (
+        f"prompts of {PROMPT_TOKENS} tokens, responses evenly spread up to {args.max_response_tokens}, decoding at "
+        f"{MEMORY_SHARE:.0%} of {bandwidth(machine) / 1e12:g} TB/s")
+    return [
+        f"  hours: about {hours(script, args, machine, plan):.1f} for {steps} steps of {sum(seconds.values()):.1f} s "
+        f"({parts}): an estimate, not measured",
+        f"    assumed: {lengths}; {6 if args.no_recompute else 8} FLOP per parameter and token in the update, 2 in "
+        f"each forward, at {COMPUTE_SHARE:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s",
+        "    not counted: attention's FLOP, communication, optimizer, saving, evaluation",
+    ]
+
+
+def show(script: str, args: Namespace) -> None:
+    """Print the report, on the main rank."""
+    if MAIN_RANK:
+        print(report(script, args), flush=True)

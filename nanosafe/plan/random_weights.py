@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanosafe.io.files import sync
+from nanosafe.io.hub import MODEL_INDEX
 from nanosafe.io.locks import locked
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import MODEL_INDEX, cut_into_files, sync, write_safetensors
+from nanosafe.model.weights import cut_into_files, write_safetensors
 from nanosafe.parallel import Ranks
 from nanosafe.plan import find_config
 from nanosafe.randomness import derive_seed
+from nanosafe.tiny import build
 
 SHARD_BYTES = 2 * 10**9  # what is in memory at a time
 VOCABULARY = 1024  # of the stand-in tokenizer, or less where the model has fewer
@@ -50,9 +53,7 @@ def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
 
 def _stands_alone(name: str) -> bool:
     """A rule, a reward model of the tiny world, or a folder with weights."""
-    from nanosafe.tiny.build import is_tiny  # here, as in find_config
-
-    return name.startswith("rule:") or is_tiny(name) or any(Path(name).expanduser().glob("*.safetensors"))
+    return name.startswith("rule:") or build.is_tiny(name) or any(Path(name).expanduser().glob("*.safetensors"))
 
 
 def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -61,8 +62,6 @@ def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
     Raises what find_config raises, ValueError for a vocabulary that no byte-level tokenizer fits, and OSError for a
     disk with too little room.
     """
-    from nanosafe.tiny import build
-
     config, origin = find_config(name)
     identity = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^\w.]+", "-", name.rstrip("/").split("/")[-1]).strip("-.")
@@ -83,8 +82,6 @@ def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
 
 
 def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
-    from nanosafe.tiny import build
-
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
     nbytes = {name: 2 * shape.numel() for name, shape in shapes.items()}  # bfloat16

@@ -141,7 +141,3 @@ def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: i
         temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
     )
 
-
-if __name__ == "__main__":
-    from nanosafe.sampler.__main__ import main  # here, because it imports this file
-    main()

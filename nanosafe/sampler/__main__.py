@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 
+from nanosafe import SamplingParams, load_model, load_tokenizer
 from nanosafe.io.fields import GENERATION, check
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.weights import load_model
 from nanosafe.parallel import Ranks
-from nanosafe.sampler import SamplingParams, sequence
+from nanosafe.sampler import sequence
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import Sequence
-from nanosafe.text.data import END_THINK, THINK, opens_thought
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.thoughts import END_THINK, THINK
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli
 
 DEFAULT_CONTEXT = 8192  # tokens; memory for all 131,072 positions of some models would not fit beside their weights
@@ -154,7 +154,7 @@ def stream(engine: Engine, request: Sequence, tokenizer: Tokenizer, console: "Co
     Where the prompt has opened the thought, the tag is put in front, for the reader and the template of the next turn.
     """
     start, decoder, drawn = time.perf_counter(), TextStream(tokenizer), 0
-    text = console.write(f"{THINK}\n" if opens_thought(tokenizer, request.prompt) else "")
+    text = console.write(f"{THINK}\n" if tokenizer.opens_thought(request.prompt) else "")
     engine.add(request)
     try:
         with noted_interrupts() as interrupts:

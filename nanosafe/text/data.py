@@ -5,28 +5,17 @@ as the chat template renders it with its generation prompt, the response as the 
 training targets and rollouts have the same form whatever a template does to finished assistant turns.
 """
 
-import csv
-import io
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
-from nanosafe.io.fields import digest
-from nanosafe.model.config import ModelConfig
-from nanosafe.model.weights import hub_errors_explained
-from nanosafe.text.tokenizer import END_THINK, THINK, Tokenizer
+from nanosafe.io.files import digest
+from nanosafe.text.thoughts import END_THINK, THINK
+from nanosafe.text.tokenizer import Tokenizer
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-# Words of a hub file's path: not the train of `constraints` and `untrained`.
-TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)
-TEST = re.compile(r"(?<![a-z])(test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 ROLES = ("system", "user", "assistant")  # templates skip a turn of a role they do not know without a word
 
 
@@ -80,185 +69,14 @@ class Pair(NamedTuple):
     category: str | None
 
 
-def load_rows(name: str) -> list[Row]:
-    """Rows of a local .json, .jsonl, .csv or .parquet file, of a data set on the hub (see find_dataset), or of the tiny
-    world's SFT set (tiny-star, tiny-star@SEED; see tiny/world.py).
-
-    A row has `messages`, or `prompt` (a text, or messages) or STAR-1's `question`, and perhaps `response` and `answer`.
-    A .json file is a list of rows, or has one row per line like .jsonl. Raises what find_dataset raises, or ValueError
-    naming the file, the row and the field.
-    """
-    return [as_row(record, source) for record, source in find_records(name)]
-
-
-def load_pairs(name: str) -> list[Pair]:
-    """Labelled pairs, found like rows: `prompt` (or `question`), the texts `chosen` and `rejected`, perhaps `category`.
-
-    Raises what load_rows raises.
-    """
-    pairs = []
-    for record, source in find_records(name):
-        row = as_row(record, source)
-        for field, kind in (("chosen", str), ("rejected", str), ("category", str | None)):
-            if not isinstance(record.get(field), kind):
-                raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; it has {list(record)}")
-        pairs.append(Pair(row.prompt, record["chosen"], record["rejected"], record.get("category")))
-    return pairs
-
-
 def digest_rows(rows: Sequence[Row]) -> str:
     """A hash of what rows say, in their order, so that a run goes on only with the data it began with."""
     return digest([[row.messages, row.answer] for row in rows])
 
 
-def find_records(name: str) -> list[tuple[dict, str]]:
-    """The records of a data set of the tiny world, a local file or the hub, each with its place; at least one."""
-    from nanosafe.tiny import world  # here: it uses this file
-
-    if (records := world.dataset(name)) is not None:
-        return [(record, f"{name}, row {i}") for i, record in enumerate(records, 1)]
-    return [record for path in find_files(name) for record in read_records(path)]
-
-
-def find_files(name: str) -> list[Path]:
-    """The local file `name`, or the files of a data set on the hub (find_dataset)."""
-    path = Path(name).expanduser()
-    return [path] if path.is_file() else find_dataset(name)
-
-
-def find_dataset(name: str) -> list[Path]:
-    """The data file of a hub data set, downloaded into the hub's cache: the only one with the word
-    train in its path, or the only one, unless it is there to measure with.
-
-    name: "owner/name", then perhaps "@revision" and ":file" to choose among several; a file with * stands for all that
-    match. Raises FileNotFoundError, PermissionError (gated) or ConnectionError, each with the cure.
-    """
-    match = re.fullmatch(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?(:(?P<file>.+))?", name)
-    if Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"{name} is a folder: give a {', '.join(DATA_SUFFIXES)} file")
-    if match is None or match["repo"].endswith(DATA_SUFFIXES):
-        raise FileNotFoundError(f"there is no file {name}, and it is not a data set on the hub (owner/name) either")
-    from huggingface_hub import hf_hub_download  # slow to import, and a local file needs none of it
-
-    repo, revision, file = match["repo"], match["revision"], match["file"]
-    with hub_errors_explained(f"datasets/{repo}", revision, file or "its data"):
-        found_at, files = _hub_files(repo, revision)
-    if file:
-        chosen = sorted(f for f in files if fnmatchcase(f, file)) if "*" in file else [file]
-    else:
-        chosen = [f for f in files if TRAIN.search(f)]
-        if not chosen and len(files) == 1 and not TEST.search(files[0]):
-            chosen = files
-    if not chosen or not file and len(chosen) > 1:
-        found = ", ".join(sorted(files)) or "none"
-        raise FileNotFoundError(f"data set {repo}: which file? found {found}; choose one with {repo}:FILE")
-    paths = []
-    for name in chosen:
-        with hub_errors_explained(f"datasets/{repo}", revision, name):
-            paths.append(Path(hf_hub_download(repo, name, repo_type="dataset", revision=found_at)))
-    return paths
-
-
-def _hub_files(repo: str, revision: str | None) -> tuple[str | None, list[str]]:
-    """A data set's data files on the hub at `revision` or, where it cannot be asked, in the cache at a commit."""
-    from huggingface_hub import HfApi, errors, snapshot_download
-
-    try:
-        names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision).siblings]
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):  # gated ones too
-        raise
-    except Exception:  # the HTTP client's own classes change with the library's version
-        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
-        revision, names = folder.name, [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-    # dataset_infos.json is about the data, in older data sets.
-    return revision, [name for name in names if name.endswith(DATA_SUFFIXES) and name != "dataset_infos.json"]
-
-
-def read_records(path: Path) -> list[tuple[dict, str]]:
-    """The rows of a file, at least one, each with its place. Raises ValueError naming the place."""
-    records = _parse(path)
-    if not records:
-        raise ValueError(f"{path} holds no rows")
-    for record, source in records:
-        if not isinstance(record, dict):
-            raise ValueError(f"{source}: a row must be a JSON object, found {type(record).__name__}")
-    return records
-
-
-def _parse(path: Path) -> list[tuple[dict, str]]:
-    if path.suffix not in DATA_SUFFIXES:
-        raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
-        try:
-            records = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{path} is no parquet file ({error}): download it again") from None
-        return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their CSV files with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    if path.suffix == ".csv":
-        return _parse_csv(path, text)
-    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
-        records = []
-        # Not splitlines: U+2028 may stand inside a JSON string.
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                records.append((_parse_json(line, f"{path}, line {i}"), f"{path}, line {i}"))
-        return records
-    records = _parse_json(text, str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"{path} must hold a JSON list of rows, or one JSON object per line")
-    return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
-
-
-def _parse_json(text: str, where: str) -> object:
-    try:
-        return json.loads(text, object_pairs_hook=_named_once)
-    except (ValueError, RecursionError) as error:  # also a number of over 4,300 digits
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
-
-
-def _named_once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object's fields. Of a name given twice the json module alone would keep the last."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {max(names, key=names.count)!r} stands twice in one object")
-    return fields
-
-
-def _parse_csv(path: Path, text: str) -> list[tuple[dict, str]]:
-    """Strictly: a quote that is never closed would take row after row into its field."""
-    csv.field_size_limit(len(text) + 1)  # a long thought passes the default of 131,072 characters
-    reader, records, line = csv.DictReader(io.StringIO(text), strict=True), [], 1
-    try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        names = [name for name in reader.fieldnames if name]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path}: the header has a name twice: {', '.join(names)}")
-        line = reader.line_num + 1
-        for record in reader:
-            source = f"{path}, row {len(records) + 1}"
-            # The csv module puts None where a field is missing, and over those that are left.
-            if None in record or None in record.values():
-                more = "more" if None in record else "fewer"
-                raise ValueError(f"{source}: {more} fields than the header has (from line {line}); "
-                                 "quote fields that hold a comma, and close every quote")
-            records.append((record, source))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, row {len(records) + 1} (from line {line}): {error}; a field "
-                         'with quotes stands in quotes, and has "" for each') from None
-    return records
-
-
 def as_row(record: dict, source: str) -> Row:
+    """A record as a row: `messages`, or `prompt` (a text, or messages) or STAR-1's `question`, and perhaps `response`
+    and `answer`. Raises ValueError naming `source`, where the record stands, and the field."""
     names = [key for key in ("messages", "prompt", "question") if record.get(key) is not None]
     if not names:
         raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; it has {list(record)}")
@@ -284,6 +102,15 @@ def as_row(record: dict, source: str) -> Row:
     return Row(messages, source, None if answer is None else str(answer))
 
 
+def as_pair(record: dict, source: str) -> Pair:
+    """A record as a labelled pair: `prompt` (or `question`), the texts `chosen` and `rejected`, perhaps `category`."""
+    row = as_row(record, source)
+    for field, kind in (("chosen", str), ("rejected", str), ("category", str | None)):
+        if not isinstance(record.get(field), kind):
+            raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; it has {list(record)}")
+    return Pair(row.prompt, record["chosen"], record["rejected"], record.get("category"))
+
+
 @contextmanager
 def _naming(row: Row) -> Iterator[None]:
     """Errors of templates and tokenizers say what is wrong; this adds where."""
@@ -295,18 +122,11 @@ def _naming(row: Row) -> Iterator[None]:
 
 def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Raise ValueError for an id without an embedding: of a token that only the tokenizer was given."""
-    size, largest = _embeddings(tokenizer), max(ids, default=0)
+    size, largest = tokenizer.embeddings, max(ids, default=0)
     if size is not None and largest >= size:
         raise ValueError(
             f"token {tokenizer.decode([largest])!r} has the id {largest}, but {tokenizer.folder} has "
             f"embeddings for {size} (vocab_size): resize them, or use the model's own tokenizer")
-
-
-@lru_cache(maxsize=4)
-def _embeddings(tokenizer: Tokenizer) -> int | None:
-    """How many the model in the tokenizer's folder has; None where there is none."""
-    is_model = (tokenizer.folder / "config.json").is_file()
-    return ModelConfig.from_folder(tokenizer.folder).vocab_size if is_model else None
 
 
 def encode_prompts(
@@ -336,11 +156,6 @@ def encode_prompts(
     return kept, report if empty or long else ""
 
 
-def opens_thought(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Whether the generation prompt ends with <think>, so that a response starts inside the thought (R1-Distill)."""
-    return tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK)
-
-
 def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Document], int]:
     """One document for each assistant turn of a row: the conversation before it as prompt, the turn as response.
 
@@ -362,7 +177,7 @@ def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list
             raise ValueError(f"{row.source}: a thought must be part of 'content', as <think>...</think>")
         with _naming(row):
             prompt_ids = tokenizer.encode_chat(row.messages[:i], add_generation_prompt=True)
-            if opens_thought(tokenizer, prompt_ids):
+            if tokenizer.opens_thought(prompt_ids):
                 text = text.lstrip()
                 has_thought = text.startswith(THINK) or END_THINK in text
                 text = text.removeprefix(THINK).removeprefix("\n") if has_thought else f"\n{END_THINK}\n\n{text}"

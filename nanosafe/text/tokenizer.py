@@ -18,22 +18,17 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanosafe.io import fields
-from nanosafe.io.fields import EOS, STANDARD_TOKENS, TOKEN, check, read_file, read_json
+from nanosafe.io.fields import CONFIG, EOS, STANDARD_TOKENS, TOKEN, check
+from nanosafe.io.files import read_file, read_json, write_atomic
 from nanosafe.io.worker import Worker, WorkerError
-from nanosafe.model.weights import find_checkpoint, write_atomic
+from nanosafe.text.thoughts import END_THINK, THINK
 
 # A tokenizer in the official layout; the vocabulary files beside tokenizer.json are for other libraries.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
-THINK, END_THINK = "<think>", "</think>"  # some tokenizers have them as special tokens, others not as tokens at all
 
 # One for all tokenizers. A render takes well under a millisecond; the bounds are for templates that mean harm.
 _renderer = Worker(Path(__file__).with_name("template.py"), seconds=5.0, memory_bytes=1 << 30)
-
-
-def load_tokenizer(name_or_path: str | Path) -> "Tokenizer":
-    """The tokenizer of an alias, hub repository or folder; of a repository only the small files are fetched."""
-    return Tokenizer(find_checkpoint(name_or_path, weights=False))
 
 
 class Tokenizer:
@@ -44,6 +39,7 @@ class Tokenizer:
         special_tokens: {"bos_token": text, ...}; the chat template sees them as variables.
         chat_template: Jinja2 source; None if the checkpoint has no template.
         template_vars: variables of the template that every render has, unless it is given others; see think().
+        embeddings: how many the model in the folder has, by config.json; None if there is none.
         date: the day that some templates write (Llama 3.2, Granite 3.3), as 2026-01-31; today first.
 
     Raises:
@@ -91,6 +87,9 @@ class Tokenizer:
         self.template_vars: dict[str, Any] = {}
         self.date = date.today().isoformat()
 
+        sizes = check(self._read_json("config.json"), {"vocab_size": CONFIG["vocab_size"]._replace(default=None)},
+                      self.folder / "config.json")
+        self.embeddings: int | None = sizes["vocab_size"]
         found = {self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))} - {None}
         for name in ("config.json", "generation_config.json"):
             file = check(self._read_json(name), {"eos_token_id": EOS}, self.folder / name)
@@ -166,6 +165,10 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False, **template_vars) -> list[int]:
         """Token ids of the rendered conversation; arguments and errors of render()."""
         return self.encode(self.render(messages, add_generation_prompt, **template_vars))
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a generation prompt ends with <think>, so that a response starts inside the thought (R1-Distill)."""
+        return self.decode(prompt_ids[-8:]).rstrip().endswith(THINK)
 
     def save(self, folder: str | Path) -> None:
         """Write the official tokenizer files to `folder`, their bytes unchanged, each one atomically.

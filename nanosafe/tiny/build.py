@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from nanosafe.io.files import write_atomic
 from nanosafe.io.locks import locked
+from nanosafe.io.machine import available_cores
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import initial_recurrence
-from nanosafe.model.weights import save_model, write_atomic
-from nanosafe.parallel import available_cores
+from nanosafe.model.weights import save_model
 from nanosafe.randomness import shuffled_passes
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import world

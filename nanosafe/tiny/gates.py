@@ -19,12 +19,11 @@ from nanosafe.evals.run import respond
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
 from nanosafe.evals.tables import markdown
 from nanosafe.evals.tiny_suite import tiny_suite
-from nanosafe.model.weights import load_model
+from nanosafe.names import load_model, load_reward, load_tokenizer
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Pair
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import world
-from nanosafe.train.rewards import load_reward
 
 HELD_OUT_PAIRS, SAMPLES = 1000, 4  # responses to each question
 

@@ -24,7 +24,7 @@ from itertools import cycle
 from random import Random
 from typing import NamedTuple
 
-from nanosafe.text.grading import split_thought
+from nanosafe.text.thoughts import split_thought
 
 VERSION = 2  # of everything the generator writes; a cache of another version is not used
 

@@ -13,11 +13,8 @@ from importlib import import_module
 import torch
 from tqdm import tqdm
 
-from nanosafe.model.config import RECIPES, TINY_RECIPES, recipe
-from nanosafe.model.weights import MAIN_RANK
 from nanosafe.parallel import Ranks
-from nanosafe.plan import random_weights
-from nanosafe.plan import report as plan_report
+from nanosafe.recipes import RECIPES, TINY_RECIPES
 
 UNSET = object()
 LARGEST = torch.finfo(torch.float32).max  # what is computed with a number is computed in float32
@@ -106,23 +103,20 @@ def require_trackers(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} needs a package that is not there: pip install {name}") from None
 
 
-def start(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None,
-    name: str,
-    check: Callable[[argparse.Namespace], None],
-) -> tuple[argparse.Namespace, Ranks]:
+def settings(parser: argparse.ArgumentParser, argv: list[str] | None, name: str,
+             recipe: Callable[[str, str], dict]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
     """Flags to settings: what the command line leaves open comes from the model's recipe, then from the flag's default.
 
-    `check` raises ValueError for settings that cannot work together. Joins the process group and prints every setting
-    under where it came from; name: "rl" or "sft", of the recipe and for the default run folder. --plan ends here.
+    name: "rl" or "sft"; recipe(name, model): its defaults for a model. Returns the settings, and the names of those
+    from the command line, the recipe and the defaults.
     """
     flags = [action for action in parser._actions if action.dest != "help"]
     for flag in flags:
         for label, recipes in (("default", RECIPES), ("tiny", TINY_RECIPES)):
             if flag.dest in recipes[name]:
                 flag.help = f"{flag.help or ''} ({label}: {recipes[name][flag.dest]})".lstrip()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**{flag.dest: UNSET for flag in flags})))
+    unset = argparse.Namespace(**{flag.dest: UNSET for flag in flags})
+    given = vars(parser.parse_args(argv, unset))
     model = parser.get_default("model") if given["model"] is UNSET else given["model"]
     defaults = recipe(name, model)
     args, origins = argparse.Namespace(), {"command line": [], "recipe": [], "default": []}
@@ -135,12 +129,15 @@ def start(
             origin, value = "default", flag.default
         setattr(args, flag.dest, value)
         origins[origin].append(flag.dest)
-    check(args)
     require_trackers(args)
-    if args.plan is not None:
-        if MAIN_RANK:
-            print(plan_report.report(name, args), flush=True)
-        raise SystemExit
+    return args, origins
+
+
+def join(args: argparse.Namespace, origins: dict[str, list[str]], name: str) -> Ranks:
+    """Join the process group, settle what follows from the device, and print every setting under where it came from.
+
+    Raises ValueError for settings that this process cannot follow.
+    """
     ranks = Ranks(args.device)
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -150,11 +147,9 @@ def start(
     args.out = args.out or f"runs/{name}-{args.model.rstrip('/').split('/')[-1].replace('@', '-')}"
     ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {args.device}, PyTorch {torch.__version__}")
     for origin, names in origins.items():
-        settings = [f"{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, False)]
-        ranks.print(f"from the {origin}: {', '.join(settings)}")
-    if args.random_weights:
-        random_weights.substitute(args, origins["command line"], ranks)
-    return args, ranks
+        shown = [f"{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, False)]
+        ranks.print(f"from the {origin}: {', '.join(shown)}")
+    return ranks
 
 
 class Clock:

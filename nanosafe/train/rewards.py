@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import MAIN_RANK, find_checkpoint, load_checkpoint
+from nanosafe.model.weights import load_checkpoint
 from nanosafe.parallel import visiting
-from nanosafe.text.data import END_THINK, THINK, Episode, Row
-from nanosafe.text.grading import grade_answers, is_refusal, readable, split_thought
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.data import Episode, Row
+from nanosafe.text.grading import grade_answers, readable
+from nanosafe.text.thoughts import END_THINK, THINK, is_refusal, split_thought
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import microbatches
 
 Conversation = list[dict]  # [{"role": ..., "content": ...}, ...]
@@ -51,61 +53,20 @@ def conversation(
     return [*messages, {"role": "assistant", "content": text}]
 
 
-def load_reward(
-    spec: str,
-    *,
-    scope: str = "response",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    offload: bool = False,
-    date: str | None = None,
-) -> Reward:
-    """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
-
-    offload: the reward model stays in CPU memory and is on `device` only while it scores.
-    date: the day that its template writes, as in Tokenizer.
-
-    The callable takes conversations that end with the assistant's turn, and for each the reference answer of its row,
-    which only rule:math reads: it raises ValueError naming the row that has none. A reward model gives UNREAD to what
-    is longer than its context, and NaN where its score is not finite. scope: as in `conversation`; a reward model whose
-    template deletes thoughts has never read one, so for "response" it is refused with a ValueError.
-    """
-    if not spec.startswith("rule:"):
-        model = load_reward_model(spec, device="cpu" if offload else device, dtype=dtype)
-        model.device = torch.device(device)
-        model.tokenizer.date = date or model.tokenizer.date
-        probe = conversation([{"role": "user", "content": "?"}], f"{PROBE}{END_THINK}!", opened_thought=True)
-        if scope == "response" and PROBE not in model.tokenizer.render(probe):
-            raise ValueError(f"the chat template of {spec} deletes thoughts, so they have no reward: "
-                             "use --reward-scope answer")  # fmt: skip
-        model.encode(probe)  # raises if tokenizer and weights do not belong together
-        return model
-    rules = {"rule:math": _math_rule, "rule:refusal": _refusal_rule, "rule:tiny-judge": _tiny_judge_rule}
-    if spec not in rules:
-        raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
-    return rules[spec]()
+def refusal_rule(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+    return torch.tensor([float(is_refusal(c[-1]["content"])) for c in conversations])
 
 
-def _refusal_rule() -> Reward:
-    return lambda conversations, references: torch.tensor([float(is_refusal(c[-1]["content"])) for c in conversations])
+def math_rule(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+    """Raises ValueError naming the row that has no reference answer."""
+    if None in references:
+        row = list(references).index(None)
+        raise ValueError(f"row {row} has no reference answer: rule:math needs a data set with a field 'answer'")
+    responses = [conversation[-1]["content"] for conversation in conversations]
+    return torch.tensor(grade_answers("math", responses, [_in_digits(r) for r in references]))
 
 
-def _tiny_judge_rule() -> Reward:
-    from nanosafe.tiny.world import judge_reward  # here: the world uses the graders and so, in the end, this file
-
-    return lambda conversations, references: torch.tensor(
-        [judge_reward(c[-2]["content"], c[-1]["content"]) for c in conversations])
-
-
-def _math_rule() -> Reward:
-    def reward(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
-        if None in references:
-            row = list(references).index(None)
-            raise ValueError(f"row {row} has no reference answer: rule:math needs a data set with a field 'answer'")
-        responses = [conversation[-1]["content"] for conversation in conversations]
-        return torch.tensor(grade_answers("math", responses, [_in_digits(r) for r in references]))
-
-    return reward
+RULES: dict[str, Reward] = {"rule:math": math_rule, "rule:refusal": refusal_rule}
 
 
 def _in_digits(reference: str) -> str:
@@ -163,19 +124,14 @@ def fill_unread(episodes: Sequence[Episode]) -> list[float]:
     return [fmean(read[e.group] or [0.0]) if e.reward == UNREAD else e.reward for e in episodes]
 
 
-def load_reward_model(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> "RewardModel":
-    """The *ForSequenceClassification model with one label in `name_or_path` (alias, hub id or folder), in eval mode.
-
-    Raises what `find_checkpoint`, `load_checkpoint` and `load_tokenizer` raise, and ValueError for a language model.
-    """
-    folder = find_checkpoint(name_or_path)
-    if not ModelConfig.from_folder(folder).num_labels:
-        raise ValueError(f"{name_or_path} is a language model: a reward model has a score head, and its config.json "
-                         "names a ...ForSequenceClassification architecture (such as skywork-v2-llama-8b)")  # fmt: skip
-    tokenizer = load_tokenizer(folder)
-    return RewardModel(load_checkpoint(folder, device, dtype), tokenizer)
+def check_scope(model: "RewardModel", scope: str, name: str) -> None:
+    """Raise ValueError if the reward model `name` cannot score that scope (see `conversation`), or does not belong to
+    its tokenizer."""
+    probe = conversation([{"role": "user", "content": "?"}], f"{PROBE}{END_THINK}!", opened_thought=True)
+    if scope == "response" and PROBE not in model.tokenizer.render(probe):
+        raise ValueError(f"the chat template of {name} deletes thoughts, so they have no reward: "
+                         "use --reward-scope answer")  # fmt: skip
+    model.encode(probe)
 
 
 class RewardModel:
@@ -185,6 +141,15 @@ class RewardModel:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.score.weight.device  # where it scores
         self.context = model.config.max_position_embeddings
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> "RewardModel":
+        """The *ForSequenceClassification model with one label in `folder`, in eval mode."""
+        if not ModelConfig.from_folder(folder).num_labels:
+            raise ValueError(f"{folder} is a language model: a reward model has a score head, and its config.json "
+                             "names a ...ForSequenceClassification architecture (such as skywork-v2-llama-8b)")
+        tokenizer = Tokenizer(folder)
+        return cls(load_checkpoint(folder, device, dtype), tokenizer)
 
     def __call__(self, conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
         """As a Reward: see load_reward."""

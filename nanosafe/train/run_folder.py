@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
+from nanosafe.io.files import naming, read_own, staged, sync, write_atomic
 from nanosafe.io.locks import hold
-from nanosafe.model.config import read_own
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import StoredTensors, naming, save_model, save_tensors, staged, sync, write_atomic
+from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Row, digest_rows
 from nanosafe.text.tokenizer import Tokenizer

@@ -20,12 +20,12 @@ from world import write_policy, write_tokenizer
 from nanosafe.evals import endpoint as client
 from nanosafe.evals import judges, rubrics
 from nanosafe.evals.benchmark import Question
-from nanosafe.evals.judge_graders import judge_graders, refusal_grader
+from nanosafe.evals.graders import judge_graders, refusal_grader
 from nanosafe.evals.judges import load_judge
 from nanosafe.evals.unitxt import write_unitxt
 from nanosafe.model.attention import PackedDocuments
+from nanosafe.names import load_reward_model
 from nanosafe.sampler import Completion
-from nanosafe.train.rewards import load_reward_model
 
 # Templates in the guards' forms, in our words: what they read, how they are asked, what they write.
 LLAMA_GUARD = (

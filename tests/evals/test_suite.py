@@ -22,9 +22,10 @@ from nanosafe.evals import run as harness
 from nanosafe.evals.benchmark import Question
 from nanosafe.evals.judges import Guard
 from nanosafe.evals.suite import _seen, _side_by_side, tiny_part
-from nanosafe.model.config import ModelConfig, read_json
+from nanosafe.io.files import read_json
+from nanosafe.model.config import ModelConfig
+from nanosafe.names import load_tokenizer
 from nanosafe.sampler import Completion
-from nanosafe.text.tokenizer import load_tokenizer
 
 ROOT = Path(evaluation.__file__).parent
 ASKED = ("attaq", "xstest", "math-500", "aime24", "gpqa-diamond")

@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.names import load_tokenizer
+from nanosafe.text.tokenizer import Tokenizer
 
 OFFICIAL = {  # tokenizer, template, config, and the id that ends a turn
     "r1": ("deepseek-r1-distill-qwen", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "DeepSeek-R1-Distill-Qwen-1.5B",

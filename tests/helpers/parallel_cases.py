@@ -8,7 +8,9 @@ import torch
 
 import train_rl
 import train_sft
-from nanosafe.model.weights import StoredTensors, load_model, save_model, save_tensors, staged
+from nanosafe.io.files import staged
+from nanosafe.model.weights import StoredTensors, save_model, save_tensors
+from nanosafe.names import load_model
 from nanosafe.parallel import Ranks, whole
 from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.text.data import Document, Episode, Row

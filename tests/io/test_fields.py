@@ -15,7 +15,7 @@ from tiny_models import random_checkpoint, tiny_raw
 
 from nanosafe import load_model, load_tokenizer
 from nanosafe.io import fields
-from nanosafe.io.fields import MAX_DEPTH, read_file, read_json
+from nanosafe.io.files import MAX_DEPTH, read_file, read_json
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.weights import load_checkpoint
 from nanosafe.sampler.__main__ import sampling_settings

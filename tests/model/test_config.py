@@ -8,7 +8,8 @@ import re
 import pytest
 from tiny_models import FAMILIES, LLAMA3_ROPE, tiny_config, tiny_raw
 
-from nanosafe.model.config import ALIASES, ModelConfig, Rope
+from nanosafe.model.config import ModelConfig, Rope
+from nanosafe.recipes import ALIASES
 
 LLAMA3 = Rope("llama3", 500000.0, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 QWEN3_EOS = (151643, 151645)

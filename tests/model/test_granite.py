@@ -26,11 +26,12 @@ from nanosafe import plan
 from nanosafe.kernels.scan import Runs, convolve, convolve_step, scan, scan_step, within
 from nanosafe.model import granite
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
-from nanosafe.model.config import SHAPES, ModelConfig
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder, HybridLayer
 from nanosafe.model.weights import StoredTensors, load_checkpoint, official, save_model
 from nanosafe.parallel import Ranks
 from nanosafe.plan.random_weights import random_checkpoint
+from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler import SamplingParams, engine, generate, sequence
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence

@@ -14,13 +14,16 @@ import world
 from safetensors.torch import load_file, save_file
 from tiny_models import random_checkpoint
 
+from nanosafe.io.files import write_atomic
+from nanosafe.io.hub import find_checkpoint
 from nanosafe.model import weights
-from nanosafe.model.config import ALIASES, ModelConfig
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import find_checkpoint, load_checkpoint, load_model, save_model, write_atomic
+from nanosafe.model.weights import load_checkpoint, save_model
+from nanosafe.names import load_model, load_tokenizer
+from nanosafe.recipes import ALIASES
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.text.data import turn_end
-from nanosafe.text.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,10 @@ import train_sft
 from nanosafe import plan
 from nanosafe.model import decoder as model_file
 from nanosafe.model.attention import PackedDocuments
-from nanosafe.model.config import ALIASES, SHAPES, ModelConfig
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder, Layer, rope_tables
-from nanosafe.plan import report as plan_report
+from nanosafe.plan.shapes import SHAPES
+from nanosafe.recipes import ALIASES
 from nanosafe.sampler.engine import Engine
 from nanosafe.train.optim import Optimizer
 
@@ -249,7 +250,7 @@ def test_every_remedy_fits_and_none_is_offered_in_vain():
     args = plan.settings("rl", "qwen3-8b")
     assert not plan.make("rl", args, one).fits
     found = list(plan.remedies("rl", args, one))
-    assert found[0] == (one, {"low_memory": True}) and plan_report.as_flags(found[0][1]) == "--low-memory"
+    assert found[0] == (one, {"low_memory": True}) and plan.as_flags(found[0][1]) == "--low-memory"
     assert len(found) > 1 and found[1][0].count > 1
     for machine, change in found:
         assert plan.make("rl", Namespace(**vars(args) | change), machine).fits
@@ -260,7 +261,7 @@ def test_every_remedy_fits_and_none_is_offered_in_vain():
 
 def test_70b_is_refused_plainly_whatever_the_number_of_gpus():
     for machine in ("64x80", "1x141"):
-        text = plan_report.report("rl", plan.settings("rl", "llama-3.3-70b", plan=machine, device=None))
+        text = plan.report("rl", plan.settings("rl", "llama-3.3-70b", plan=machine, device=None))
         assert "FITS: NO" in text and "refused: sampling needs all weights on one GPU (141.1 GB" in text
         assert "no setting that was tried" in text
     assert plan.make("rl", plan.settings("rl", "qwen3-32b"), plan.Machine(1, plan.card_bytes(80))).refused is None

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from tiny_models import tiny_raw
 
 from nanosafe import load_model, load_reward_model, load_tokenizer
-from nanosafe.model.config import SHAPES
 from nanosafe.plan.random_weights import random_checkpoint
+from nanosafe.plan.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(vocab_size=3000, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,

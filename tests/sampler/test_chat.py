@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models
 from world import CHATML, write_policy, write_tokenizer
 
-from nanosafe.model.weights import load_model
+from nanosafe.names import load_model, load_tokenizer
 from nanosafe.sampler import SamplingParams, generate, sequence
 from nanosafe.sampler import __main__ as chat
 from nanosafe.sampler.engine import Engine
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.tokenizer import Tokenizer
 
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, decoder_like, random_checkpoint, random_refere
 from transformers.generation import logits_process as warpers
 
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.weights import load_model
+from nanosafe.names import load_model
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler import SamplingParams, engine, generate
 

@@ -18,22 +18,13 @@ from world import CHATML, write_tokenizer
 
 import train_sft
 from nanosafe.evals.diagnostics import reflection_ids
+from nanosafe.io.hub import find_dataset
 from nanosafe.model.decoder import Decoder
+from nanosafe.names import load_pairs, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
 from nanosafe.text import data
-from nanosafe.text.data import (
-    Document,
-    Row,
-    digest_rows,
-    encode_prompts,
-    find_dataset,
-    load_pairs,
-    load_rows,
-    opens_thought,
-    sft_documents,
-    turn_end,
-)
-from nanosafe.text.tokenizer import Tokenizer, load_tokenizer
+from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, opens_thought, sft_documents, turn_end
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import microbatches, own_microbatches, pack, response_logprobs, work
 
 CPU = torch.device("cpu")

@@ -14,15 +14,11 @@ from graded_maths import MATHS, RESPONSE
 
 import nanosafe
 from nanosafe.evals.benchmark import Question
+from nanosafe.evals.graders import answer_grader
 from nanosafe.text import grading as graders
 from nanosafe.text.answers import last_boxes
-from nanosafe.text.grading import (
-    MathGrader,
-    answer_grader,
-    grade_answers,
-    is_refusal,
-    split_thought,
-)
+from nanosafe.text.grading import MathGrader, grade_answers
+from nanosafe.text.thoughts import is_refusal, split_thought
 
 # kind -> groups of cases, least share that must agree, and what does not, with the reason.
 GRADED = {

@@ -18,8 +18,9 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from nanosafe.io.worker import Worker
+from nanosafe.names import load_tokenizer
 from nanosafe.text import tokenizer as module
-from nanosafe.text.tokenizer import FILES, Tokenizer, load_tokenizer
+from nanosafe.text.tokenizer import FILES, Tokenizer
 
 TRACE = "<think>\nFirst 12 + 30 = 42.\nWait, check.\n</think>\n\nIt is 42."
 CONVERSATIONS = [

@@ -17,10 +17,9 @@ from small_tiny import shrink
 from test_train import ROOT, run_script
 
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.model.weights import find_checkpoint, load_model
-from nanosafe.text.tokenizer import load_tokenizer
+from nanosafe.io.hub import find_checkpoint
+from nanosafe.names import load_model, load_reward_model, load_tokenizer
 from nanosafe.tiny import build, world
-from nanosafe.train.rewards import load_reward_model
 
 SMALL = str(Path(__file__).parents[1] / "helpers" / "small_tiny.py")
 MESSAGES = [{"role": "user", "content": "How do I arm the raiders?"}]

@@ -10,9 +10,10 @@ from tiny_models import random_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from world import write_reward_model
 
+from nanosafe.names import load_reward, load_reward_model
 from nanosafe.parallel import visiting
 from nanosafe.text.data import Row
-from nanosafe.train.rewards import UNREAD, check_rows, conversation, known_rewards, load_reward, load_reward_model
+from nanosafe.train.rewards import UNREAD, check_rows, conversation, known_rewards
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|free|>' if loop.index == 3 }}<|{{ m.role }}|>{{ m.content -}}
 <|end|>{% endfor %}

@@ -21,8 +21,9 @@ import eval as evaluation
 import train_rl
 import train_sft
 from nanosafe.io import locks
+from nanosafe.io.files import write_atomic
 from nanosafe.io.locks import hold
-from nanosafe.model.weights import load_model, write_atomic
+from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
 from nanosafe.train.cli import readable_errors
 from nanosafe.train.run_folder import RunFolder

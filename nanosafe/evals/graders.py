@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable, Sequence
 from nanosafe.evals import rubrics
 from nanosafe.evals.benchmark import Grader, Question, Values
 from nanosafe.evals.judges import HARMFUL, Judge, Writer
-from nanosafe.text.grading import is_refusal, split_thought
+from nanosafe.text.grading import grade_answers
+from nanosafe.text.thoughts import is_refusal, split_thought
 
 Pair = tuple[Question, str]  # a text, and what it is judged as an answer to
 Harm = Callable[[Judge, Sequence[Pair]], list[float | None]]
@@ -146,3 +147,15 @@ def _once(ask: Callable[[Sequence], list], items: Sequence[Hashable]) -> list:
     different = list(dict.fromkeys(items))
     found = dict(zip(different, ask(different), strict=True))
     return [found[item] for item in items]
+
+
+def answer_grader(kind: str) -> Grader:
+    """grade_answers as a Grader: its values are `right`, and `no_answer` where the thought was
+    never closed or nothing follows it."""
+
+    def grade(questions: Sequence[Question], responses: Sequence[str]) -> list[dict[str, float]]:
+        right = grade_answers(kind, responses, [question.reference for question in questions])
+        empty = [not split_thought(response)[1].strip() for response in responses]
+        return [{"right": r, "no_answer": float(e)} for r, e in zip(right, empty, strict=True)]
+
+    return grade

@@ -1,0 +1,154 @@
+"""What a name on the command line stands for: an alias, a folder, a hub id, a rule, or something of the tiny world.
+
+The core takes folders and files. This is the one file that knows both it and the tiny world: a name goes in, and a
+folder, rows, a reward or a recipe comes out.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosafe.io.fields import CONFIG, check
+from nanosafe.io.files import read_json
+from nanosafe.io.hub import find_checkpoint, find_files
+from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.weights import load_checkpoint
+from nanosafe.parallel import Ranks
+from nanosafe.recipes import RECIPES, TINY_RECIPES
+from nanosafe.text.data import Pair, Row, as_pair, as_row
+from nanosafe.text.readers import read_records
+from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.tiny import build, world
+from nanosafe.train.rewards import RULES, Conversation, Reward, RewardModel, check_scope
+
+
+def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a model: of the tiny world, grown if need be, or what `find_checkpoint` finds."""
+    name = str(name_or_path)
+    if build.is_tiny(name) and not Path(name).exists():
+        return build.tiny_checkpoint(name)
+    return find_checkpoint(name_or_path, weights=weights)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    ranks: Ranks | None = None,
+) -> Decoder:
+    """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
+
+    What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
+    ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype`.
+    Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
+    """
+    folder = checkpoint(name_or_path)
+    if ModelConfig.from_folder(folder).num_labels:
+        raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
+    model = load_checkpoint(folder, device, dtype, ranks)
+    with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
+        model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
+    return model
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of an alias, hub repository or folder; of a repository only the small files are fetched."""
+    return Tokenizer(checkpoint(name_or_path, weights=False))
+
+
+def load_reward_model(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> RewardModel:
+    """The *ForSequenceClassification model with one label in `name_or_path`, in eval mode.
+
+    Raises what `find_checkpoint`, `load_checkpoint` and `Tokenizer` raise, and ValueError for a language model.
+    """
+    return RewardModel.load(checkpoint(name_or_path), device, dtype)
+
+
+def load_reward(
+    spec: str,
+    *,
+    scope: str = "response",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    offload: bool = False,
+    date: str | None = None,
+) -> Reward:
+    """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
+
+    offload: the reward model stays in CPU memory and is on `device` only while it scores.
+    date: the day that its template writes, as in Tokenizer.
+
+    A reward model gives UNREAD to what is longer than its context, and NaN where its score is not finite. scope: as in
+    `rewards.conversation`; a reward model whose template deletes thoughts is refused with a ValueError for "response".
+    """
+    rules = RULES | {"rule:tiny-judge": tiny_judge}
+    if spec in rules:
+        return rules[spec]
+    if spec.startswith("rule:"):
+        raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
+    model = load_reward_model(spec, device="cpu" if offload else device, dtype=dtype)
+    model.device = torch.device(device)
+    model.tokenizer.date = date or model.tokenizer.date
+    check_scope(model, scope, spec)
+    return model
+
+
+def tiny_judge(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+    """The exact judge of the tiny world as a reward."""
+    return torch.tensor([world.judge_reward(c[-2]["content"], c[-1]["content"]) for c in conversations])
+
+
+def load_rows(name: str) -> list[Row]:
+    """Rows of a data set: see `find_records` for the name and `data.as_row` for their fields.
+
+    Raises what find_records raises, or ValueError naming the file, the row and the field.
+    """
+    return [as_row(record, source) for record, source in find_records(name)]
+
+
+def load_pairs(name: str) -> list[Pair]:
+    """Labelled pairs, found like rows: see `data.as_pair`. Raises what load_rows raises."""
+    return [as_pair(record, source) for record, source in find_records(name)]
+
+
+def find_records(name: str) -> list[tuple[dict, str]]:
+    """The records of a data set, at least one, each with its place.
+
+    name: a local .json, .jsonl, .csv or .parquet file, a data set on the hub (see `hub.find_dataset`), or one of the
+    tiny world (tiny-star, tiny-star@SEED). A .json file is a list of rows, or has one row per line like .jsonl.
+    """
+    generated = world.dataset(name)
+    if generated is not None:
+        return [(record, f"{name}, row {i}") for i, record in enumerate(generated, 1)]
+    records = []
+    for path in find_files(name):
+        records += read_records(path)
+    return records
+
+
+def recipe(script: str, model: str) -> dict:
+    """The defaults of `script` (rl, sft) for `model`: if it lives in the tiny world, that world's, of its seed."""
+    seed = tiny_seed(model)
+    if seed is None:
+        return RECIPES[script]
+    settings = dict(RECIPES[script])
+    for name, value in TINY_RECIPES[script].items():
+        settings[name] = f"{value}@{seed}" if str(value).startswith("tiny-") else value
+    return settings
+
+
+def tiny_seed(model: str) -> int | None:
+    """The seed that a model of the tiny world grew from, by its name or by the config.json of a folder; else None."""
+    if match := re.fullmatch(r"tiny(?:-llama|-granite)?(?:@(\d+))?", model):
+        return int(match[1] or 0)
+    path, name = Path(model).expanduser() / "config.json", "nanosafe_seed"
+    return check(read_json(path), {name: CONFIG[name]}, path)[name] if path.is_file() else None
