@@ -71,7 +71,8 @@ def start(stage: str, args: argparse.Namespace, scratch: Path, log: Log) -> subp
                "--scratch", str(scratch)]
     if args.smoke:
         command.append("--smoke")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])
+    folders = [ROOT, ROOT / "benchmarks", ROOT / "tests" / "helpers", os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, folders))
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ, "HF_HUB_OFFLINE": "1",
                    "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, "NANOSAFE_CACHE": str(scratch)}
     with open(scratch / f"{stage}.log", "w") as errors:

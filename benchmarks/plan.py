@@ -20,7 +20,7 @@ MACHINES = ((1, 80), (1, 141), (8, 80))
 HEADER = ("model", "GPUs", "fits", "flags", "peak GB of usable", "KV pool: sequences", "hours", "GB per checkpoint")
 ABOUT = """# What RL of each model needs
 
-Made by `python benchmarks/plan.py` from the formulas of `nanosafe/plan/__init__.py`: **nothing here is measured**. REINFORCE++
+Made by `python benchmarks/plan.py` from the formulas of `nanosafe/plan`: **nothing here is measured**. REINFORCE++
 with the default recipe (reward model skywork-v2-llama-8b, 500 steps of 128 prompts, responses up to 4,096 tokens) in
 bfloat16; `train_rl.py --model MODEL --plan COUNTxGB` prints the same in full. Where the default flags do not fit, the
 fewest changes that do are shown.

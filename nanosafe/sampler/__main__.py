@@ -243,3 +243,7 @@ class Console:
         except (EOFError, KeyboardInterrupt):
             self.note("")
             return "/quit"
+
+
+if __name__ == "__main__":
+    main()

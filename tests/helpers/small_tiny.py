@@ -1,6 +1,6 @@
 """The tiny world's checkpoints, made in seconds: the builder with small constants and a corpus of short responses.
 
-    python tests/helpers/small_tiny.py tiny tiny-reward      # into the cache; also under torchrun, as a training script does it
+    python tests/helpers/small_tiny.py tiny tiny-reward  # into the cache; also under torchrun
 """
 
 import sys

@@ -14,7 +14,7 @@ from test_tokenizer import flags, make_tiny
 from tiny_models import random_checkpoint, tiny_raw
 
 from nanosafe import load_model, load_tokenizer
-from nanosafe.io import fields
+from nanosafe.io import files
 from nanosafe.io.files import MAX_DEPTH, read_file, read_json
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.weights import load_checkpoint
@@ -138,7 +138,7 @@ def test_only_ordinary_files_of_a_bounded_size_and_depth_are_read(tmp_path, monk
     path.write_text('{"a":' * MAX_DEPTH + "{}" + "}" * MAX_DEPTH)
     with pytest.raises(ValueError, match=f"{path} nests more than {MAX_DEPTH}"):
         read_json(path)
-    monkeypatch.setattr(fields, "MAX_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_BYTES", 100)
     assert len(read_file_of(path, 100)) == 100
     with pytest.raises(ValueError, match=f"{path} has over"):
         read_file_of(path, 101)

@@ -20,7 +20,10 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton; only the
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "helpers").glob("interpreted_*.py")), ids=lambda file: file.stem)
+FILES = sorted((ROOT / "tests" / "helpers").glob("interpreted_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_kernels_on_the_gpu_or_interpreted(file):
     """In a process of its own, because Triton chooses its interpreter when it is imported."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}

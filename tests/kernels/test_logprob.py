@@ -204,7 +204,7 @@ def test_peak_memory_is_the_budget_and_the_gradients(dtype):
 
     def peak(name: str, options: str = "") -> int:
         """In a process of its own, whose maximum no other test has raised."""
-        call = f"import test_logprob; test_head.report_peak({name!r}, {dtype!r}, {N}, {D}, {V}{options})"
+        call = f"import test_logprob; test_logprob.report_peak({name!r}, {dtype!r}, {N}, {D}, {V}{options})"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         run = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=True)
         return int(run.stdout)

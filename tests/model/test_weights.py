@@ -518,7 +518,7 @@ def test_killed_download_keeps_finished_shards(sharded, tmp_path, monkeypatch):
 
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))
     with hub.StandInHub({"owner/name": sharded}, hang={shards[1]: 100}) as server:
-        command = [sys.executable, "-c", "from nanosafe.model.weights import find_checkpoint; find_checkpoint('owner/name')"]
+        command = [sys.executable, "-c", "from nanosafe.io.hub import find_checkpoint; find_checkpoint('owner/name')"]
         process = subprocess.Popen(command, cwd=ROOT, env=server.environment(tmp_path), stderr=subprocess.DEVNULL)
         wait_until(lambda: shards[1] in server.sent)
         process.kill()

@@ -18,12 +18,12 @@ from world import CHATML, write_tokenizer
 
 import train_sft
 from nanosafe.evals.diagnostics import reflection_ids
+from nanosafe.io import hub as hub_files
 from nanosafe.io.hub import find_dataset
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.text import data
-from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, opens_thought, sft_documents, turn_end
+from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, sft_documents, turn_end
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import microbatches, own_microbatches, pack, response_logprobs, work
 
@@ -50,7 +50,7 @@ def star1(assets) -> list[Row]:
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_sft_targets_are_the_whole_response_and_the_end_of_turn(name, official, star1):
     tokenizer, end = official(name), OFFICIAL[name][3]
-    assert opens_thought(tokenizer, tokenizer.encode_chat([user("Hi")], add_generation_prompt=True)) == (name == "r1")
+    assert tokenizer.opens_thought(tokenizer.encode_chat([user("Hi")], add_generation_prompt=True)) == (name == "r1")
     for row in star1:
         question, response = (message["content"] for message in row.messages)
         [document], cut = sft_documents(row, tokenizer, 8192)
@@ -521,7 +521,7 @@ def test_hub_data_sets_by_name_revision_and_file(star1_hub):
     (["main/train.parquet", "socratic/train.parquet"], None),
 ])  # fmt: skip
 def test_a_file_is_chosen_by_the_word_train_and_otherwise_asked_for(files, chosen, monkeypatch):
-    monkeypatch.setattr(data, "_hub_files", lambda repo, revision: ("commit", files))
+    monkeypatch.setattr(hub_files, "_hub_files", lambda repo, revision: ("commit", files))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: name)
     if chosen:
         assert find_dataset("owner/name") == [Path(chosen)]

@@ -17,8 +17,7 @@ from small_tiny import shrink
 from test_train import ROOT, run_script
 
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.io.hub import find_checkpoint
-from nanosafe.names import load_model, load_reward_model, load_tokenizer
+from nanosafe.names import checkpoint, load_model, load_reward_model, load_tokenizer
 from nanosafe.tiny import build, world
 
 SMALL = str(Path(__file__).parents[1] / "helpers" / "small_tiny.py")
@@ -166,17 +165,17 @@ def test_names(monkeypatch):
 
 
 def test_reward_models_by_seed_variant_and_version(empty_cache, monkeypatch):
-    first = find_checkpoint("tiny-reward")
+    first = checkpoint("tiny-reward")
     assert first.parent == empty_cache and f"v{world.VERSION}" in first.name
     before = (first / "model.safetensors").stat().st_mtime_ns
-    assert find_checkpoint("tiny-reward") == find_checkpoint("tiny-reward@0") == first, "built once"
+    assert checkpoint("tiny-reward") == checkpoint("tiny-reward@0") == first, "built once"
     assert (first / "model.safetensors").stat().st_mtime_ns == before
-    others = [find_checkpoint(name) for name in ("tiny-reward@1", "tiny-reward-shuffled", "tiny-reward-length")]
+    others = [checkpoint(name) for name in ("tiny-reward@1", "tiny-reward-shuffled", "tiny-reward-length")]
     assert len({first, *others}) == 4 and not any(equal(first, other) for other in others)
     assert sorted(path.name for path in empty_cache.iterdir() if path.is_dir()) == sorted(
         path.name for path in (first, *others)), "no work is left behind"
     monkeypatch.setattr(world, "VERSION", world.VERSION + 1)
-    again = find_checkpoint("tiny-reward")
+    again = checkpoint("tiny-reward")
     assert again != first and equal(again, first), "another folder; the same seed gives the same weights"
 
 
