@@ -4,8 +4,6 @@ The public surface: load official weights, sample, score, grade, and the REINFOR
 scripts, train_sft.py and train_rl.py.
 """
 
-import warnings
-
 from nanosafe.kernels.logprob import token_logprob_entropy
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import save_model
@@ -13,9 +11,6 @@ from nanosafe.names import load_model, load_reward_model, load_tokenizer
 from nanosafe.sampler import Completion, SamplingParams, generate
 from nanosafe.text.grading import grade_answer
 from nanosafe.train.reinforce import advantages, policy_loss, token_kl
-
-# `python -m nanosafe.sampler` runs a module that this one has imported, which is meant.
-warnings.filterwarnings("ignore", "'nanosafe.sampler' found in sys.modules", RuntimeWarning)
 
 __all__ = [
     "Completion", "Decoder", "SamplingParams", "advantages", "generate", "grade_answer", "load_model",
