@@ -82,7 +82,7 @@ def write_world(folder: Path, **changes) -> Path:
     return folder
 
 
-if __name__ == "__main__":  # python tests/helpers/world.py FOLDER: the small world of a command in benchmarks/RESULTS.md
+if __name__ == "__main__":  # python tests/helpers/world.py FOLDER, as benchmarks/RESULTS.md has it
     import sys
 
     print(f"wrote {write_world(Path(sys.argv[1]))}/policy, reward and rows.jsonl")
