@@ -115,7 +115,7 @@ def test_commands_have_only_flags_and_models_that_exist():
 
 def sources() -> str:
     files = [ROOT / "train_rl.py", ROOT / "train_sft.py", *sorted((ROOT / "nanosafe/train").glob("*.py"))]
-    files.append(ROOT / "nanosafe/evals/during_training.py")
+    files += [ROOT / "nanosafe/model/granite.py", ROOT / "nanosafe/evals/during_training.py"]
     return "\n".join(file.read_text() for file in files)
 
 
