@@ -19,7 +19,8 @@ from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.names import load_reward
 from nanosafe.text.grading import grade_answer
 from nanosafe.tiny import build, world
-from nanosafe.tiny.world import Item, judge, judge_reward
+from nanosafe.tiny.judge import judge, judge_reward
+from nanosafe.tiny.world import Item
 
 # Of the generator's texts and the builder's recipe under world.VERSION, which names the caches: a change of either
 # needs a new version, or old caches would pass for new ones. The test prints the new value.
