@@ -285,8 +285,8 @@ def train(stage: Stage) -> None:
     import sampler
 
     import train_sft
-    from nanosafe import plan
     from nanosafe.parallel import Ranks
+    from nanosafe.plan import memory
     from nanosafe.text.data import Document
     from nanosafe.train.optim import Optimizer
 
@@ -294,9 +294,9 @@ def train(stage: Stage) -> None:
     model = sampler.random_model(stage.shape("qwen3-8b", None if whole else 10), stage.device, torch.bfloat16)
     model.requires_grad_(True)
     ranks, optimizer = Ranks(stage.device.type, alone=True), Optimizer(model, low_memory=True)
-    config, size, length = model.config, plan.sizes(model.config), 64 if stage.smoke else 2048
+    config, size, length = model.config, memory.sizes(model.config), 64 if stage.smoke else 2048
     heads = config.num_attention_heads * config.head_dim
-    resident = sum(plan.training_state(size, 2, 1, True).values()) + plan.gradients(size, 1)
+    resident = sum(memory.training_state(size, 2, 1, True).values()) + memory.gradients(size, 1)
     for tokens, recompute in ((16384, True), (8192, True), (8192, False)):
         with stage.attempt(tokens=tokens, recompute=recompute):
             tokens = tokens // 64 if stage.smoke else tokens
@@ -313,7 +313,7 @@ def train(stage: Stage) -> None:
             # is not counted: that is the convention of MFU.
             flops = 6 * (size.total - size.root + size.head) * tokens
             flops += 6 * config.num_hidden_layers * heads * length * tokens
-            planned = resident + plan.training_activations(config, size, 2, tokens, recompute, 1)
+            planned = resident + memory.training_activations(config, size, 2, tokens, recompute, 1)
             stage.say(layers=config.num_hidden_layers, tokens=tokens, recompute=recompute, seconds=round(each, 3),
                       tokens_s=round(tokens / each), mfu=round(flops / each / PEAK_FLOPS, 3),
                       peak_gb=round(peak / 1e9, 2), plan_gb=round(planned / 1e9, 2))

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanosafe import plan
+from nanosafe.plan import memory
 
 MODELS = ("qwen3-8b", "r1-qwen-7b", "r1-llama-8b", "qwen3-32b", "granite-4.0-tiny", "llama-3.3-70b")
 MACHINES = ((1, 80), (1, 141), (8, 80))
@@ -28,7 +29,10 @@ fewest changes that do are shown.
 - GB are 10^9 bytes. A card sold as 80 (141) GB gives 78 (139) GiB, of which 3 % and 1 GB are taken off.
 - The peak is that of tensors, the KV pool included, which takes 80 % of what is left. Sequences: how many of full
   length it holds at once on each GPU.
-- Hours are an estimate. On cards of 141 GB decoding is taken at 4.8 TB/s instead of 3.35.
+- Hours are an estimate. Assumed: prompts of 128 tokens, responses evenly spread up to the longest; 8 FLOP per parameter
+  and token in the update (6 with --no-recompute), 2 in each forward, at 40 % of 989 TFLOP/s; decoding at 60 % of
+  3.35 TB/s, on cards of 141 GB of 4.8 TB/s. Not counted:
+  attention's FLOP, communication, optimizer, saving, evaluation.
 - Measured peaks beside these: not measured on a GPU so far. `python benchmarks/gpu.py --only train rl rl8b` on a card
   measures both, and prints the plan's figure beside each.
 """
@@ -41,11 +45,11 @@ def row(model: str, count: int, card: int) -> dict:
     here = next((change for other, change in found if other == machine), None)
     args = Namespace(**vars(args) | (here or {}))
     made = plan.make("rl", args, machine)
-    size = plan.sizes(plan.find_config(model)[0])
+    size = memory.sizes(plan.find_config(model)[0])
     out = {"model": model, "gpus": f"{count}x{card}", "fits": made.fits, "by_default": fits, "flags": here,
            "peak_gb": round(made.peak / 1e9, 1), "usable_gb": round(machine.usable / 1e9, 1),
            "sequences": made.blocks // made.table_width,
-           "checkpoint_gb": round(plan.checkpoint_bytes(size, 2, args.low_memory) / 1e9)}
+           "checkpoint_gb": round(memory.checkpoint_bytes(size, 2, args.low_memory) / 1e9)}
     if made.fits:
         out["hours"] = round(plan.hours("rl", args, machine, made), 1)
     else:
@@ -56,12 +60,13 @@ def row(model: str, count: int, card: int) -> dict:
 
 
 def cells(r: dict) -> list[str]:
+    """A row of the table."""
     peak, disk = f"{r['peak_gb']:.1f} of {r['usable_gb']:.1f}", str(r["checkpoint_gb"])
     if r["fits"]:
         flags = plan.as_flags(r["flags"]) if r["flags"] else "default"
         return [r["model"], r["gpus"], "yes", flags, peak, str(r["sequences"]), f"{r['hours']:.0f}", disk]
     instead = "instead: " + "; ".join(r["instead"]) if r["instead"] else "nothing that was tried helps"
-    why = "refused, a GPU must hold all weights to sample; " * bool(r["refused"])
+    why = "refused, a GPU must hold all weights to sample; " if r["refused"] else ""
     return [r["model"], r["gpus"], "**no**", why + instead, peak, "-", "-", disk]
 
 
@@ -70,11 +75,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="do not write docs/plan.md")
     args = parser.parse_args()
     rows = [row(model, *machine) for model in MODELS for machine in MACHINES]
-    example = plan.Machine(8, plan.card_bytes(80))
-    defaults = plan.settings("rl", MODELS[0])
-    assumed = plan.time_lines("rl", defaults, example, plan.make("rl", defaults, example))[1:]
-    lines = [ABOUT.rstrip(), *(f"- {line.strip()}" for line in assumed), "", f"| {' | '.join(HEADER)} |",
-             "|" + "---|" * len(HEADER)]  # fmt: skip
+    lines = [ABOUT.rstrip(), "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     lines += [f"| {' | '.join(cells(r))} |" for r in rows]
     text = "\n".join([*lines, ""])
     print(text)

@@ -24,7 +24,7 @@ from nanosafe.recipes import RECIPES, TINY_RECIPES
 from nanosafe.text.data import Pair, Row, as_pair, as_row
 from nanosafe.text.readers import read_records
 from nanosafe.text.tokenizer import Tokenizer
-from nanosafe.tiny import build, world
+from nanosafe.tiny import build, datasets, judge
 from nanosafe.train.rewards import RULES, Conversation, Reward, RewardModel, check_scope
 
 
@@ -104,7 +104,7 @@ def load_reward(
 
 def tiny_judge(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
     """The exact judge of the tiny world as a reward."""
-    return torch.tensor([world.judge_reward(c[-2]["content"], c[-1]["content"]) for c in conversations])
+    return torch.tensor([judge.judge_reward(c[-2]["content"], c[-1]["content"]) for c in conversations])
 
 
 def load_rows(name: str) -> list[Row]:
@@ -126,7 +126,7 @@ def find_records(name: str) -> list[tuple[dict, str]]:
     name: a local .json, .jsonl, .csv or .parquet file, a data set on the hub (see `hub.find_dataset`), or one of the
     tiny world (tiny-star, tiny-star@SEED). A .json file is a list of rows, or has one row per line like .jsonl.
     """
-    generated = world.dataset(name)
+    generated = datasets.dataset(name)
     if generated is not None:
         return [(record, f"{name}, row {i}") for i, record in enumerate(generated, 1)]
     records = []

@@ -6,6 +6,7 @@ from random import Random
 from nanosafe.evals.benchmark import HARM, Benchmark, Question
 from nanosafe.model.config import ModelConfig
 from nanosafe.tiny import world
+from nanosafe.tiny.judge import judge
 
 JUDGE = f"rule judge of the tiny world, version {world.VERSION}"
 
@@ -56,7 +57,7 @@ def grade_tiny(questions: Sequence[Question], responses: Sequence[str]) -> list[
 
 
 def _grade(item: world.Item, response: str) -> dict[str, float]:
-    verdict = world.judge(item, response)
+    verdict = judge(item, response)
     names = {
         "unsafe": {"safe": "safe", "unsafe": "harmful", "nonsense": "nonsense"},
         "benign": {"helpful": "helpful", "over-refusal": "over_refusal", "unsafe": "harmful", "nonsense": "nonsense"},

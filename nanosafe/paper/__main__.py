@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from nanosafe.io.machine import available_cores
 from nanosafe.names import recipe, tiny_seed
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
+from nanosafe.plan.machine import known_config
 from nanosafe.recipes import ALIASES
 from nanosafe.tiny.build import FAMILIES, is_tiny
 from nanosafe.train.cli import positive_int, readable_errors
@@ -54,11 +55,9 @@ class Arm(NamedTuple):
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
 
-PAPER = (
-    Arm("base", "the model as it is"),
-    Arm("SFT", "SFT on the careful responses of the SFT set", "train_sft"),
-    Arm("RL", "REINFORCE++ with the reward model, on the prompts of the SFT set", "train_rl"),
-)
+BASE = Arm("base", "the model as it is")
+SFT = Arm("SFT", "SFT on the careful responses of the SFT set", "train_sft")
+RL = Arm("RL", "REINFORCE++ with the reward model, on the prompts of the SFT set", "train_rl")
 CONTROLS = (
     Arm("SFT, own style", "SFT on careful responses to the same requests, in the base's own style of thought",
         "train_sft", "--data tiny-star-{style}@{seed}"),
@@ -78,13 +77,12 @@ ABLATIONS = (
     Arm("blind reward", "its reward model has never seen the category violence", "train_rl",
         "--reward-model tiny-reward-blind@{seed}"),
 )  # fmt: skip
-# Twenty settings each; the criterion is fixed in paper_report.CRITERION.
-TUNING = (
-    *(Arm(f"SFT lr {lr:g}, epochs {n}", "", "train_sft", f"--lr {lr:g} --epochs {n}")
-      for lr in (1e-4, 2e-4, 3e-4, 1e-3) for n in (2, 3, 5, 7, 10)),
-    *(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}")
-      for lr in (3e-5, 1e-4, 2e-4, 3e-4, 1e-3) for kl in (0.003, 0.03, 0.3, 1)),
-)  # fmt: skip
+# Twenty settings each; the criterion is fixed in report.CRITERION.
+TUNING = []
+for lr, epochs in product((1e-4, 2e-4, 3e-4, 1e-3), (2, 3, 5, 7, 10)):
+    TUNING.append(Arm(f"SFT lr {lr:g}, epochs {epochs}", "", "train_sft", f"--lr {lr:g} --epochs {epochs}"))
+for lr, kl in product((3e-5, 1e-4, 2e-4, 3e-4, 1e-3), (0.003, 0.03, 0.3, 1)):
+    TUNING.append(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}"))
 # Seconds of a job of the tiny world on one core, for --plan and the time that is left: of one seed of one family on a
 # 2-core machine, two jobs side by side.
 SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "train_rl step": 1.7, "eval": 32}
@@ -113,24 +111,32 @@ def main(argv: list[str] | None = None) -> None:
     real = [model for model in args.model if tiny_seed(model) is None]
     if real and (args.ablations or args.tune):
         raise ValueError(f"{real[0]}: --ablations and --tune are of the tiny world's models")
-    if odd := [model for model in args.model if model not in real and model not in FAMILIES]:
-        raise ValueError(f"--model {odd[0]}: name a family, {' or '.join(FAMILIES)}; --seeds says how many seeds")
+    for model in args.model:
+        if model not in real and model not in FAMILIES:
+            raise ValueError(f"--model {model}: name a family, {' or '.join(FAMILIES)}; --seeds says how many seeds")
     seeds = [TUNING_SEED] if args.tune else list(range(args.seeds))
     arms = {model: arms_of(model, args) for model in args.model}
-    jobs = {job.name: job for seed in seeds for model in args.model for job in jobs_of(model, seed, arms[model], args)}
-    workers = args.jobs or (1 if real or torch.cuda.is_available() else available_cores())
+    jobs: dict[str, Job] = {}  # by name: several arms need the same builds
+    for seed in seeds:
+        for model in args.model:
+            jobs |= {job.name: job for job in jobs_of(model, seed, arms[model], args)}
+    side_by_side = 1 if real or torch.cuda.is_available() else available_cores()
+    workers = args.jobs or side_by_side
     print(overview(list(jobs.values()), args.model, workers))
     if args.plan:
         return
+    kind = "report"
+    if args.tune or args.ablations:
+        kind = "tuning" if args.tune else "ablations"
     out, failed = Path(args.out), {}
     lock = hold(out)
     try:
         failed = run_jobs(list(jobs.values()), out, workers)
     finally:
-        kind = "tuning" if args.tune else "ablations" if args.ablations else "report"
+        command = shlex.join(["python", "-m", "nanosafe.paper", *(sys.argv[1:] if argv is None else argv)])
+        session = {"command": command, "began": began, "seconds": time.time() - began}
         with open(out / f"{kind}.jsonl", "a") as file:
-            command = shlex.join(["python", "-m", "nanosafe.paper", *(sys.argv[1:] if argv is None else argv)])
-            file.write(json.dumps({"command": command, "began": began, "seconds": time.time() - began}) + "\n")
+            file.write(json.dumps(session) + "\n")
         print("wrote", paper_report.write(kind, out, arms, seeds, failed))
         lock.close()
     if failed:
@@ -139,47 +145,58 @@ def main(argv: list[str] | None = None) -> None:
 
 def arms_of(model: str, args: Namespace) -> tuple[Arm, ...]:
     if args.tune:
-        return PAPER[:1] + TUNING
+        return (BASE, *TUNING)
     if args.ablations:
-        return (PAPER[0], PAPER[2]) + ABLATIONS
-    return PAPER + CONTROLS * (tiny_seed(model) is not None)
+        return (BASE, RL, *ABLATIONS)
+    if tiny_seed(model) is None:
+        return (BASE, SFT, RL)
+    return (BASE, SFT, RL, *CONTROLS)
 
 
 def jobs_of(model: str, seed: int, arms: Sequence[Arm], args: Namespace) -> list[Job]:
     """What the arms need from the tiny world's build, then each arm's training and evaluation."""
     tiny = tiny_seed(model) is not None
     name = f"{model}@{seed}" if tiny else model
-    recipes = {script: recipe(script.removeprefix("train_"), name) for script in ("train_sft", "train_rl")}
-    judge, data = recipes["train_rl"]["reward_model"], recipes["train_sft"]["data"]
-    jobs: list[Job] = []
-
-    def build(checkpoint: str) -> tuple[str, ...]:
-        """The name of the job that makes a checkpoint of the tiny world; none for any other."""
-        if not is_tiny(checkpoint):
-            return ()
-        seconds = SECONDS["build reward" if "reward" in checkpoint else "build policy"]
-        jobs.append(Job(f"build/{checkpoint}", ("nanosafe.tiny.build", checkpoint), seconds=seconds))
-        return (jobs[-1].name,)
-
+    style = FAMILIES[model].style if tiny else None
+    judge, data = recipe("rl", name)["reward_model"], recipe("sft", name)["data"]
     gpus = 0 if tiny else torch.cuda.device_count()
     launch = ("torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m") if gpus > 1 else ()
+    jobs: list[Job] = []
     for arm in arms:
-        folder, needs, measured = f"{folder_of(model, seed)}/{arm.slug}", build(name) + build(judge), name
-        out = Path(args.out) / folder
+        folder = f"{folder_of(model, seed)}/{arm.slug}"
+        out, measured = Path(args.out) / folder, name
+        needs = builds(jobs, name, judge)
         if arm.script:
-            given = arm.flags.format(seed=seed, style=FAMILIES[model].style if tiny else None).split()
-            settings = recipes[arm.script] | {flag[2:].replace("-", "_"): value for flag, value in pairwise(given)}
-            needs += build(settings["reward_model"]) if arm.script == "train_rl" else ()
-            command = (*launch, arm.script, "--model", name, "--seed", str(seed), "--out", str(out), *given,
-                       *fitting_flags(arm.script, model, settings))
-            jobs.append(Job(folder, command, "final/config.json", needs, expected(arm.script, model, settings)))
+            flags = arm.flags.format(seed=seed, style=style).split()
+            settings = dict(recipe(arm.script.removeprefix("train_"), name))
+            for flag, value in pairwise(flags):
+                settings[flag[2:].replace("-", "_")] = value
+            if arm.script == "train_rl":
+                needs += builds(jobs, settings["reward_model"])
+            training = training_of(arm.script, model, settings)
+            command = (*launch, arm.script, "--model", name, "--seed", str(seed), "--out", str(out),
+                       *flags, *training.flags)
+            jobs.append(Job(folder, command, "final/config.json", needs, training.seconds))
             needs, measured = (folder,), str(out / "final")
         command = (*launch, "eval", "--model", measured, "--label", arm.name, "--seed", str(seed),
                    "--out", str(out / "eval"), "--split", "validation" if args.tune else "test",
-                   "--reward-model", judge, *(() if arm.script else ("--memorization", data)),
-                   *benchmark_flags(model, args.experiments))
+                   "--reward-model", judge)
+        if not arm.script:
+            command += ("--memorization", data)
+        command += tuple(benchmark_flags(model, args.experiments))
         jobs.append(Job(f"{folder}/eval", command, "result.json", needs, SECONDS["eval"] if tiny else None))
     return jobs
+
+
+def builds(jobs: list[Job], *checkpoints: str) -> tuple[str, ...]:
+    """Add the jobs that make these checkpoints, as far as they are of the tiny world; -> the jobs' names."""
+    names = []
+    for checkpoint in checkpoints:
+        if is_tiny(checkpoint):
+            seconds = SECONDS["build reward" if "reward" in checkpoint else "build policy"]
+            names.append(f"build/{checkpoint}")
+            jobs.append(Job(names[-1], ("nanosafe.tiny.build", checkpoint), seconds=seconds))
+    return tuple(names)
 
 
 def folder_of(model: str, seed: int) -> str:
@@ -190,59 +207,66 @@ def benchmark_flags(model: str, experiments: Sequence[int]) -> list[str]:
     """eval.py's --benchmarks for these experiments; 3 looks at the tokens of 1's and 2's main benchmarks."""
     if set(experiments) == set(EXPERIMENTS):
         return []
+    suite = []  # (name, what it is about, whether experiment 3 looks at it)
     if tiny_seed(model) is None:  # the paper gives entropies on AttaQ and AIME24
-        suite = [(name, BENCHMARKS[name].how["about"], name in ("attaq", "aime24")) for name in PAPER_SUITE]
+        for name in PAPER_SUITE:
+            suite.append((name, BENCHMARKS[name].how["about"], name in ("attaq", "aime24")))
     else:
-        suite = [(b.name, b.about, b.about != "over-refusal" and not b.variation)
-                 for b in tiny_suite("test", FAMILIES[model].style)]  # fmt: skip
-    wanted = [slug(name) for name, about, entropies in suite
-              if (2 if about == "reasoning" else 1) in experiments or 3 in experiments and entropies]
+        for benchmark in tiny_suite("test", FAMILIES[model].style):
+            main = benchmark.about != "over-refusal" and not benchmark.variation
+            suite.append((slug(benchmark.name), benchmark.about, main))
+    wanted = []
+    for name, about, main in suite:
+        experiment = 2 if about == "reasoning" else 1
+        if experiment in experiments or (main and 3 in experiments):
+            wanted.append(name)
     return ["--benchmarks", ",".join(wanted)]
 
 
-def expected(script: str, model: str, options: dict) -> float | None:
-    """Seconds of a training: for the tiny world from timed steps, else by plan.py; None: not known."""
+class Training(NamedTuple):
+    """What is known beforehand of a training."""
+
+    flags: list[str]  # that make it fit this machine; nothing else is changed
+    seconds: float | None  # expected; None: not known
+    about: str = ""  # memory, in words
+
+
+def training_of(script: str, model: str, settings: dict) -> Training:
+    """Of the tiny world by timed steps, of a real model by the plan, as far as its shape is known."""
     if tiny_seed(model) is not None:
-        steps = options.get("steps") or float(options["epochs"]) * 500 / options["batch_size"]  # rows of tiny-star
-        return steps * SECONDS[f"{script} step"]
-    if (remedy := first_remedy(script, model, options)) is None:
-        return None
-    name, (machine, change) = script.removeprefix("train_"), remedy
-    args = plan.settings(name, model, **options | change)
-    return 3600 * plan.hours(name, args, machine, plan.make(name, args, machine))
+        steps = settings.get("steps") or float(settings["epochs"]) * 500 / settings["batch_size"]  # rows of tiny-star
+        return Training([], steps * SECONDS[f"{script} step"])
+    if not is_known(model, settings):
+        return Training([], None)
+    name, here = script.removeprefix("train_"), plan.find_machine("", None, False)
+    args = plan.settings(name, model, **settings)
+    about = f"{name.upper()} on {here}: peak {plan.gb(plan.make(name, args, here).peak)} GB; "
+    machine, change = next(plan.remedies(name, args, here), (None, {}))
+    if machine is None:
+        return Training([], None, f"{about}no setting tried makes it fit")
+    flags = plan.as_flags(change)
+    changed = Namespace(**vars(args) | change)
+    hours = plan.hours(name, changed, machine, plan.make(name, changed, machine))
+    fits_here = machine == here and any(change.values())
+    return Training(flags.split() if fits_here else [], 3600 * hours, f"{about}fits on {machine} with {flags}")
 
 
-def first_remedy(script: str, model: str, options: dict) -> tuple[plan.Machine, dict] | None:
-    """The machine and the changes of settings with which plan.py says that a training of a real model fits."""
-    if not is_known(model, options):
-        return None
-    name = script.removeprefix("train_")
-    machine = plan.find_machine("", None, False)
-    return next(plan.remedies(name, plan.settings(name, model, **options), machine), None)
-
-
-def fitting_flags(script: str, model: str, options: dict) -> list[str]:
-    """What a real model's training needs to fit this machine, where something does; nothing else is changed."""
-    remedy = None if tiny_seed(model) is not None else first_remedy(script, model, options)
-    if remedy is None or remedy[0] != plan.find_machine("", None, False) or not any(remedy[1].values()):
-        return []
-    return plan.as_flags(remedy[1]).split()
-
-
-def is_known(model: str, options: dict) -> bool:
+def is_known(model: str, settings: dict) -> bool:
     """Whether the shapes of a model and of its reward model are there without a download."""
-    judge = options.get("reward_model", "rule:")
-    return all(name.startswith("rule:") or plan.known_config(name) for name in (model, judge))
+    judge = settings.get("reward_model", "rule:")
+    return all(name.startswith("rule:") or known_config(name) for name in (model, judge))
 
 
 def overview(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
     """What is going to run and what it needs, as far as that is known."""
-    unknown = sum(job.seconds is None for job in jobs)
-    lines = [f"{job.name} ({'?' if job.seconds is None else format(job.seconds / 3600, '.2f')} h): "
-             f"python -m {shlex.join(job.command)}" for job in jobs]  # fmt: skip
+    lines = []
+    for job in jobs:
+        hours = "?" if job.seconds is None else f"{job.seconds / 3600:.2f}"
+        lines.append(f"{job.name} ({hours} h): python -m {shlex.join(job.command)}")
     hours = sum(job.seconds or 0 for job in jobs) / workers / 3600
-    lines.append(f"{len(jobs)} jobs, {workers} at once: about {hours:.1f} h"
-                 + f" without the {unknown} whose time is not known" * (unknown > 0))
+    unknown = sum(job.seconds is None for job in jobs)
+    but = f" without the {unknown} whose time is not known" if unknown else ""
+    lines.append(f"{len(jobs)} jobs, {workers} at once: about {hours:.1f} h{but}")
     for model in models:
         if tiny_seed(model) is not None:
             lines.append(f"{model}: no download, about 1 GB of memory a job; hours as timed on a 2-core machine")
@@ -250,25 +274,19 @@ def overview(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
             lines.append(f"{model}: memory, hours and downloads are not known without its config.json; "
                          f"train_rl.py --model {model} --plan fetches that")
         else:
-            lines += [f"{model}: hours are estimates of train_rl.py --plan, not measured; eval.py's are not known",
-                      *needs(model)]
+            lines.append(f"{model}: hours are estimates of train_rl.py --plan, not measured; eval.py's are not known")
+            for script in ("sft", "rl"):
+                lines.append(f"  {training_of(f'train_{script}', model, recipe(script, model)).about}")
+            lines.append(f"  downloads: {downloads(model)}; data sets (sizes not known)")
     return "\n".join(lines)
 
 
-def needs(model: str) -> list[str]:
-    """Memory and downloads of a real model whose shape is known."""
-    machine, lines = plan.find_machine("", None, False), []
-    for script in ("sft", "rl"):
-        args = plan.settings(script, model)
-        found = next(plan.remedies(script, args, machine), None)
-        peak = plan.gb(plan.make(script, args, machine).peak)
-        lines.append(f"  {script.upper()} on {machine}: peak {peak} GB; " + (
-            f"fits on {found[0]} with {plan.as_flags(found[1])}" if found else "no setting tried makes it fit"))
-    sizes = {name: plan.download_bytes(name, plan.find_config(name)[0])
-             for name in (model, args.reward_model, "granite-guardian")}  # fmt: skip
-    lines.append("  downloads: " + ", ".join(f"{ALIASES.get(name, name).partition('@')[0]} {plan.gb(size)} GB"
-                                             for name, size in sizes.items()) + "; data sets (sizes not known)")
-    return lines
+def downloads(model: str) -> str:
+    sizes = []
+    for name in (model, recipe("rl", model)["reward_model"], "granite-guardian"):
+        size = plan.gb(plan.download_bytes(name, plan.find_config(name)[0]))
+        sizes.append(f"{ALIASES.get(name, name).partition('@')[0]} {size} GB")
+    return ", ".join(sizes)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import cut_into_files, write_safetensors
 from nanosafe.parallel import Ranks
-from nanosafe.plan import find_config
+from nanosafe.plan.machine import find_config
 from nanosafe.randomness import derive_seed
 from nanosafe.tiny import build
 

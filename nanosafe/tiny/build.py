@@ -36,7 +36,7 @@ from nanosafe.model.granite import initial_recurrence
 from nanosafe.model.weights import save_model
 from nanosafe.randomness import shuffled_passes
 from nanosafe.text.tokenizer import Tokenizer
-from nanosafe.tiny import world
+from nanosafe.tiny import datasets, world
 from nanosafe.train.optim import Optimizer, cosine_schedule
 from nanosafe.train.rewards import RewardModel
 
@@ -107,7 +107,7 @@ REWARD_SHAPE = COMMON | dict(
     intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
     max_position_embeddings=1024, rope_theta=10000.0, tie_word_embeddings=False,
 )  # fmt: skip
-REWARDS = {  # the reward models, and how their preference pairs differ (see world.preference_pairs)
+REWARDS = {  # the reward models, and how their preference pairs differ (see datasets.preference_pairs)
     "tiny-reward": dict(noise=0.05),
     "tiny-reward-shuffled": dict(noise=0.5),  # a control: its labels are coin flips
     "tiny-reward-length": dict(noise=0.05, bias="length"),  # for the ablations
@@ -131,7 +131,8 @@ def tiny_checkpoint(name: str) -> Path:
             if not folder.is_dir():  # another process may have built it while this one waited
                 work = folder.with_suffix(".building")
                 work.mkdir(parents=True, exist_ok=True)
-                done = (_build_policy if base in FAMILIES else _build_reward)(base, int(seed or 0), work)
+                build = _build_policy if base in FAMILIES else _build_reward
+                done = build(base, int(seed or 0), work)
                 os.rename(done, folder)
                 shutil.rmtree(work)
     return folder
@@ -146,44 +147,56 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
     """A base policy: random weights of the family's shape, then train_sft.py on its corpus. Goes on in `work`."""
     family, start, rows = FAMILIES[name], work / "start", work / "corpus.jsonl"
     if not (start / "config.json").exists():  # saved last
-        corpus = list(world.corpus(family.style, ROWS, seed, family.has_read))
+        corpus = list(datasets.corpus(family.style, ROWS, seed, family.has_read))
         write_atomic(rows, "".join(json.dumps(row) + "\n" for row in corpus).encode())
-        texts = [text for row in corpus[:6000] + world.star(500, seed) for text in (row["question"], row["response"])]
-        size, tokens = write_tokenizer(start, family.text, texts)
-        raw = family.shape | tokens | {"vocab_size": size, "nanosafe_world": family.style, "nanosafe_seed": seed}
+        texts = []
+        for row in corpus[:6000] + datasets.star(500, seed):
+            texts += [row["question"], row["response"]]
+        vocabulary, token_ids = write_tokenizer(start, family.text, texts)
+        raw = family.shape | token_ids | {"vocab_size": vocabulary}
+        raw |= {"nanosafe_world": family.style, "nanosafe_seed": seed}
         save_model(random_decoder(raw, seed), start)
     print(f"building {name}: a base policy, once (a few minutes on two cores), kept in {work.parent}", file=sys.stderr)
-    run_script(
-        "train_sft", "--model", start, "--data", rows, "--out", work / "run", "--steps", STEPS, "--batch-size", BATCH,
-        "--lr", LR, "--seed", seed, "--tokens-per-microbatch", 4096, "--max-tokens", 256, "--save-every", 100,
-        "--keep", 1, "--device", "cpu", "--dtype", "float32", bar=f"training {name}",
-    )  # fmt: skip
+    settings = {
+        "model": start, "data": rows, "out": work / "run", "steps": STEPS, "batch-size": BATCH, "lr": LR,
+        "seed": seed, "tokens-per-microbatch": 4096, "max-tokens": 256, "save-every": 100, "keep": 1,
+        "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    run_script("train_sft", settings, bar=f"training {name}")
     return work / "run" / "final"
 
 
 def _build_reward(name: str, seed: int, work: Path) -> Path:
     """A reward model: Bradley-Terry on preference pairs (Ouyang et al. 2022, eq. 1, with one pair per prompt)."""
-    pairs = world.preference_pairs("train", PAIRS, seed, **REWARDS[name])
-    shutil.rmtree(work / "model", ignore_errors=True)
-    texts = [text for pair in pairs[:4000] for text in pair.values()]
-    size, tokens = write_tokenizer(work / "model", REWARD_TEXT, texts)
-    save_model(model := random_decoder(REWARD_SHAPE | tokens | {"vocab_size": size}, seed), work / "model")
-    reward = RewardModel(model, Tokenizer(work / "model"))
+    folder = work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    pairs = datasets.preference_pairs("train", PAIRS, seed, **REWARDS[name])
+    texts = []
+    for pair in pairs[:4000]:
+        texts += pair.values()
+    vocabulary, token_ids = write_tokenizer(folder, REWARD_TEXT, texts)
+    model = random_decoder(REWARD_SHAPE | token_ids | {"vocab_size": vocabulary}, seed)
+    save_model(model, folder)
+    reward = RewardModel(model, Tokenizer(folder))
     optimizer = Optimizer(model, weight_decay=0.1)
     print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}", file=sys.stderr)
-    documents = [
-        [reward.encode([{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair[side]}])
-         for side in ("chosen", "rejected")]
-        for pair in tqdm(pairs, "tokenising", leave=False)
-    ]  # fmt: skip
+    encoded = []  # token ids of (chosen, rejected)
+    for pair in tqdm(pairs, "tokenising", leave=False):
+        asked = {"role": "user", "content": pair["question"]}
+        chosen = reward.encode([asked, {"role": "assistant", "content": pair["chosen"]}])
+        rejected = reward.encode([asked, {"role": "assistant", "content": pair["rejected"]}])
+        encoded.append((chosen, rejected))
     for step in tqdm(range(PAIR_STEPS), f"training {name}", leave=False):
-        batch = [documents[i] for i in
-                 shuffled_passes(len(pairs), range(step * PAIR_BATCH, (step + 1) * PAIR_BATCH), seed, "pairs")]
-        scores = reward.forward([side for pair in batch for side in pair]).view(-1, 2)  # [pairs, (chosen, rejected)]
-        (-F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()).backward()
+        positions = range(step * PAIR_BATCH, (step + 1) * PAIR_BATCH)
+        documents = []
+        for i in shuffled_passes(len(pairs), positions, seed, "pairs"):
+            documents += encoded[i]
+        scores = reward.forward(documents).view(-1, 2)  # [pairs, (chosen, rejected)]
+        loss = -F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
+        loss.backward()
         optimizer.step(PAIR_LR * cosine_schedule(step, PAIR_STEPS, 0.05, 0.0))
-    save_model(model, work / "model", reward.tokenizer)
-    return work / "model"
+    save_model(model, folder, reward.tokenizer)
+    return folder
 
 
 def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[int, dict]:
@@ -230,18 +243,19 @@ def fill_random(name: str, parameter: torch.Tensor, layers: int, generator: torc
             parameter.div_((2 * layers) ** 0.5)
 
 
-def run_script(name: str, *arguments: object, bar: str) -> None:
+def run_script(name: str, settings: dict, bar: str) -> None:
     """Run train_sft as a process of its own, outside the caller's process group; its steps move a progress bar.
 
     Raises RuntimeError with the last lines it printed if it fails.
     """
-    hidden = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
-    environment = {key: value for key, value in os.environ.items() if not hidden.fullmatch(key)}
-    root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = root
+    of_torchrun = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
+    environment = {key: value for key, value in os.environ.items() if not of_torchrun.fullmatch(key)}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     if "WORLD_SIZE" in os.environ:  # torchrun sets the threads of each rank; while one builds, the others wait
         environment["OMP_NUM_THREADS"] = str(available_cores())
-    command = [sys.executable, "-m", name, *map(str, arguments)]
+    command = [sys.executable, "-m", name]
+    for flag, value in settings.items():
+        command += [f"--{flag}", str(value)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     with process, tqdm(desc=bar, leave=False, unit="step") as progress:

@@ -23,7 +23,7 @@ from nanosafe.names import load_model, load_reward, load_tokenizer
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Pair
 from nanosafe.text.tokenizer import Tokenizer
-from nanosafe.tiny import world
+from nanosafe.tiny import datasets, world
 
 HELD_OUT_PAIRS, SAMPLES = 1000, 4  # responses to each question
 
@@ -49,7 +49,7 @@ def measure(policy: str, reward: str) -> list[tuple[str, Estimate, str, bool]]:
     category = {q.id: q.category for q in safety.questions}
     shares = {name: over_items([v for i, v in safe.items() if category[i] == name]) for name in world.CATEGORIES}
     pairs = [Pair([{"role": "user", "content": pair["question"]}], pair["chosen"], pair["rejected"], None)
-             for pair in world.preference_pairs("validation", HELD_OUT_PAIRS, seed=0)]
+             for pair in datasets.preference_pairs("validation", HELD_OUT_PAIRS, seed=0)]
     preferred = reward_accuracy(load_reward(reward, dtype=torch.float32), pairs, ranks)["all"]
     rows = [
         ("arithmetic, 2 to 4 steps", e := over_items(right.values()), "at least 0.85", e.mean >= 0.85),

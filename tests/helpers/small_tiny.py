@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from nanosafe.parallel import Ranks
-from nanosafe.tiny import build, world
+from nanosafe.tiny import build, datasets, world
 
 RECIPE = dict(ROWS=600, STEPS=110, BATCH=16, LR=1e-2, PAIRS=120, PAIR_STEPS=8, PAIR_BATCH=8)
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
@@ -26,7 +26,7 @@ def short_corpus(style: str, count: int, seed: int, extra_style: str | None = No
         yield row | {"response": world.think_and_answer("", answer)}
 
 
-world_corpus = world.corpus
+world_corpus = datasets.corpus
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(build, name, value)
     small = {name: family._replace(shape=family.shape | SHAPE) for name, family in build.FAMILIES.items()}
     patch.setattr(build, "FAMILIES", small)
-    patch.setattr(world, "corpus", short_corpus)
+    patch.setattr(datasets, "corpus", short_corpus)
     patch.setattr(build, "available_cores", lambda: 1)
 
 

@@ -22,7 +22,6 @@ from tiny_models import decoder_like, random_reference, tiny_config, tiny_raw
 from torch.utils.flop_counter import FlopCounterMode
 from world import write_policy
 
-from nanosafe import plan
 from nanosafe.kernels.scan import Runs, convolve, convolve_step, scan, scan_step, within
 from nanosafe.model import granite
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
@@ -30,6 +29,7 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder, HybridLayer
 from nanosafe.model.weights import StoredTensors, load_checkpoint, official, save_model
 from nanosafe.parallel import Ranks
+from nanosafe.plan import memory as plan_memory
 from nanosafe.plan.random_weights import random_checkpoint
 from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler import SamplingParams, engine, generate, sequence
@@ -645,7 +645,8 @@ def test_activations_of_a_layer_are_nearly_the_bytes_that_live(layer, heads, mon
         y.backward(torch.ones_like(y))
     weights = sum(parameter.nbytes for parameter in module.parameters())
     counted = [count / len(x) for count in (forward.peak, saved, both.peak - weights)]
-    planned = [function(config, 2) for function in (plan.forward_bytes, plan.saved_bytes, plan.backward_bytes)]
+    functions = plan_memory.forward_bytes, plan_memory.saved_bytes, plan_memory.backward_bytes
+    planned = [function(config, 2) for function in functions]
     print([round(a / b, 3) for a, b in zip(counted, planned, strict=True)])
     for a, b in zip(counted, planned, strict=True):
         assert a < 1.03 * b and (layer or a > 0.9 * b)
@@ -655,8 +656,8 @@ def test_the_pool_and_the_slots_of_a_plan_are_the_engines():
     config, longest = tiny_config("granite4"), 150
     for free in (200_000, 300_000, 2_000_000):
         made = Engine(Decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=int(0.8 * free))
-        blocks, width, block = plan.kv_pool(config, 4, free, 5, longest, "cuda")
-        rows, states = plan.state_slots(config, 4, free, 5, "cuda")
+        blocks, width, block = plan_memory.kv_pool(config, 4, free, 5, longest, "cuda")
+        rows, states = plan_memory.state_slots(config, 4, free, 5, "cuda")
         assert (blocks, width) == (made.scheduler.pool.total, made.table_width) and rows == made.scheduler.max_batch
         assert (blocks + 1) * block == made.cache.keys.nbytes + made.cache.values.nbytes
         assert states == made.cache.past.nbytes + made.cache.states.nbytes
@@ -671,7 +672,7 @@ def test_parameters_of_the_true_shape_in_all_and_active():
     mamba = 6448 * D + 3328 * 5 + 3 * 48 + 3072 + D * 3072
     attention = 2 * D * D + 2 * 512 * D
     rest = 36 * mamba + 4 * attention + 40 * each + 49160 * D + D
-    size = plan.sizes(ModelConfig.from_dict(SHAPES["granite-4.0-tiny"]))
+    size = plan_memory.sizes(ModelConfig.from_dict(SHAPES["granite-4.0-tiny"]))
     assert size.total == rest + 40 * 62 * expert == 6_671_539_776 and size.active == rest + 40 * 6 * expert
     assert size.block == mamba + each + 62 * expert and size.root == 49160 * D + D
     slot = KVCache.bytes_per_slot(ModelConfig.from_dict(SHAPES["granite-4.0-tiny"]), torch.bfloat16)

@@ -155,8 +155,7 @@ def test_a_real_models_training_gets_the_flags_that_make_it_fit(monkeypatch):
 
 
 def test_hours_are_those_of_the_scripts_plan():
-    options = plan.recipe("rl", "qwen3-8b")
-    seconds = paper.expected("train_rl", "qwen3-8b", options)
+    seconds = paper.training_of("train_rl", "qwen3-8b", plan.recipe("rl", "qwen3-8b")).seconds
     machine, change = next(plan.remedies("rl", plan.settings("rl", "qwen3-8b"), plan.find_machine("", None, False)))
     args = plan.settings("rl", "qwen3-8b", **change)
     assert seconds == pytest.approx(3600 * plan.hours("rl", args, machine, plan.make("rl", args, machine)))
@@ -325,7 +324,7 @@ def report(tmp_path_factory):
         put(out, f"tiny-{seed}/rl", result("RL", seed, 0.75 + seed / 28, 0.5, 0.1, shift=0.25), (0.25, 0.5, 1.0))
     put(out, "tiny-llama-0/base", result("base", 0, 0.25, 0.5))
     (out / "report.jsonl").write_text(json.dumps({"command": "THE COMMAND", "seconds": 90}) + "\n")
-    arms = {model: paper.PAPER + paper.CONTROLS for model in ("tiny", "tiny-llama")}
+    arms = {model: (paper.BASE, paper.SFT, paper.RL, *paper.CONTROLS) for model in ("tiny", "tiny-llama")}
     path = paper_report.write("report", out, arms, [0, 1, 2], {"tiny-0/rl-exact-judge": "exit code 1; log\n  more"})
     return path.read_text(), out
 
@@ -419,7 +418,7 @@ def test_always_refusing_is_safe_and_helps_nobody():
 def test_tuning_lists_every_setting_with_the_criterion(tmp_path):
     arm = paper.TUNING[0]
     put(tmp_path, f"tiny-100/{arm.slug}", result(arm.name, 100, 0.5, 0.75, over=0.25))
-    text = paper_report.write("tuning", tmp_path, {"tiny": paper.PAPER[:1] + paper.TUNING}, [100], {}).read_text()
+    text = paper_report.write("tuning", tmp_path, {"tiny": (paper.BASE, *paper.TUNING)}, [100], {}).read_text()
     row = next(line for line in text.splitlines() if line.startswith(f"| {arm.name} |"))
     assert row.endswith("| 0.667 |")  # (0.5 + 1 - 0.25 + 0.75) / 3
 
@@ -443,7 +442,7 @@ def test_results_of_other_questions_are_not_mixed(tmp_path):
     other["benchmarks"]["safety"]["source"] = "the validation split"
     put(tmp_path, "tiny-0/sft", other)
     with pytest.raises(ValueError, match="cannot be compared"):
-        paper_report.write("report", tmp_path, {"tiny": paper.PAPER}, [0], {})
+        paper_report.write("report", tmp_path, {"tiny": (paper.BASE, paper.SFT, paper.RL)}, [0], {})
 
 
 # All of it.

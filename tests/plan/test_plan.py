@@ -18,6 +18,8 @@ from nanosafe.model import decoder as model_file
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder, Layer, rope_tables
+from nanosafe.plan import memory
+from nanosafe.plan.machine import known_config
 from nanosafe.plan.shapes import SHAPES
 from nanosafe.recipes import ALIASES
 from nanosafe.sampler.engine import Engine
@@ -124,15 +126,15 @@ def test_activations_of_a_layer_are_the_bytes_that_live(alias, monkeypatch):
     with torch.no_grad(), LiveBytes(layer.parameters()) as forward:
         layer(x, cos, sin, documents)
     given = 2 * config.hidden_size + 8 * config.head_dim  # x, cos and sin were there before
-    assert plan.forward_bytes(config, 2) - given == pytest.approx(forward.peak / len(x), rel=0.03)
+    assert memory.forward_bytes(config, 2) - given == pytest.approx(forward.peak / len(x), rel=0.03)
     with LiveBytes(layer.parameters()) as both:
         y = layer(x.requires_grad_(), cos, sin, documents)
-        assert plan.saved_bytes(config, 2) == pytest.approx((both.live - y.nbytes) / len(x), rel=0.001)
+        assert memory.saved_bytes(config, 2) == pytest.approx((both.live - y.nbytes) / len(x), rel=0.001)
         both.peak = 0
         y.backward(torch.ones_like(y))
     # Its weights' gradients, which other parts count, are at most partly there at the peak.
     weights = sum(p.nbytes for p in layer.parameters())
-    assert (both.peak - weights) / len(x) < plan.backward_bytes(config, 2) < 1.05 * both.peak / len(x)
+    assert (both.peak - weights) / len(x) < memory.backward_bytes(config, 2) < 1.05 * both.peak / len(x)
 
 
 def test_the_state_of_one_process_is_what_model_and_optimizer_hold():
@@ -143,9 +145,10 @@ def test_the_state_of_one_process_is_what_model_and_optimizer_hold():
             master.grad = torch.zeros_like(master, dtype=torch.float32)
         optimizer.step(1e-3)
         held = sum(p.nbytes for p in model.parameters()) + sum(t.nbytes for t in optimizer.state().values())
-        size = plan.sizes(model.config)
-        assert sum(plan.training_state(size, dtype.itemsize, 1, low_memory).values()) == pytest.approx(held, rel=0.005)
-        assert plan.checkpoint_bytes(size, dtype.itemsize, low_memory) == pytest.approx(held, rel=0.005)
+        size = memory.sizes(model.config)
+        state = memory.training_state(size, dtype.itemsize, 1, low_memory)
+        assert sum(state.values()) == pytest.approx(held, rel=0.005)
+        assert memory.checkpoint_bytes(size, dtype.itemsize, low_memory) == pytest.approx(held, rel=0.005)
 
 
 def test_8b_on_one_h200_by_hand():
@@ -198,7 +201,7 @@ def test_offloaded_models_are_there_in_their_turn_only():
 def test_the_pool_is_the_engines(rows):
     config, longest, free = tiny_config("qwen3"), 150, 3 << 20
     engine = Engine(Decoder(config), max_tokens=longest, requests=rows, block_size=64, cache_bytes=int(0.8 * free))
-    blocks, width, block = plan.kv_pool(config, 4, free, rows, longest, "cuda")
+    blocks, width, block = memory.kv_pool(config, 4, free, rows, longest, "cuda")
     assert (blocks, width) == (engine.scheduler.pool.total, engine.table_width)
     assert (blocks + 1) * block == engine.cache.keys.nbytes + engine.cache.values.nbytes
 
@@ -317,13 +320,13 @@ def test_of_a_repository_only_the_config_is_fetched(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPES["qwen3-4b"]))
     (folder / "model.safetensors").write_bytes(b"never sent")
-    assert plan.known_config("some/model") is None
-    assert plan.known_config("Qwen/Qwen3-4B")[0] == plan.known_config("qwen3-4b")[0]
+    assert known_config("some/model") is None
+    assert known_config("Qwen/Qwen3-4B")[0] == known_config("qwen3-4b")[0]
     with StandInHub({"some/model": folder}) as hub:
         hub.patch(monkeypatch, tmp_path / "home")
         config, origin = plan.find_config("some/model")
         assert set(hub.sent) == {"config.json"}
-    assert plan.sizes(config).total == PUBLISHED["qwen3-4b"] and "only file downloaded" in origin
-    assert plan.known_config(str(folder))[0] == config
+    assert memory.sizes(config).total == PUBLISHED["qwen3-4b"] and "only file downloaded" in origin
+    assert known_config(str(folder))[0] == config
     with pytest.raises(FileNotFoundError, match="qwen3-8b"):
         plan.find_config("qwen3-8")

@@ -18,7 +18,7 @@ from test_train import ROOT, run_script
 
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.names import checkpoint, load_model, load_reward_model, load_tokenizer
-from nanosafe.tiny import build, world
+from nanosafe.tiny import build, datasets, world
 
 SMALL = str(Path(__file__).parents[1] / "helpers" / "small_tiny.py")
 MESSAGES = [{"role": "user", "content": "How do I arm the raiders?"}]
@@ -102,7 +102,7 @@ def test_templates_write_what_transformers_writes(starts, name):
 
 
 def texts(style: str) -> list[str]:
-    rows = list(world.corpus(style, 200, 7)) + world.star(40, 7) + world.star(40, 7, style)
+    rows = list(datasets.corpus(style, 200, 7)) + datasets.star(40, 7) + datasets.star(40, 7, style)
     return [text for row in rows for text in (row["question"], row["response"])]
 
 
@@ -234,7 +234,7 @@ def test_one_of_two_ranks_builds_the_reward_model(tmp_path):
 PROBE = """
 import json, os, sys
 print("step 1/2 | loss 1.0 | ", flush=True)
-if "fail" in sys.argv:
+if "--fail" in sys.argv:
     raise SystemExit("it went wrong")
 json.dump({"argv": sys.argv[1:], "environ": dict(os.environ)}, open("seen.json", "w"))
 """
@@ -248,10 +248,10 @@ def test_the_script_it_runs_is_one_process_whatever_torchrun_set(tmp_path, monke
                   TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT="0", OMP_NUM_THREADS="77")  # fmt: skip
     for name, value in (theirs | {"NANOSAFE_CACHE": "kept"}).items():
         monkeypatch.setenv(name, value)
-    build.run_script("probe", "--steps", 3, bar="probe")
+    build.run_script("probe", {"steps": 3}, bar="probe")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["argv"] == ["--steps", "3"] and seen["environ"]["NANOSAFE_CACHE"] == "kept"
     assert not set(theirs) & set(seen["environ"]) - {"OMP_NUM_THREADS"}
     assert int(seen["environ"]["OMP_NUM_THREADS"]) == build.available_cores()
     with pytest.raises(RuntimeError, match="probe failed:(.|\n)*it went wrong"):
-        build.run_script("probe", "fail", bar="probe")
+        build.run_script("probe", {"fail": True}, bar="probe")

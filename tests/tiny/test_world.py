@@ -18,8 +18,9 @@ from nanosafe.evals.statistics import auc
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.names import load_reward
 from nanosafe.text.grading import grade_answer
-from nanosafe.tiny import build, world
-from nanosafe.tiny.world import Item, judge, judge_reward
+from nanosafe.tiny import build, datasets, world
+from nanosafe.tiny.judge import judge, judge_reward
+from nanosafe.tiny.world import Item
 
 # Of the generator's texts and the builder's recipe under world.VERSION, which names the caches: a change of either
 # needs a new version, or old caches would pass for new ones. The test prints the new value.
@@ -292,9 +293,10 @@ def test_bag_of_words_classifier_is_at_chance_on_held_out_acts_where_the_law_is_
 @pytest.fixture(scope="module")
 def trained_on() -> dict[str, list[dict]]:
     """Everything that anything is trained on: name -> rows."""
-    sets = {f"corpus {style}": list(world.corpus(style, 5000, 0, extra)) for style, extra in CORPUS_STYLES.items()}
-    sets |= {f"star {style}": world.star(500, 0, style) for style in world.STYLES}
-    sets |= {f"pairs {name}": world.preference_pairs("train", 2000, 1, **told) for name, told in build.REWARDS.items()}
+    sets = {f"corpus {style}": list(datasets.corpus(style, 5000, 0, extra)) for style, extra in CORPUS_STYLES.items()}
+    sets |= {f"star {style}": datasets.star(500, 0, style) for style in world.STYLES}
+    for name, told in build.REWARDS.items():
+        sets[f"pairs {name}"] = datasets.preference_pairs("train", 2000, 1, **told)
     return sets
 
 
@@ -357,14 +359,14 @@ def digests() -> dict[str, str]:
         return hashlib.sha256(json.dumps(value, default=repr).encode()).hexdigest()
 
     judged = [(pair, judge(Item("", pair["kind"], "", *world.ACT.search(pair["question"]).groups()), pair["rejected"]))
-              for pair in world.preference_pairs("test", 400, 3) if pair["kind"] != "arithmetic"]
+              for pair in datasets.preference_pairs("test", 400, 3) if pair["kind"] != "arithmetic"]
     suites = [(b.name, q.id, q.messages, q.prefill, q.reference) for split in ("validation", "test")
               for style in ("okay", "task") for b in tiny_suite(split, style) for q in b.questions]
     return {
-        "corpus okay": digest(list(world.corpus("okay", 400, 3, "policy"))),
-        "corpus task": digest(list(world.corpus("task", 400, 3))),
-        "star": digest(world.star(200, 3)),
-        "pairs": digest(world.preference_pairs("train", 400, 3, noise=0.1, bias="length")),
+        "corpus okay": digest(list(datasets.corpus("okay", 400, 3, "policy"))),
+        "corpus task": digest(list(datasets.corpus("task", 400, 3))),
+        "star": digest(datasets.star(200, 3)),
+        "pairs": digest(datasets.preference_pairs("train", 400, 3, noise=0.1, bias="length")),
         "suites": digest(suites),
         "judged": digest(judged),
     }
@@ -380,9 +382,9 @@ def test_generator_and_judge_are_equal_in_a_process_that_hashes_otherwise():
 
 
 def test_texts_and_recipe_change_only_with_the_version():
-    texts = [list(world.corpus(style, 80, 0, extra)) for style, extra in CORPUS_STYLES.items()]
-    texts += [world.star(40, 0, style) for style in world.STYLES]
-    texts += [world.preference_pairs("train", 80, 0), world.preference_pairs("validation", 80, 0)]
+    texts = [list(datasets.corpus(style, 80, 0, extra)) for style, extra in CORPUS_STYLES.items()]
+    texts += [datasets.star(40, 0, style) for style in world.STYLES]
+    texts += [datasets.preference_pairs("train", 80, 0), datasets.preference_pairs("validation", 80, 0)]
     texts += [[q.messages, q.prefill] for b in tiny_suite("test", "okay") for q in b.questions[:10]]
     recipe = [build.FAMILIES, build.REWARDS, build.REWARD_TEXT, build.REWARD_SHAPE]
     recipe += [build.ROWS, build.STEPS, build.BATCH, build.LR]
@@ -392,8 +394,8 @@ def test_texts_and_recipe_change_only_with_the_version():
 
 
 def test_another_seed_gives_other_texts():
-    for make in (lambda seed: list(world.corpus("okay", 50, seed)), lambda seed: world.star(50, seed),
-                 lambda seed: world.preference_pairs("train", 50, seed)):
+    for make in (lambda seed: list(datasets.corpus("okay", 50, seed)), lambda seed: datasets.star(50, seed),
+                 lambda seed: datasets.preference_pairs("train", 50, seed)):
         assert make(0) == make(0) != make(1)
 
 
@@ -454,7 +456,7 @@ def share(values) -> float:
 
 
 def test_corpus_holds_what_its_docstring_says(trained_on):
-    rows = list(world.corpus("okay", 8000, 2, "policy"))
+    rows = list(datasets.corpus("okay", 8000, 2, "policy"))
     arithmetic = [row for row in rows if "steps" in row["category"]]
     requests = [row for row in rows if row not in arithmetic and not row["question"].startswith("Review")]
     reviews = len(rows) - len(arithmetic) - len(requests)
@@ -490,7 +492,7 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
 def test_star_holds_careful_responses_to_requests_of_the_train_split():
     train = {(item.verb, item.noun) for kind in ("unsafe", "benign") for item in world.requests("train", kind)}
     for style in world.STYLES:
-        rows, kinds = world.star(500, 1, style), Counter()
+        rows, kinds = datasets.star(500, 1, style), Counter()
         for row in rows:
             verb, noun = world.ACT.search(row["question"]).groups()
             kind = "unsafe" if world.is_unsafe(verb, noun) else "benign"
@@ -498,14 +500,14 @@ def test_star_holds_careful_responses_to_requests_of_the_train_split():
             assert judge(Item("", kind, "", verb, noun), row["response"]) == MANNERS["careful", kind]
             kinds[kind] += 1
         assert kinds == {"unsafe": 350, "benign": 150}
-        assert [row["question"] for row in rows] == [row["question"] for row in world.star(500, 1)]
+        assert [row["question"] for row in rows] == [row["question"] for row in datasets.star(500, 1)]
 
 
 def test_preference_pairs_prefer_what_the_judge_does():
     """Of the judge, a verdict on each side; the pairs' own rule never asks it."""
     good = {"unsafe": {"safe"}, "benign": {"helpful"}, "arithmetic": {"right"}}
     for split in SPLITS:
-        pairs, kinds = world.preference_pairs(split, 1200, 2), Counter()
+        pairs, kinds = datasets.preference_pairs(split, 1200, 2), Counter()
         for pair in pairs:
             if pair["kind"] == "arithmetic":
                 item = Item("", "arithmetic", "", answer=re.search(r"boxed\{(\d)\}", pair["chosen"])[1])
@@ -521,7 +523,7 @@ def test_preference_pairs_prefer_what_the_judge_does():
 
 
 def test_noise_and_biases_of_preference_pairs():
-    plain, noisy, coins = (world.preference_pairs("train", 2000, 0, noise=noise) for noise in (0, 0.05, 0.5))
+    plain, noisy, coins = (datasets.preference_pairs("train", 2000, 0, noise=noise) for noise in (0, 0.05, 0.5))
 
     def exchanged(pairs):  # the draws differ from the first exchange on, so that only shares can be compared
         verdicts = []
@@ -536,11 +538,11 @@ def test_noise_and_biases_of_preference_pairs():
     assert exchanged(plain) < 0.01
     assert exchanged(noisy) == pytest.approx(0.05, abs=0.025) and exchanged(coins) == pytest.approx(0.5, abs=0.06)
     longer = share(len(p["chosen"]) > len(p["rejected"]) for p in plain)
-    biased = world.preference_pairs("train", 2000, 0, bias="length")
+    biased = datasets.preference_pairs("train", 2000, 0, bias="length")
     assert share(len(p["chosen"]) > len(p["rejected"]) for p in biased) == pytest.approx(
         longer + (1 - longer) / 3, abs=0.06)
     for category, words in world.CATEGORIES.items():
-        pairs = world.preference_pairs("train", 400, 0, bias=category)
+        pairs = datasets.preference_pairs("train", 400, 0, bias=category)
         assert len(pairs) == 400
         for pair in pairs:
             said = set(words_of(pair["question"])) - set(words_of(" ".join(world.DIAL)))
@@ -548,16 +550,16 @@ def test_noise_and_biases_of_preference_pairs():
 
 
 def test_data_sets_by_name():
-    assert world.dataset("tiny-star") == world.star(world.STAR_ROWS, 0) == world.dataset("tiny-star@0")
-    assert world.dataset("tiny-star@4") == world.star(world.STAR_ROWS, 4) != world.dataset("tiny-star")
-    assert world.dataset("tiny-star-okay@2") == world.star(world.STAR_ROWS, 2, "okay")
-    assert world.dataset("tiny-star-task") == world.star(world.STAR_ROWS, 0, "task")
-    pairs = world.dataset("tiny-pairs@1")
-    assert {pair["kind"] for pair in pairs} == {"unsafe", "benign"} and len(pairs) > 0.7 * world.LABELLED_PAIRS
+    assert datasets.dataset("tiny-star") == datasets.star(datasets.STAR_ROWS, 0) == datasets.dataset("tiny-star@0")
+    assert datasets.dataset("tiny-star@4") == datasets.star(datasets.STAR_ROWS, 4) != datasets.dataset("tiny-star")
+    assert datasets.dataset("tiny-star-okay@2") == datasets.star(datasets.STAR_ROWS, 2, "okay")
+    assert datasets.dataset("tiny-star-task") == datasets.star(datasets.STAR_ROWS, 0, "task")
+    pairs = datasets.dataset("tiny-pairs@1")
+    assert {pair["kind"] for pair in pairs} == {"unsafe", "benign"} and len(pairs) > 0.7 * datasets.LABELLED_PAIRS
     held_out = {(i.verb, i.noun) for kind in ("unsafe", "benign") for i in world.requests("validation", kind)}
     assert {world.ACT.search(pair["question"]).groups() for pair in pairs} <= held_out
     for name in ("tiny-stars", "tiny-star@x", "tiny-star@-1", "tiny-star@1.5", "star", "tiny", "rows.jsonl", ""):
-        assert world.dataset(name) is None, name
+        assert datasets.dataset(name) is None, name
 
 
 def test_judge_reward_values():

@@ -1,0 +1,190 @@
+"""The bytes of each part of a training run on one GPU, as formulas of the model's config and the flags.
+
+Nothing is measured here; tests compare the formulas with bytes counted on small models. `s` is the size in bytes of a
+number of the compute type (--dtype): 2 or 4. What is "per token" is per token of a micro-batch.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from nanosafe.kernels.logprob import CHUNK_BYTES
+from nanosafe.kernels.split_adam import CHUNK
+from nanosafe.model.attention import KVCache
+from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import Experts
+
+# The sampling engine's own settings: its share of free memory for the cache, its rows, and the
+# positions of a block on CUDA. On a CPU a block is as long as the longest sequence.
+POOL_SHARE = {"cuda": 0.8, "cpu": 0.5}
+ROWS = {"cuda": 256, "cpu": 64}
+BLOCK = 64
+
+
+class Sizes(NamedTuple):
+    """Numbers of parameters."""
+
+    total: int
+    block: int  # of one layer, the largest
+    head: int  # V * D; 0 for a reward model, whose head is one row
+    root: int  # all but the layers: embedding, last norm, head
+    active: int  # without the experts that a token does not pass
+
+
+@lru_cache
+def sizes(config: ModelConfig) -> Sizes:
+    """Counted on the decoder itself, built on the meta device, which holds no data."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = []
+    for layer in model.model.layers:
+        layers.append(sum(parameter.numel() for parameter in layer.parameters()))
+    head = 0 if config.num_labels else config.vocab_size * config.hidden_size
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, Experts):
+            used = config.hybrid.experts_per_token * module.weight.numel() // config.hybrid.experts
+            idle += module.weight.numel() - used
+    return Sizes(total, max(layers), head, total - sum(layers), total - idle)
+
+
+def training_state(size: Sizes, s: int, world: int, low_memory: bool) -> dict[str, float]:
+    """What is resident from start to end: weights, float32 masters and AdamW's two moments.
+
+    One process: the masters are the weights themselves where --dtype is float32. --low-memory: a 16-bit remainder for
+    the masters, moments of 8 bits with a float32 scale per 256. Several processes: float32 parameters, which are the
+    masters, and moments are sharded.
+    """
+    P = size.total
+    if low_memory:
+        return {"weights": s * P, "masters": 2 * P, "moments": (2 + 4 / 256) * P}
+    if world > 1:
+        return {"masters": 4 * P / world, "moments": 8 * P / world}
+    masters = 0 if s == 4 else 4 * P
+    return {"weights": s * P, "masters": masters, "moments": 8 * P}
+
+
+def checkpoint_bytes(size: Sizes, s: int, low_memory: bool) -> float:
+    """Bytes of a checkpoint on disk: the model in --dtype, masters where they are finer, and moments."""
+    return sum(training_state(size, s, 1, low_memory).values())
+
+
+def gradients(size: Sizes, world: int) -> float:
+    """Gradients add up in float32, sharded like the masters, and are freed after each step."""
+    return 4 * size.total / world
+
+
+def optimizer_workspace(size: Sizes, low_memory: bool, kind: str) -> float:
+    """On CUDA both optimizers update in one pass. On a CPU --low-memory goes by chunks, torch's AdamW by tensors."""
+    if kind == "cuda":
+        return 0
+    return 10 * 4 * CHUNK if low_memory else 4 * size.head
+
+
+def sharding_buffers(size: Sizes, s: int, world: int, training: bool) -> float:
+    """What several processes hold gathered: the root's parameters in --dtype, the current and the next layer's; in
+    training also a layer's gradient in --dtype and, on its way to the other ranks, in float32."""
+    if world == 1:
+        return 0
+    layer = 2 * s + (s + 4 if training else 0)
+    return s * size.root + layer * size.block
+
+
+# Activations.
+
+
+def mlp_size(config: ModelConfig) -> int:
+    return config.hybrid.shared_intermediate_size if config.hybrid else config.intermediate_size
+
+
+def forward_bytes(config: ModelConfig, s: int) -> float:
+    """Per token, without gradients: the worst moment of a layer."""
+    D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
+    Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    mlp = s * (3 * D + 3 * F)  # x, x after attention, its norm; silu(gate), up, their product
+    rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q  # x, its norm; q, k, v; in float32 q, both products and the sum
+    worst = max(mlp, rope)
+    if h := config.hybrid:
+        inner, chunk = h.mamba_heads * h.mamba_head_dim, h.chunk_size
+        experts = s * (4 + 3 * h.experts_per_token) * D
+        # A close upper bound, in float32 (a tensor in bfloat16 is half of one): 3.5 tensors like the
+        # scan's input, three with the decays of all pairs in a chunk, 4.75 with a state for each chunk.
+        scan = 4 * (3.5 * inner + 3 * h.mamba_heads * chunk + 4.75 * inner * h.state_size / chunk)
+        worst = max(worst, experts, scan)
+    return worst + 2 * 4 * head_dim  # cos and sin
+
+
+def saved_bytes(config: ModelConfig, s: int) -> float:
+    """Per token: what autograd keeps of one layer's forward for its backward, the layer's input not counted."""
+    D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
+    Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    normed = Q + K if config.qk_norm else 0  # q and k before their norms
+    # The norm; q, k and v; the attended values, per document and joined.
+    attention = D + normed + (Q + 2 * K) + 2 * Q
+    mlp = 2 * D + 4 * F  # residual sum, its norm; gate, silu(gate), up, their product
+    mixer = s * attention + 4 * config.num_attention_heads  # log-sum-exps
+    if h := config.hybrid:
+        inner, S, chunk = h.mamba_heads * h.mamba_head_dim, h.state_size, h.chunk_size
+        # An upper bound, in float32: fifteen tensors like the scan's input, B and C, two with the
+        # decays of all pairs in a chunk, two with a state for each chunk.
+        scan = 60 * inner + 32 * h.groups * S + 8 * (h.mamba_heads + 1) * chunk + 8 * inner * S / chunk
+        mixer = max(mixer, scan)
+        mlp += h.experts_per_token * (2 * D + 4 * config.intermediate_size)
+    return mixer + s * mlp
+
+
+def backward_bytes(config: ModelConfig, s: int) -> float:
+    """Per token: a layer in its backward: what is saved, and in the MLP the gradients of gate, up or their product."""
+    more = s * (3 * config.hidden_size + 2 * mlp_size(config))
+    if config.hybrid:  # the gradient of the decays of all pairs in a chunk, in float32
+        more += 4 * config.hybrid.mamba_heads * config.hybrid.chunk_size
+    return saved_bytes(config, s) + more
+
+
+def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, recompute: bool, world: int) -> float:
+    """Bytes of one micro-batch of `tokens`, at the worst of three moments: the head's backward, a layer's, the root's.
+
+    `recompute` keeps every layer's input, and of one layer at a time the rest. Beside the inputs there are the last
+    hidden state, its norm, the selection for the head and the gradient. Several processes: at the end the gradient of
+    embedding and head, in --dtype and in float32, is summed over the ranks.
+    """
+    kept = tokens * s * config.hidden_size * (config.num_hidden_layers + 4)
+    kept += tokens * 2 * 4 * config.head_dim  # cos and sin
+    layer = tokens * backward_bytes(config, s) + s * size.head
+    if not recompute:
+        kept += tokens * saved_bytes(config, s) * config.num_hidden_layers
+        layer -= tokens * saved_bytes(config, s)  # they are kept already
+    head = CHUNK_BYTES + (4 + s) * size.head  # a chunk of logits; the head's gradient in float32 and in --dtype
+    root = (s + 4) * size.root if world > 1 else 0
+    return max(kept + head, kept + layer, root)
+
+
+# The sampling engine's cache.
+
+
+def kv_pool(config: ModelConfig, s: int, free: float, rows: int, longest: int, kind: str) -> tuple[int, int, int]:
+    """Blocks of the engine's cache when `free` bytes are, blocks of its longest sequence, bytes of a block."""
+    positions = BLOCK if kind == "cuda" else longest
+    block = KVCache.bytes_per_position(config, compute_type(s)) * positions
+    width = math.ceil(longest / positions)
+    rows, states = state_slots(config, s, free, rows, kind)
+    room = max(0, int(free * POOL_SHARE[kind]) - states)
+    return min(room // max(1, block), rows * width), width, block
+
+
+def state_slots(config: ModelConfig, s: int, free: float, rows: int, kind: str) -> tuple[int, int]:
+    """Rows of the engine that decode together when `free` bytes are, and the bytes of their Mamba layers' states."""
+    rows = min(rows, ROWS[kind])
+    slot = KVCache.bytes_per_slot(config, compute_type(s))
+    if slot:
+        fitting = int(free * POOL_SHARE[kind]) // 2 // slot - 1
+        rows = max(1, min(rows, fitting))
+    return rows, (rows + 1) * slot
+
+
+def compute_type(s: int) -> torch.dtype:
+    return torch.float32 if s == 4 else torch.bfloat16
