@@ -60,89 +60,114 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int) -> dict[str, str]:
     Ctrl-C or SIGTERM lets running jobs stop by themselves (training scripts finish their step and save), a second one
     kills them; raises KeyboardInterrupt.
     """
-    threads = max(1, available_cores() // workers)
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    orphans: set[str] = set()
-    waiting = [job for job in jobs if not job.is_done(out)]
-    done, failed = {job.name for job in jobs} - {job.name for job in waiting}, {}
-    running: list[Running] = []
-    guess = max((job.seconds for job in jobs if job.seconds), default=1)  # of jobs whose time is not known
-    bar = tqdm(total=sum(job.seconds or guess for job in waiting), smoothing=0, disable=not waiting,
-               mininterval=2, miniters=0, bar_format="{percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}")
+    queue = Queue(jobs, out, workers)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while waiting or running:
-            for job in list(waiting):
-                broken = [name for name in job.needs if name in failed]
-                if broken:
-                    failed[job.name] = f"not started: {broken[0]} failed"
-                elif len(running) < workers and done.issuperset(job.needs):
-                    own = Lock(out / job.name / "job.lock")
-                    if not own.take():
-                        if job.name not in orphans:
-                            tqdm.write(f"waiting for {job.name}, which goes on without the command "
-                                       f"that started it, as {own.holder()}", file=sys.stderr)
-                        orphans.add(job.name)
-                        continue
-                    running.append(_start(job, out, environment, own))
-                else:
-                    continue
-                waiting.remove(job)
-            bar.set_postfix_str(", ".join(entry.job.name for entry in running), refresh=False)
-            bar.update(0)  # moves the clock, every few seconds
+        while queue.waiting or queue.running:
+            queue.start_what_can()
+            queue.show()
             time.sleep(0.05)
-            for entry in [entry for entry in running if entry.process.poll() is not None]:
-                running.remove(entry)
-                error, took = _settle(entry, out), f"{time.monotonic() - entry.began:.0f} s"
-                if error:
-                    failed[entry.job.name] = error
-                else:
-                    done.add(entry.job.name)
-                tqdm.write(f"{entry.job.name}: {took}{', failed' if error else ''}", file=sys.stderr)
-                bar.update(entry.job.seconds or guess)
+            queue.settle_what_ended()
     finally:
-        _stop(running, out)
-        bar.close()
+        queue.stop()
+        queue.bar.close()
         signal.signal(signal.SIGTERM, previous)
-    for name, why in failed.items():
+    for name, why in queue.failed.items():
         print(visible(f"failed: {name}: {why}"), file=sys.stderr)
-    return failed
+    return queue.failed
 
 
-def _start(job: Job, out: Path, environment: dict, lock: Lock) -> Running:
-    with open(out / job.name / "log.txt", "a") as log:
-        # In a session of its own, so that the terminal's Ctrl-C reaches it only through _stop. The lock
-        # goes with it.
-        process = subprocess.Popen([sys.executable, "-m", *job.command], env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                   pass_fds=[lock.descriptor])
-    lock.name_holder(process.pid)
-    lock.close()
-    return Running(job, process, time.monotonic())
+class Queue:
+    """Jobs that wait, run, are done or have failed."""
 
+    def __init__(self, jobs: Sequence[Job], out: Path, workers: int):
+        self.out, self.workers = out, workers
+        self.waiting = [job for job in jobs if not job.is_done(out)]
+        self.running: list[Running] = []
+        self.done = {job.name for job in jobs if job not in self.waiting}
+        self.failed: dict[str, str] = {}  # name -> why
+        self.orphans: set[str] = set()  # run without the command that started them
+        threads = max(1, available_cores() // workers)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        self.guess = max((job.seconds for job in jobs if job.seconds), default=1)  # of jobs whose time is not known
+        self.bar = tqdm(
+            total=sum(job.seconds or self.guess for job in self.waiting), disable=not self.waiting,
+            smoothing=0, mininterval=2, miniters=0,
+            bar_format="{percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
+        )  # fmt: skip
 
-def _settle(entry: Running, out: Path) -> str | None:
-    """Note how a job ended; -> what went wrong, if something did."""
-    job, folder, code = entry.job, out / entry.job.name, entry.process.returncode
-    done = code == 0 and (folder / job.output).exists()
-    seconds = job.state(out)["seconds"] + time.monotonic() - entry.began
-    state = {"command": list(job.command), "done": done, "seconds": seconds}
-    write_atomic(folder / "job.json", (json.dumps(state) + "\n").encode())
-    last = (folder / "log.txt").read_text(errors="replace").splitlines()[-LOG_LINES:]
-    return None if done else "\n  ".join([f"exit code {code}; {folder}/log.txt ends:", *last])
+    def start_what_can(self) -> None:
+        for job in list(self.waiting):
+            broken = [name for name in job.needs if name in self.failed]
+            if broken:
+                self.failed[job.name] = f"not started: {broken[0]} failed"
+                self.waiting.remove(job)
+            elif len(self.running) < self.workers and self.done.issuperset(job.needs):
+                self.start(job)
 
-
-def _stop(running: Sequence[Running], out: Path) -> None:
-    """Ask what still runs, and what that has started, to end; wait for it. At another Ctrl-C, end it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            for entry in running:
-                if entry.process.poll() is None:
-                    os.killpg(entry.process.pid, number)
-            for entry in running:
-                entry.process.wait()
-                _settle(entry, out)
+    def start(self, job: Job) -> None:
+        """Start `job`, unless it still runs without the command that started it: then it is waited for."""
+        lock = Lock(self.out / job.name / "job.lock")
+        if not lock.take():
+            if job.name not in self.orphans:
+                tqdm.write(f"waiting for {job.name}, which goes on without the command that started "
+                           f"it, as {lock.holder()}", file=sys.stderr)
+            self.orphans.add(job.name)
             return
-        except KeyboardInterrupt:
-            continue
+        with open(self.out / job.name / "log.txt", "a") as log:
+            # In a session of its own, so that the terminal's Ctrl-C reaches it only through `stop`.
+            # The lock goes with it.
+            process = subprocess.Popen(
+                [sys.executable, "-m", *job.command], env=self.environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                pass_fds=[lock.descriptor])
+        lock.name_holder(process.pid)
+        lock.close()
+        self.running.append(Running(job, process, time.monotonic()))
+        self.waiting.remove(job)
+
+    def show(self) -> None:
+        names = ", ".join(entry.job.name for entry in self.running)
+        self.bar.set_postfix_str(names, refresh=False)
+        self.bar.update(0)  # moves the clock, every few seconds
+
+    def settle_what_ended(self) -> None:
+        for entry in list(self.running):
+            if entry.process.poll() is None:
+                continue
+            self.running.remove(entry)
+            job, error = entry.job, self.settle(entry)
+            if error:
+                self.failed[job.name] = error
+            else:
+                self.done.add(job.name)
+            took = f"{time.monotonic() - entry.began:.0f} s"
+            tqdm.write(f"{job.name}: {took}{', failed' if error else ''}", file=sys.stderr)
+            self.bar.update(job.seconds or self.guess)
+
+    def settle(self, entry: Running) -> str | None:
+        """Note how a job ended; -> what went wrong, if something did."""
+        job, folder, code = entry.job, self.out / entry.job.name, entry.process.returncode
+        done = code == 0 and (folder / job.output).exists()
+        seconds = job.state(self.out)["seconds"] + time.monotonic() - entry.began
+        state = {"command": list(job.command), "done": done, "seconds": seconds}
+        write_atomic(folder / "job.json", (json.dumps(state) + "\n").encode())
+        if done:
+            return None
+        last = (folder / "log.txt").read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return "\n  ".join([f"exit code {code}; {folder}/log.txt ends:", *last])
+
+    def stop(self) -> None:
+        """Ask what still runs, and what that has started, to end; wait for it. At another Ctrl-C, end it."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                for entry in self.running:
+                    if entry.process.poll() is None:
+                        os.killpg(entry.process.pid, number)
+                for entry in self.running:
+                    entry.process.wait()
+                    self.settle(entry)
+                return
+            except KeyboardInterrupt:
+                continue
