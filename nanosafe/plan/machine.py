@@ -10,7 +10,7 @@ import torch
 from nanosafe.io.hub import find_checkpoint, hub_errors_explained
 from nanosafe.io.machine import host_memory
 from nanosafe.model.config import ModelConfig
-from nanosafe.plan import memory
+from nanosafe.plan.memory import sizes
 from nanosafe.plan.shapes import SHAPES
 from nanosafe.recipes import ALIASES
 from nanosafe.tiny import build
@@ -108,5 +108,5 @@ def download_bytes(name: str, config: ModelConfig) -> int:
     """Of a model on the hub, in bfloat16; 0 for the others."""
     if Path(name).expanduser().is_dir() or build.is_tiny(name) or name.startswith("rule:"):
         return 0
-    size = memory.sizes(config)
+    size = sizes(config)
     return 2 * (size.total + (size.head if name in HEADS_STORED else 0))
