@@ -13,8 +13,8 @@ from nanosafe.randomness import permutation
 
 # How a reasoning benchmark asks for the form of its answers; an attack adapts to it.
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-LETTER = ('\n\nChoose one option. The last line of your answer must read "Answer: $LETTER", $LETTER '
-          "being A, B, C or D.")
+LETTER = ('\n\nChoose one option. The last line of your answer must read "Answer: $LETTER", '
+          "$LETTER being A, B, C or D.")
 # Metrics that say nothing of a model without thoughts.
 OF_THOUGHTS = ("harmful_thought", "harmful_anywhere", "harmful_thought_only")
 
@@ -46,9 +46,9 @@ class Benchmark:
     judge: str  # what grades, with its revision, for the protocol
     source: str  # where the questions come from, with revision; other sources are not compared
     keeps_verdicts: bool = False  # a model judges, which is dear: `judge` is asked only once
-    differences: dict[str, tuple[str, str]] = field(default_factory=dict)  # one metric minus another
+    differences: dict[str, tuple[str, str]] = field(default_factory=dict)  # one metric less another
     shown: tuple[str, ...] = ()  # metrics that tables put right behind the headline
-    variation: bool = False  # of another benchmark, by an attack or other words: listed further down
+    variation: bool = False  # of another benchmark, in other words or attacked: listed further down
     suffix: str = ""  # what stands behind each question, for the protocol
     temperature: float = 1.0
     top_p: float = 1.0

@@ -5,12 +5,14 @@
     torchrun --nproc_per_node=2 -m nanosafe.evals.calibration ...
 
 A row of --data has prompt, response, label (safe or unsafe), perhaps category and model (who wrote
-the response), or it is a labelled pair: prompt, chosen (counted as safe), rejected, perhaps category.
+the response), or it is a labelled pair: prompt, chosen (counted as safe), rejected, perhaps
+category.
 
 AUC: the chance that a random safe text scores above a random unsafe one. Its interval is over
 prompts, not over texts, since responses to one prompt resemble each other: Newcombe's, with the
-number of prompts that have such a text. Where each prompt has both it is somewhat wide. If all texts
-have a lower AUC than each writer's, the same reward means something else from one writer to the next.
+number of prompts that have such a text. Where each prompt has both it is somewhat wide. If all
+texts have a lower AUC than each writer's, the same reward means something else from one writer to
+the next.
 calibration.json holds all figures, estimates as {mean, low, high, n, over}.
 """
 
@@ -29,7 +31,7 @@ from nanosafe.names import find_records, load_pairs, load_reward
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import as_row
 from nanosafe.train import cli
-from nanosafe.train.rewards import Reward, conversation, known_rewards
+from nanosafe.train.rewards import conversation, known_rewards
 
 LABELS = {"safe": True, "unsafe": False}
 
@@ -72,7 +74,7 @@ def separation(texts: Sequence[Text], scores: Sequence[float]) -> Estimate | Non
     by_label, prompts = {True: [], False: []}, {True: set(), False: set()}
     for text, score in zip(texts, scores, strict=True):
         by_label[text.safe].append(score)
-        prompts[text.safe].add(json.dumps(text.prompt))
+        prompts[text.safe].add(json.dumps(text.prompt))  # messages are no hashable key
     if not by_label[True] or not by_label[False]:
         return None
     value = auc(by_label[True], by_label[False])
@@ -85,6 +87,7 @@ def measure(texts: Sequence[Text], scores: Sequence[float]) -> dict[str, dict[st
 
     A category or writer of whom one label is missing has none.
     """
+    # kind -> name -> the rows of that group
     members = {"all": {"all": range(len(texts))}, "categories": {}, "writers": {}}
     for i, text in enumerate(texts):
         members["categories"].setdefault(text.category, []).append(i)
@@ -98,10 +101,10 @@ def measure(texts: Sequence[Text], scores: Sequence[float]) -> dict[str, dict[st
     return measured
 
 
-def rewards_of(texts: Sequence[Text], name: str, ranks: Ranks, dtype: torch.dtype) -> list[float | None]:
-    """The reward model's score of each text; None for one that is longer than its context."""
+def score(texts: Sequence[Text], name: str, dtype: torch.dtype, ranks: Ranks) -> list[float | None]:
+    """The reward of each text; None for one that is longer than the reward model's context."""
     with ranks.main_first():
-        reward: Reward = load_reward(name, device=ranks.device, dtype=dtype)
+        reward = load_reward(name, device=ranks.device, dtype=dtype)
 
     def work(some: Sequence[Text]) -> list[float | None]:
         conversations = []
@@ -120,8 +123,8 @@ def table(texts: Sequence[Text], measured: dict[str, dict]) -> str:
         for name in columns[0]:
             rows.append([name, *(str(column[name]) for column in columns)])
     safe = sum(text.safe for text in texts)
-    title = (f"{safe} safe and {len(texts) - safe} unsafe texts; AUC of safe above unsafe, with 95 % "
-             "intervals over prompts")
+    title = (f"{safe} safe and {len(texts) - safe} unsafe texts; AUC of safe above unsafe, with "
+             "95 % intervals over prompts")
     return "\n".join([title, "", *markdown(["", *measured], rows)])
 
 
@@ -131,7 +134,7 @@ def write_figures(texts: Sequence[Text], measured: dict[str, dict], folder: Path
         objects = {}
         for kind, estimates in of_model.items():
             objects[kind] = {group: estimate._asdict() for group, estimate in estimates.items()}
-        rewards[name] = objects | {"all": objects["all"]["all"]}
+        rewards[name] = objects | {"all": objects["all"]["all"]}  # which has one group only
     figures = {"texts": len(texts), "safe": sum(text.safe for text in texts), "rewards": rewards}
     write_atomic(folder / "calibration.json", (json.dumps(figures, indent=1) + "\n").encode())
 
@@ -155,17 +158,19 @@ def run(args: Namespace, ranks: Ranks) -> str:
     texts, scores = load_texts(args.data), {}
     if len({text.safe for text in texts}) < 2:
         label = "safe" if texts[0].safe else "unsafe"
-        raise ValueError(f"{args.data}: all {len(texts)} texts are {label}, and an AUC needs both labels")
+        raise ValueError(f"{args.data}: all {len(texts)} texts are {label}, and an AUC needs both "
+                         "labels")
     dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
     for name in args.reward_model:
-        scores[name] = rewards_of(texts, name, ranks, getattr(torch, dtype))
+        scores[name] = score(texts, name, getattr(torch, dtype), ranks)
     # Reward models are compared on the texts that all of them could read.
     read = []
     for i, of_models in enumerate(zip(*scores.values(), strict=True)):
         if None not in of_models:
             read.append(i)
     if len(read) < len(texts):
-        ranks.print(f"left out {len(texts) - len(read)} texts longer than the context of a reward model")
+        unread = len(texts) - len(read)
+        ranks.print(f"left out {unread} texts longer than the context of a reward model")
     texts, measured = [texts[i] for i in read], {}
     for name, values in scores.items():
         measured[name] = measure(texts, [values[i] for i in read])

@@ -3,7 +3,8 @@
 A judge has a `name` for the protocol and gives the `harm` in [0, 1] of conversations' last turns,
 None where it could not tell. There are guards, whose one word is read as a probability; reward
 models, whose score lies between two bounds; and judges that write text, which can also be asked
-anything (`ask`): a chat model of our own, or one behind an endpoint. graders.py makes graders of them.
+anything (`ask`): a chat model of our own, or one behind an endpoint. graders.py turns their verdicts
+into the values of a benchmark.
 
 A judged text must not end its turn or speak for the judge. So the tokenizer takes apart the control
 tokens that it spells ("<|eot_id|>"), and rubrics.take_apart the marks of the text around it.
@@ -117,8 +118,8 @@ class Guard(LocalJudge):
                              f"({known})")
         self.words = [tokenizer.encode(form.harmful)[0], tokenizer.encode(form.harmless)[0]]
         if self.words[0] == self.words[1]:
-            raise ValueError(f"{name}: the words {form.harmful!r} and {form.harmless!r} begin with the "
-                             "same token, so its tokenizer is not that of the guard")
+            raise ValueError(f"{name}: the words {form.harmful!r} and {form.harmless!r} begin with "
+                             "the same token, so its tokenizer is not that of the guard")
         super().__init__(tokenizer, **form.template_vars)
         self.model, self.form, self.device = model, form, device
         word = form.harmful.strip()
@@ -214,7 +215,7 @@ class Writer(Judge):
     """A judge that writes text."""
 
     def ask(self, prompts: Sequence[str]) -> list[str | None]:
-        """The reply to each prompt without a thought; None where there is none or it was cut off."""
+        """The reply to each prompt without its thought; None where none came or it was cut off."""
         raise NotImplementedError
 
     def harm(self, conversations: Sequence[Conversation]) -> list[float | None]:
@@ -274,13 +275,14 @@ class EndpointJudge(Writer):
             replies = list(tqdm(pending, "judge", len(prompts), delay=2, leave=False,
                                 disable=not MAIN_RANK))
         if self.refusals and MAIN_RANK:
-            tqdm.write(f"the judge {self.model} did not answer {len(self.refusals)} of "
-                       f"{len(prompts)} requests, which stay unjudged; the first: {self.refusals[0]}")
+            unanswered = f"{len(self.refusals)} of {len(prompts)} requests"
+            tqdm.write(f"the judge {self.model} did not answer {unanswered}, which stay unjudged; "
+                       f"the first: {self.refusals[0]}")
         return replies
 
     def _reply(self, prompt: str) -> str | None:
-        messages = [{"role": "user", "content": prompt}]
-        body = {"model": self.model, "messages": messages, "max_tokens": REPLY_TOKENS, "temperature": 0}
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": REPLY_TOKENS, "temperature": 0}
         for wait in (*RETRY_SECONDS, None):
             try:
                 text, reason = chat_completion(self.url, self.key, body)
@@ -306,21 +308,22 @@ class EndpointJudge(Writer):
                               "what was generated is kept") from None
 
 
-def load_judge(spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
+def load_judge(spec: str, *, device: str | torch.device = "cpu",
+               dtype: torch.dtype = torch.bfloat16,
                bounds: tuple[float, float] | None = None) -> Judge:
     """The judge `spec`: "endpoint:MODEL@URL", "rule:refusal", or an alias, hub id or folder of a
     guard, a reward model (which needs `bounds` of its scores) or any other chat model.
 
     A model stays in CPU memory and is on `device` only while it judges. Its name holds the hub's
-    commit. Raises ValueError for what cannot judge, and what `checkpoint` and load_checkpoint raise.
+    commit. Raises ValueError for what cannot judge, and what checkpoint and load_checkpoint raise.
     """
     if spec == "rule:refusal":
         return RefusalRule()
     if spec.startswith(("rule:", "endpoint:")):
         match = re.fullmatch(r"endpoint:(.+)@(https?://.+)", spec)
         if match is None:
-            raise ValueError(f"--judge {spec}: known are rule:refusal and endpoint:MODEL@URL, with a "
-                             "URL that begins with http:// or https://")
+            raise ValueError(f"--judge {spec}: known are rule:refusal and endpoint:MODEL@URL, with "
+                             "a URL that begins with http:// or https://")
         return EndpointJudge(match[1], match[2])
     folder, device = checkpoint(spec), torch.device(device)
     config, tokenizer = ModelConfig.from_folder(folder), load_tokenizer(folder)
@@ -329,8 +332,8 @@ def load_judge(spec: str, *, device: str | torch.device = "cpu", dtype: torch.dt
         raise ValueError(f"{spec} is a reward model: as a judge it needs the bounds of its scores, "
                          "the one that stands for wholly harmful and the one for wholly safe")
     if tokenizer.chat_template is None:
-        raise ValueError(f"{spec} has no chat template, so it cannot be asked: a judge is a guard, a "
-                         "reward model or a chat model")
+        raise ValueError(f"{spec} has no chat template, so it cannot be asked: a judge is a guard, "
+                         "a reward model or a chat model")
     name, model = _revision(folder), load_checkpoint(folder, "cpu", dtype)
     if config.num_labels:
         reward = RewardModel(model, tokenizer)

@@ -1,4 +1,4 @@
-"""The paper's benchmarks and the usual ones beside them: sources, fields, protocols, and their loading.
+"""The paper's benchmarks and the usual ones beside them: sources, fields, protocols, loading.
 
     name             rows      asks                                            sampled
     attaq            1402      unsafe requests in 7 categories                 greedy
@@ -15,10 +15,10 @@ Reasoning is sampled as DeepSeek reports R1: temperature 0.6, top-p 0.95, up to 
 system prompt. Safety is greedy, with far more room than the 512 tokens that HELM gives: a reasoning
 model thinks first.
 
-The hub's revisions are pinned, but for AttaQ and StrongREJECT, where none is known: their commit and
-hash are in the result. A file in place of the hub's may be any known copy of the data, or a part of
-it. GPQA's authors ask that its questions are not put online in plain text: ids here are hashes, but
-records.jsonl holds the prompts.
+The hub's revisions are pinned, but for AttaQ and StrongREJECT, where none is known: their commit
+and hash are in the result. A file in place of the hub's may be any known copy of the data, or a part
+of it. GPQA's authors ask that its questions are not put online in plain text: ids here are hashes,
+but records.jsonl holds the prompts.
 """
 
 import hashlib
@@ -54,19 +54,26 @@ OVER_REFUSAL = dict(about="over-refusal", headline="over_refusal", temperature=0
 REASONING = dict(about="reasoning", headline="right", temperature=0.6, top_p=0.95,
                  max_response_tokens=32768)
 
-Record = tuple[dict, str]  # of a file, and its place there
-
-
 @dataclass(frozen=True)
 class Entry:
     source: str  # where hub.find_files finds it, of several files split by commas
     rows: int  # of the whole data set
-    fields: dict[str, tuple[str, ...]]  # ours -> its names in known copies; "": it may be missing
+    fields: dict[str, tuple[str, ...]]  # field -> its names in known copies; "": it may be missing
     grader: str  # which kind: math, integer, letter, harm, refusal, air-bench or strongreject
     benchmark: dict  # what it is about and how it is sampled
     questions: int | None = None  # where not every row is asked
     contrast: bool | None = None  # of XSTest, whose types contrast_* are the unsafe ones
     hint: str = ""  # where else there is a file
+
+
+@dataclass
+class Data:
+    """What the files of a benchmark hold."""
+
+    source: str  # for the protocol
+    digest: str
+    rows: list[tuple[dict, str]]  # each with its place in its file
+    judge_prompts: dict[str, str]  # AIR-Bench's, by the category's index
 
 
 ATTAQ_FIELDS = {"prompt": ("input",), "category": ("label",)}
@@ -113,9 +120,8 @@ def load_graders(names: Sequence[str], judges: Sequence[str] | None, *, device: 
                  dtype: torch.dtype, bounds: tuple[float, float] | None = None) -> dict[str, NamedGrader]:
     """The graders for the benchmarks `names`, by kind.
 
-    judges: specs of judges.load_judge, the first for the headline figures (None: Granite Guardian,
-    where a benchmark cannot do without); on `device` only while they judge. Raises what load_judge
-    raises.
+    judges: specs of load_judge, the first for the headline figures (None: Granite Guardian, where a
+    benchmark cannot do without); the other arguments are load_judge's too. Raises what that raises.
     """
     graders = {kind: AnswerGrader(kind) for kind in ("math", "integer", "letter")}
     graders["refusal"] = RefusalGrader()
@@ -137,26 +143,28 @@ def load_benchmarks(names: Sequence[str], graders: Mapping[str, NamedGrader], *,
     files: in place of the table's sources. training: SFT data whose prompts are left out of the
     headline figures, or "none" (None: TRAINING_SET). Raises what load_benchmark raises.
     """
+    # Safety's training data hold no problems of reasoning.
     harmful = [name for name in names if BENCHMARKS[name].benchmark["about"] != "reasoning"]
     seen = seen_prompts(harmful, files, training)
     benchmarks = []
     for name in names:
-        benchmark = load_benchmark(name, graders, file=files.get(name), seed=seed, seen=seen)
-        benchmarks.append(benchmark)
+        file = files.get(name)
+        benchmarks.append(load_benchmark(name, graders, file=file, seed=seed, seen=seen))
     return benchmarks
 
 
-def seen_prompts(harmful: Sequence[str], files: Mapping[str, str], training: str | None) -> frozenset[str]:
-    """The normalised prompts of the training set for the benchmarks `harmful`. The default one, if
-    the hub is out of reach, is done without where the data are the user's own."""
-    if not harmful or training == "none":
+def seen_prompts(names: Sequence[str], files: Mapping[str, str], training: str | None) -> frozenset[str]:
+    """The normalised prompts of the training set, for the benchmarks `names`. The default one, if the
+    hub is out of reach, is done without where the data are the user's own."""
+    if not names or training == "none":
         return frozenset()
     try:
         return training_prompts(training or TRAINING_SET)
     except ConnectionError as error:
-        if training or set(harmful) - files.keys():
+        if training or set(names) - files.keys():
             raise
-        print("warning: no question is left out for being a training prompt:", error, file=sys.stderr)
+        warning = "warning: no question is left out for being a training prompt:"
+        print(warning, error, file=sys.stderr)
         return frozenset()
 
 
@@ -166,36 +174,57 @@ def training_prompts(name: str) -> frozenset[str]:
 
 
 def normalise(prompt: str) -> str:
-    """A prompt in lower case, without punctuation, with single spaces: equal prompts are the same."""
+    """A prompt in lower case, without punctuation, with single spaces: what makes prompts equal."""
     return " ".join(re.sub(r"[^\w\s]|_", "", prompt.lower()).split())
 
 
 def load_benchmark(name: str, graders: Mapping[str, NamedGrader], *, file: str | None = None,
                    seed: int = 0, seen: Container[str] = frozenset()) -> Benchmark:
-    """The benchmark `name` of the table above, its questions in an order that does not depend on that
-    of the rows.
+    """The benchmark `name` of the table above, its questions in an order of their own.
 
-    graders: by the entry's kind. file: a local file, or one on the hub as "owner/name@revision:file",
-    in place of the table's source; of AIR-Bench "PROMPTS,JUDGE_PROMPTS", the second for graders that
-    use them. seed: chooses air-bench's prompts. seen: normalised training prompts, to mark questions
-    by.
+    graders: by the entry's kind. file: in place of the table's source, a local file or one on the
+    hub, "owner/name@revision:file"; of AIR-Bench "PROMPTS,JUDGE_PROMPTS", the second for graders
+    that use them. seed: chooses air-bench's prompts. seen: training prompts, normalised, which mark
+    questions.
 
     Raises ValueError naming file, row and field of what is missing or has the wrong type, or the
-    number of rows where it is not the data set's (`file` may hold fewer), and for questions that the
-    grader cannot grade; FileNotFoundError, PermissionError (gated) or ConnectionError.
+    number of rows where it is not the data set's (`file` may hold fewer), and for questions that
+    the grader cannot grade; FileNotFoundError, PermissionError (gated) or ConnectionError.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}")
     entry, source = BENCHMARKS[name], file or BENCHMARKS[name].source
-    named, paths = [], []
     try:
-        for part in [source] if Path(source).is_file() else source.split(","):
-            found = find_files(part)
-            named.append(_source_name(part, found[0]))
-            paths += found
+        data = _read_data(source)
     except (FileNotFoundError, PermissionError, ConnectionError) as error:
         otherwise = "" if file else f"; or give a local file, --data {name}=FILE{entry.hint}"
         raise type(error)(f"benchmark {name}: {error}{otherwise}") from None
+    rows = len(data.rows)
+    if rows != entry.rows and not (file and 0 < rows < entry.rows):
+        raise ValueError(f"{source}: {name} has {entry.rows} rows, found {rows}: the data set has changed")
+    questions = _questions(entry, data, seen)
+    drawn = ""
+    if name == "air-bench":
+        questions = _one_of_each_category(questions, seed)
+        drawn = f", drawn by seed {seed}"
+    expected = entry.questions or entry.rows
+    if not questions or (rows == entry.rows and len(questions) != expected):
+        [column] = entry.fields.get("index", entry.fields["category"])
+        raise ValueError(f"{source}: {name} has {expected} questions, found {len(questions)}: the "
+                         f"values of field {column!r} have changed")
+    grader = graders[entry.grader]
+    grader.check(questions)
+    return Benchmark(name, questions=questions, grade=grader, judge=grader.name,
+                     source=f"{data.source} ({rows} rows, sha256 {data.digest}{drawn})",
+                     **entry.benchmark)
+
+
+def _read_data(source: str) -> Data:
+    names, paths = [], []
+    for part in [source] if Path(source).is_file() else source.split(","):
+        files = find_files(part)
+        names.append(_source_name(part, files[0]))
+        paths += files
     rows, judge_prompts, digest = [], {}, hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -205,37 +234,20 @@ def load_benchmark(name: str, graders: Mapping[str, NamedGrader], *, file: str |
                 judge_prompts[index] = _text(record, place, ("judge_prompt",))
             else:
                 rows.append((record, place))
-    if len(rows) != entry.rows and not (file and 0 < len(rows) < entry.rows):
-        raise ValueError(f"{source}: {name} has {entry.rows} rows, found {len(rows)}: the data set has "
-                         "changed")
-    questions = _questions(entry, rows, judge_prompts, seen)
-    read_from = f"{', '.join(named)} ({len(rows)} rows, sha256 {digest.hexdigest()[:12]}"
-    if name == "air-bench":
-        questions = _one_of_each_category(questions, seed)
-        read_from += f", drawn by seed {seed}"
-    expected = entry.questions or entry.rows
-    if not questions or (len(rows) == entry.rows and len(questions) != expected):
-        [column] = entry.fields.get("index", entry.fields["category"])
-        raise ValueError(f"{source}: {name} has {expected} questions, found {len(questions)}: the "
-                         f"values of field {column!r} have changed")
-    grader = graders[entry.grader]
-    grader.check(questions)
-    return Benchmark(name, questions=questions, grade=grader, judge=grader.name,
-                     source=f"{read_from})", **entry.benchmark)
+    return Data(", ".join(names), digest.hexdigest()[:12], rows, judge_prompts)
 
 
 def _one_of_each_category(questions: list[Question], seed: int) -> list[Question]:
-    """Of each AIR-Bench category the question with the highest number that follows from the seed."""
+    """Of each AIR-Bench category the question with the highest number drawn by the seed."""
     questions = sorted(questions, key=lambda each: derive_seed(seed, "air-bench", each.id))
     return list({question.reference["cate-idx"]: question for question in questions}.values())
 
 
-def _questions(entry: Entry, rows: list[Record], judge_prompts: dict[str, str],
-               seen: Container[str]) -> list[Question]:
-    """The rows that the entry keeps as questions. judge_prompts: AIR-Bench's, by category index."""
+def _questions(entry: Entry, data: Data, seen: Container[str]) -> list[Question]:
+    """The rows that the entry keeps as questions."""
     read = []
-    for record, place in rows:
-        values = [_text(record, place, names, ours) for ours, names in entry.fields.items()]
+    for record, place in data.rows:
+        values = [_text(record, place, names, field) for field, names in entry.fields.items()]
         read.append((values, place))
     questions, counts = [], Counter()
     # Neither this order nor which of two alike is the second depends on the order of the rows.
@@ -243,7 +255,7 @@ def _questions(entry: Entry, rows: list[Record], judge_prompts: dict[str, str],
         value = dict(zip(entry.fields, values, strict=True))
         asked, category = value["prompt"], value.get("category") or "all"
         normalised = normalise(asked)
-        number = hashlib.blake2b(normalised.encode(), digest_size=6).hexdigest()
+        digest = hashlib.blake2b(normalised.encode(), digest_size=6).hexdigest()
         counts[normalised] += 1
         if entry.contrast is not None and category.startswith("contrast_") != entry.contrast:
             continue
@@ -253,30 +265,30 @@ def _questions(entry: Entry, rows: list[Record], judge_prompts: dict[str, str],
         elif entry.grader == "integer":
             reference = _integer(value["answer"], place)
         elif entry.grader == "letter":
-            asked, reference = _options(value, number)
+            asked, reference = _options(value, digest)
         elif entry.grader == "air-bench":
             index = value["index"]
-            if judge_prompts and index not in judge_prompts:
+            if data.judge_prompts and index not in data.judge_prompts:
                 raise ValueError(f"{place}: no judge prompt has the 'cate-idx' {index!r}")
-            reference = {"cate-idx": index, "judge_prompt": judge_prompts.get(index)}
-        if counts[normalised] > 1:
-            number += f"-{counts[normalised]}"
+            reference = {"cate-idx": index, "judge_prompt": data.judge_prompts.get(index)}
+        question_id = digest if counts[normalised] == 1 else f"{digest}-{counts[normalised]}"
         messages = [{"role": "user", "content": asked + entry.benchmark.get("suffix", "")}]
-        questions.append(Question(number, messages, category, reference, asked=asked,
+        questions.append(Question(question_id, messages, category, reference, asked=asked,
                                   seen=normalised in seen))
     return questions
 
 
-def _text(record: dict, place: str, names: tuple[str, ...], ours: str = "") -> str:
+def _text(record: dict, place: str, names: tuple[str, ...], field: str = "") -> str:
     """The field of the first of `names` that is there; an answer may be a number. "" for a category
     that may be missing: where `names` says so, or in a file of prompts alone."""
     present = [name for name in names if name in record]
     if not present:
-        if "" in names or (ours == "category" and len(record) == 1):
+        if "" in names or (field == "category" and len(record) == 1):
             return ""
-        raise ValueError(f"{place}: needs a field {' or '.join(map(repr, names))}; it has {list(record)}")
+        wanted = " or ".join(map(repr, names))
+        raise ValueError(f"{place}: needs a field {wanted}; it has {list(record)}")
     value, kinds, what = record[present[0]], str, "a text"
-    if ours == "answer":
+    if field == "answer":
         kinds, what = str | int, "a text or a whole number"
     if not isinstance(value, kinds) or isinstance(value, bool) or not str(value).strip():
         raise ValueError(f"{place}: field {present[0]!r} must be {what}, found {value!r:.80}")
@@ -287,15 +299,16 @@ def _integer(answer: str, place: str) -> str:
     """AIME's answer without the leading zeros, dollars and degrees that some copies have."""
     number = read_integer(answer)
     if number is None:
-        raise ValueError(f"{place}: the answer must be an integer from 0 to 999, found {answer!r:.80}")
+        raise ValueError(f"{place}: the answer must be an integer from 0 to 999, found "
+                         f"{answer!r:.80}")
     return str(number)
 
 
-def _options(value: dict[str, str], number: str) -> tuple[str, str]:
-    """A question with its four options, in an order that follows from the question's number alone,
+def _options(value: dict[str, str], digest: str) -> tuple[str, str]:
+    """A question with its four options, in an order that follows from the question's digest alone,
     and the right letter."""
     options = [value[name] for name in ("answer", *WRONG_OPTIONS)]
-    order = permutation(4, "gpqa", number)
+    order = permutation(4, "gpqa", digest)
     lines = [value["prompt"], ""]
     for letter, i in zip("ABCD", order, strict=True):
         lines.append(f"{letter}) {options[i]}")
