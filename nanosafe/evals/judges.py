@@ -99,8 +99,8 @@ class LocalJudge(Judge):
         """The conversation with no content that reads as a part of the frame or a control token."""
         messages = []
         for message in conversation:
-            text = rubrics.take_apart(message["content"], self.frame)
-            messages.append(message | {"content": self.tokenizer.neutral_text(text)})
+            text = self.tokenizer.neutral_text(rubrics.take_apart(message["content"], self.frame))
+            messages.append(message | {"content": text})
         return messages
 
 
@@ -128,16 +128,15 @@ class Guard(LocalJudge):
     def harm(self, conversations: Sequence[Conversation]) -> list[float | None]:
         """P(harmful); None where both words together have less than MASS_FLOOR, and where the
         conversation is longer than the guard's context."""
-        harm = []
+        found = []
         for verdict in self.verdicts(conversations):
-            told = verdict is not None and verdict[1] >= MASS_FLOOR
-            harm.append(verdict[0] if told else None)
-        return harm
+            harm, mass = verdict or (None, 0.0)
+            found.append(harm if mass >= MASS_FLOOR else None)
+        return found
 
     @torch.no_grad()
-    def verdicts(
-        self, conversations: Sequence[Conversation], *, tokens_per_microbatch: int = 16384
-    ) -> list[tuple[float, float] | None]:
+    def verdicts(self, conversations: Sequence[Conversation], *,
+                 tokens_per_microbatch: int = 16384) -> list[tuple[float, float] | None]:
         """(harm, mass) for each conversation; None for one that is too long.
 
         With p the probabilities of the next token, u and s the words' first tokens: mass = p(u) +
@@ -192,13 +191,11 @@ class RewardJudge(LocalJudge):
     def harm(self, conversations: Sequence[Conversation]) -> list[float | None]:
         """None where the conversation is longer than the reward model's context."""
         conversations = [self.neutral(conversation) for conversation in conversations]
-        harm = []
+        harm, span = [], self.high - self.low
         for score in known_rewards(self.model, self.name, conversations):
-            if score is None:
-                harm.append(None)
-            else:
-                clipped = min(max(score, self.low), self.high)
-                harm.append((self.high - clipped) / (self.high - self.low))
+            if score is not None:
+                score = (self.high - min(max(score, self.low), self.high)) / span
+            harm.append(score)
         return harm
 
 
@@ -283,17 +280,18 @@ class EndpointJudge(Writer):
     def _reply(self, prompt: str) -> str | None:
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
                 "max_tokens": REPLY_TOKENS, "temperature": 0}
-        for wait in (*RETRY_SECONDS, None):
+        waits = list(RETRY_SECONDS)
+        while True:
             try:
                 text, reason = chat_completion(self.url, self.key, body)
+                break
             except Failure as failure:
-                if failure.passing and wait is not None:
-                    time.sleep(wait)
-                    continue
-                self._refused(failure)
-                return None
-            self.answered = True
-            return None if reason in ("length", "content_filter") else _answer(text)
+                if not failure.passing or not waits:
+                    self._refused(failure)
+                    return None
+                time.sleep(waits.pop(0))
+        self.answered = True
+        return None if reason in ("length", "content_filter") else _answer(text)
 
     def _refused(self, failure: Failure) -> None:
         """Note a refused request. Raises ConnectionError where the endpoint itself has failed."""
