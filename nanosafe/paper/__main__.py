@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 
 from nanosafe import plan
+from nanosafe.evals.benchmark import slug
 from nanosafe.evals.paper_suite import BENCHMARKS
-from nanosafe.evals.suite import PAPER as PAPER_SUITE
-from nanosafe.evals.suite import slug
+from nanosafe.evals.paper_suite import PAPER as PAPER_SUITE
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.locks import hold
 from nanosafe.io.machine import available_cores
