@@ -27,13 +27,11 @@ from nanosafe.io.hub import INDEX, SINGLE, read_index
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import official
 from nanosafe.parallel import Ranks, own_part, shard, whole
 
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
-# transformers 5's names of some tensors of Granite 4, and those that the files on the hub, and transformers' own, have.
-RENAMED = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight",
-           "router.weight": "router.layer.weight"}  # fmt: skip
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -122,12 +120,6 @@ class StoredTensors(dict[str, Stored]):
         if isinstance(like, DTensor) and self[name].shape == list(like.shape):
             return own_part(file.get_slice(self[name].key).__getitem__, like)
         return file.get_tensor(self[name].key)
-
-
-def official(name: str) -> str:
-    """The name that files on the hub have for a tensor."""
-    layer, found, rest = name.partition(".block_sparse_moe.")
-    return layer + found + RENAMED.get(rest, rest)
 
 
 def _open(path: Path) -> safe_open:
