@@ -29,6 +29,7 @@ from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, reward_accuracy
 from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_model, load_pairs, load_reward, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks, gathered, visiting
 from nanosafe.plan import random_weights
@@ -39,7 +40,6 @@ from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
 from nanosafe.train.optim import Optimizer, cosine_schedule
 from nanosafe.train.packing import (
-    Balance,
     Packed,
     head_logprobs,
     own_microbatches,
@@ -387,7 +387,7 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], denominator: i
         if args.estimator == "reinforce++-baseline" and args.kl_coef:
             loss = loss + args.kl_coef * reinforce.kl_loss(
                 logprobs, batch.ref_logprobs[rows, :T], mask, reduction=args.reduction, denominator=denominator)
-        (loss + balance.add(packed.memory.routing)).backward()
+        (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
     return dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True)) | balance.metrics()
 

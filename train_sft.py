@@ -21,6 +21,7 @@ import torch
 
 from nanosafe import plan
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
@@ -28,7 +29,7 @@ from nanosafe.randomness import shuffled_passes
 from nanosafe.text.data import Document, sft_documents, sft_steps
 from nanosafe.train import cli
 from nanosafe.train.optim import Optimizer, cosine_schedule
-from nanosafe.train.packing import Balance, own_microbatches, pack, response_logprobs
+from nanosafe.train.packing import own_microbatches, pack, response_logprobs
 from nanosafe.train.run_folder import RunFolder
 
 WARMUP_SHARE, FINAL_LR_SHARE, WEIGHT_DECAY = 0.05, 0.0, 1e-4
@@ -114,7 +115,7 @@ def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int, 
     for indices in own_microbatches(batch, tokens_per_microbatch, model.config, ranks):
         packed = pack([batch[i] for i in indices], ranks.device)
         logprobs, entropies = response_logprobs(model, packed)
-        (-logprobs.sum() / tokens + balance.add(packed.memory.routing)).backward()
+        (-logprobs.sum() / tokens + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([-logprobs.detach().double().sum(), entropies.detach().double().sum()])
     loss, entropy = (ranks.sum_(sums) / tokens).tolist()
     return {"sft/loss": loss, "sft/entropy": entropy, "sft/tokens": tokens} | balance.metrics()
