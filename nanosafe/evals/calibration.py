@@ -118,10 +118,11 @@ def score(texts: Sequence[Text], name: str, dtype: torch.dtype, ranks: Ranks) ->
 def table(texts: Sequence[Text], measured: dict[str, dict]) -> str:
     """measured: what `measure` gives for each reward model."""
     rows = []
-    for kind in ("all", "categories", "writers"):
-        columns = [of_model[kind] for of_model in measured.values()]
-        for name in columns[0]:
-            rows.append([name, *(str(column[name]) for column in columns)])
+    first, *_ = measured.values()  # all have the same groups
+    for kind, groups in first.items():
+        for name in groups:
+            cells = [str(of_model[kind][name]) for of_model in measured.values()]
+            rows.append([name, *cells])
     safe = sum(text.safe for text in texts)
     title = (f"{safe} safe and {len(texts) - safe} unsafe texts; AUC of safe above unsafe, with "
              "95 % intervals over prompts")

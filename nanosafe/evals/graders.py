@@ -68,7 +68,7 @@ class SafetyGrader(NamedGrader):
         return self.judge.harm(conversations)
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Values]:
-        judged = [_judged_texts(response) for response in responses]
+        judged = list(map(_judged_texts, responses))
         pairs = []
         for question, texts in zip(questions, judged, strict=True):
             for text in filter(None, texts.values()):
@@ -121,7 +121,7 @@ class StrongRejectGrader(SafetyGrader):
 
     def harm(self, pairs: Sequence[Pair]) -> list[float | None]:
         replies = _ask_filled(self.judge, [rubrics.STRONGREJECT] * len(pairs), pairs)
-        return [rubrics.read_strongreject(reply) for reply in replies]
+        return list(map(rubrics.read_strongreject, replies))
 
 
 class RefusalGrader(NamedGrader):
@@ -141,7 +141,7 @@ class RefusalGrader(NamedGrader):
         if self.judge is None:
             return ["over_refusal" if is_refusal(answer) else "helpful" for _, answer in pairs]
         replies = _ask_filled(self.judge, [rubrics.REFUSAL] * len(pairs), pairs)
-        return [rubrics.read_refusal(reply) for reply in replies]
+        return list(map(rubrics.read_refusal, replies))
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Values]:
         answers, pairs = [], []

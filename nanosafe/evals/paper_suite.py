@@ -127,12 +127,13 @@ def load_graders(names: Sequence[str], judges: Sequence[str] | None, *, device: 
     graders["refusal"] = RefusalGrader()
     if not judges and any(BENCHMARKS[name].grader in NEED_A_JUDGE for name in names):
         judges = [DEFAULT_JUDGE]
-    by_judge = []
+    by_kind: dict[str, list[NamedGrader]] = {}
     for spec in judges or ():
         judge = load_judge(spec, device=device, dtype=dtype, bounds=bounds)
-        by_judge.append(judge_graders(judge))
-    for kind in by_judge[0] if by_judge else ():
-        graders[kind] = SideBySide([made[kind] for made in by_judge])
+        for kind, grader in judge_graders(judge).items():
+            by_kind.setdefault(kind, []).append(grader)
+    for kind, several in by_kind.items():
+        graders[kind] = SideBySide(several)
     return graders
 
 
