@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from nanosafe.io.machine import host_memory
-from nanosafe.kernels.sample import draw, triton
+from nanosafe.kernels import triton
+from nanosafe.kernels.sample import SamplingTensors, draw
 from nanosafe.model.attention import Chunk, KVCache, PagedDecode, Prefill, SlotDecode
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
@@ -88,9 +89,10 @@ class Rows:
 
     def draw(self, logits: Tensor) -> None:
         """Put the tokens drawn from logits [B, V] in place of the last ones."""
-        drawn = draw(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.steps)
-        self.tokens.copy_(drawn[0])
-        self.logprobs.copy_(drawn[1])
+        params = SamplingTensors(self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.steps)
+        tokens, logprobs = draw(logits, params)
+        self.tokens.copy_(tokens)
+        self.logprobs.copy_(logprobs)
         self.positions += 1
         self.steps += 1
 
