@@ -19,7 +19,7 @@ from nanosafe.kernels.cpu_matmul import add_weight_gradient, head_rows, linear_i
 # Every chunk reads and writes the weight's whole gradient, so few large chunks: at least 1,024 rows up to V = 262,144.
 CHUNK_BYTES = 1 << 30
 CUDA_ROWS = 256  # of whose multiples a matrix product on a GPU wastes nothing
-BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache from step to step
+BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache
 TILE = 4096  # logits that a program of the Triton kernels has in registers at a time
 # A log-prob of -inf has p = 0 and adds nothing to an entropy, but 0 * -inf would be NaN. Below -1000 p is 0 as well,
 # even in float64, so clamping there changes no other result.
@@ -71,7 +71,8 @@ class _ChunkedHead(torch.autograd.Function):
             # In bfloat16 every chunk would round the sum of all chunks before it once more.
             grad_weight = torch.zeros_like(weight, dtype=wide(weight))
         for rows, logits in _chunks(hidden, weight, ctx.chunk_bytes):
-            grads = logits.view(weight.dtype)[:, : len(weight)]  # each row in the first part of its own logits
+            # Each row of gradients lies in the first part of its own logits.
+            grads = logits.view(weight.dtype)[:, : len(weight)]
             row_gradients(logits, grads, targets[rows], ctx.temperature, statistics[:, rows], upstream[:, rows])
             if grad_hidden is not None:
                 linear_into(grad_hidden[rows], grads, weight.T)
@@ -84,7 +85,8 @@ class _ChunkedHead(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows of hidden and their logits [n, V], before temperature, in a workspace that the next overwrite."""
-    dtype = wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
+    # Only CUDA has products wider than their factors.
+    dtype = wide(hidden) if hidden.is_cuda else hidden.dtype
     chunk_rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
     if hidden.is_cuda:
         chunk_rows = chunk_rows // CUDA_ROWS * CUDA_ROWS or chunk_rows

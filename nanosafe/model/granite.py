@@ -45,10 +45,9 @@ class Mamba(nn.Module):
         super().__init__()
         shape = self.shape = config.hybrid
         self.layer, inner = layer, shape.mamba_heads * shape.mamba_head_dim
-        self.in_proj = Linear(config.hidden_size, inner + shape.channels + shape.mamba_heads, shape.proj_bias)
-        self.conv1d = nn.Conv1d(
-            shape.channels, shape.channels, shape.conv_size, groups=shape.channels, bias=shape.conv_bias
-        )
+        channels, projected = shape.channels, inner + shape.channels + shape.mamba_heads
+        self.in_proj = Linear(config.hidden_size, projected, shape.proj_bias)
+        self.conv1d = nn.Conv1d(channels, channels, shape.conv_size, groups=channels, bias=shape.conv_bias)
         for name, values in initial_recurrence(shape.mamba_heads).items():
             self.register_parameter(name, nn.Parameter(values))
         self.norm = GatedRMSNorm(inner, shape.groups, config.rms_norm_eps)
@@ -109,7 +108,8 @@ class Experts(nn.Module):
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-        nn.init.normal_(self.weight, std=inputs**-0.5)
+        if not self.weight.is_meta:  # as in Body of decoder.py
+            nn.init.normal_(self.weight, std=inputs**-0.5)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [rows, in], the rows of expert e ending at ends[e] -> [rows, out]."""
@@ -128,7 +128,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.chosen, self.experts = layer, config.hybrid.experts_per_token, config.hybrid.experts
+        self.layer = layer
+        self.chosen, self.experts = config.hybrid.experts_per_token, config.hybrid.experts
         self.router = Router(config)
         self.input_linear = Experts(self.experts, config.hidden_size, 2 * config.intermediate_size)
         self.output_linear = Experts(self.experts, config.intermediate_size, config.hidden_size)

@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from nanosafe.io.fields import EOS, check
@@ -50,7 +49,7 @@ def load_checkpoint(
     if MAIN_RANK and config.rope and config.rope.attn_factor != 1:
         _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
                   "code and vLLM; transformers leaves it out, so its logits differ")  # fmt: skip
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         model = Decoder(config)
     stored = StoredTensors(folder, "model")
     names = _check_tensors(model, stored, folder)
@@ -78,14 +77,6 @@ def load_checkpoint(
 @cache
 def _say_once(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips the embedding's random values: nothing keeps them, and on the meta device they import 2 s of torch."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)
 
 
 class Stored(NamedTuple):
