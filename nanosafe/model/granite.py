@@ -137,11 +137,12 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, state: HybridState) -> Tensor:
         logits = self.router.layer(x).float()  # [N, experts]
         top, experts = logits.topk(self.chosen, dim=-1)  # [N, k]
-        if state.cache is None:
+        if state.cache is None:  # training or scoring: the balance loss will ask
             load = torch.zeros(self.experts, device=x.device)
             load.index_add_(0, experts.flatten(), load.new_ones(experts.numel()))
             state.routing[self.layer] = Routing(load, logits.softmax(-1).sum(0), len(logits))
-        by_expert, order = experts.flatten().sort(stable=True)  # all pairs of token and expert
+        # All pairs of token and expert are sorted by expert, so that each expert has one run of rows.
+        by_expert, order = experts.flatten().sort(stable=True)
         every = torch.arange(self.experts, device=x.device)
         ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)
         # Copies first, then their order: as a gather the gradient would add up a token's parts in any order.

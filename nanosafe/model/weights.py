@@ -61,6 +61,7 @@ def load_checkpoint(
             for name in progress:
                 parameters[name].copy_(stored.read(name, like=parameters[name]))
         return model.eval()
+    # Tensors that stay as they are in the file share one mapping of it.
     tensors, mapped, file = {}, None, None
     for name in progress:
         if stored[name].path != mapped:
@@ -69,7 +70,8 @@ def load_checkpoint(
         tensors[name] = file.get_tensor(stored[name].key)
         if device.type != "cpu" or tensors[name].dtype != dtype:
             tensors[name] = tensors[name].to(device).to(dtype)
-            mapped = None  # the next tensor gets a mapping of its own, and the pages just read go with this one
+            # The next tensor gets a mapping of its own, and the pages just read go with this one.
+            mapped = None
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -187,7 +189,8 @@ def save_model(
     folder, dtype = Path(folder), dtype or model.model.embed_tokens.weight.dtype
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     config = dict(model.config.raw)
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers renamed it, and reads both
+    # transformers renamed torch_dtype to dtype, and reads both.
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     generation = generation_config(model.config, tokenizer)
     with staged(folder, writes) as new:
