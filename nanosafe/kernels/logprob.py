@@ -73,7 +73,9 @@ class _ChunkedHead(torch.autograd.Function):
         for rows, logits in _chunks(hidden, weight, ctx.chunk_bytes):
             # Each row of gradients lies in the first part of its own logits.
             grads = logits.view(weight.dtype)[:, : len(weight)]
-            row_gradients(logits, grads, targets[rows], ctx.temperature, statistics[:, rows], upstream[:, rows])
+            row_gradients(
+                logits, grads, targets[rows], ctx.temperature, statistics[:, rows], upstream[:, rows]
+            )
             if grad_hidden is not None:
                 linear_into(grad_hidden[rows], grads, weight.T)
             if grad_weight is not None:
@@ -174,8 +176,9 @@ def triton_row_gradients(
 ) -> None:
     """`plain_row_gradients`."""
     _row_gradients[(len(logits),)](
-        logits, grads, targets, temperature, statistics, statistics.stride(0), upstream, upstream.stride(0),
-        logits.shape[1], grads.stride(0), TILE=TILE, LOWEST=LOWEST, num_warps=8,
+        logits, grads, targets, temperature, statistics, statistics.stride(0),
+        upstream, upstream.stride(0), logits.shape[1], grads.stride(0),
+        TILE=TILE, LOWEST=LOWEST, num_warps=8,
     )  # fmt: skip
 
 
@@ -189,7 +192,8 @@ if triton is not None:
         and `weighted`, per place in a tile, sum exp(z - peak) and (z - peak) exp(z - peak) for the largest z so far."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * V
-        peak = tl.full((), -3.4028234663852886e38, tl.float32)  # finite, for a tile may hold nothing but -inf
+        # Finite, for a tile may hold nothing but -inf.
+        peak = tl.full((), -3.4028234663852886e38, tl.float32)
         total, weighted = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
         for start in range(0, V, TILE):
             z = _load_tile(logits, start, V, temperature, TILE)[1]
@@ -211,8 +215,8 @@ if triton is not None:
 
     @triton.jit
     def _row_gradients(
-        logits, grads, targets, temperature, statistics, column_stride, upstream, upstream_stride, V, grad_stride,
-        TILE: tl.constexpr, LOWEST: tl.constexpr,
+        logits, grads, targets, temperature, statistics, column_stride, upstream, upstream_stride,
+        V, grad_stride, TILE: tl.constexpr, LOWEST: tl.constexpr,
     ):  # fmt: skip
         """Program r overwrites row r. Gradients of half the width take half its bytes, from the start of the row on, so
         that a tile of them lands where this tile or an earlier one of logits has been read."""

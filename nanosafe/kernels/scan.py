@@ -158,7 +158,8 @@ def within(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tens
     """
     u = (x * dt[..., None]).unflatten(2, (B.shape[2], -1))  # [chunks, L, G, H / G, P]
     # Sums of log-decays reach thousands where their differences are what counts: in float32 those would be rounded.
-    logs = (dt * A).double().cumsum(1).unflatten(2, (B.shape[2], -1)).permute(0, 2, 3, 1)  # [chunks, G, H / G, L]
+    logs = (dt * A).double().cumsum(1).unflatten(2, (B.shape[2], -1))
+    logs = logs.permute(0, 2, 3, 1)  # [chunks, G, H / G, L]
     # Token l sees token m <= l, decayed by all the steps between.
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
     decays = (logs[..., :, None] - logs[..., None, :]).float().masked_fill(future, -torch.inf).exp()
@@ -181,17 +182,20 @@ def scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Te
 
     states [slots, H, P, S] float32, changed in place: sequence i has the one in slots[i]. Returns y [N, H, P], float32.
     """
-    step = triton_scan_step if triton is not None and (x.is_cuda or INTERPRETED) else plain_scan_step
-    return step(x, dt, A, B, C, states, slots)
+    if triton is not None and (x.is_cuda or INTERPRETED):
+        return triton_scan_step(x, dt, A, B, C, states, slots)
+    return plain_scan_step(x, dt, A, B, C, states, slots)
 
 
 def plain_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     """`scan_step` on a copy of the states."""
-    B, C = (t.float().repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (B, C))  # [N, H, S]
-    now = states.index_select(0, slots).mul_((dt * A).exp()[..., None, None])
-    now.addcmul_((x * dt[..., None])[..., None], B[:, :, None])
-    states.index_copy_(0, slots, now)
-    return torch.matmul(now, C[..., None])[..., 0]
+    group = x.shape[1] // B.shape[1]
+    B = B.float().repeat_interleave(group, dim=1)  # [N, H, S]
+    C = C.float().repeat_interleave(group, dim=1)
+    state = states.index_select(0, slots).mul_((dt * A).exp()[..., None, None])
+    state.addcmul_((x * dt[..., None])[..., None], B[:, :, None])
+    states.index_copy_(0, slots, state)
+    return torch.matmul(state, C[..., None])[..., 0]
 
 
 def triton_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor) -> Tensor:
@@ -200,7 +204,8 @@ def triton_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sta
     assert states.is_contiguous() and states.dtype == torch.float32
     y = torch.empty(N, H, P, dtype=torch.float32, device=x.device)
     _step[N, H](
-        x.contiguous(), dt.contiguous(), A.contiguous(), B.contiguous(), C.contiguous(), states, slots.contiguous(), y,
+        x.contiguous(), dt.contiguous(), A.contiguous(), B.contiguous(), C.contiguous(),
+        states, slots.contiguous(), y,
         GROUP=H // G, P=P, S=S, ROWS=triton.next_power_of_2(P), COLUMNS=triton.next_power_of_2(S), num_warps=4,
     )
     return y

@@ -90,7 +90,8 @@ class ModelConfig:
 
         Raises FileNotFoundError, or ValueError naming the file and the field that cannot be computed exactly.
         """
-        path, generation_path = Path(folder) / "config.json", Path(folder) / "generation_config.json"
+        path = Path(folder) / "config.json"
+        generation_path = path.with_name("generation_config.json")
         raw = read_json(path)
         generation = read_json(generation_path) if os.path.lexists(generation_path) else None
         return cls.from_dict(raw, generation, source=str(path))
@@ -112,7 +113,8 @@ class ModelConfig:
             raise wrong(source, "model_type", raw["model_type"], meaning)
         is_hybrid, is_granite = family == "granitemoehybrid", family.startswith("granite")
         fields = check(raw, CONFIG | (HYBRID if is_hybrid else DENSE), source)
-        sampling = check(generation or {}, GENERATION, Path(source).with_name("generation_config.json"))
+        generation_source = Path(source).with_name("generation_config.json")
+        sampling = check(generation or {}, GENERATION, generation_source)
         hybrid = None
         if is_hybrid:
             hybrid = read_hybrid(fields, source)
