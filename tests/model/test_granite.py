@@ -427,7 +427,7 @@ def test_every_tensor_and_multiplier_matters(pair):
         tensor.copy_(kept)
 
 
-# One changed value for each field of config.json that transformers' class reads, beside those of test_model.py.
+# One changed value for each field of config.json that transformers' class reads, beside those of test_config.py.
 ALTERED = dict(
     vocab_size=89, hidden_size=48, intermediate_size=40, shared_intermediate_size=16, num_attention_heads=8,
     num_key_value_heads=1, head_dim=4, hidden_act="gelu", rms_norm_eps=0.3, tie_word_embeddings=False,
