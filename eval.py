@@ -342,7 +342,7 @@ class Evaluation:
             values = memorization(self.model, part, self.args.tokens_per_microbatch)
             return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
-        measured = self.ranks.spread(documents, scores)
+        measured = self.ranks.split_work(documents, scores)
         items = {metric: {str(i): row[metric] for i, row in enumerate(measured)} for metric in measured[0]}
         return {"about": "memorization", "data": self.args.memorization, "items": items,
                 "metrics": {metric: over_items(v.values())._asdict() for metric, v in items.items()}}  # fmt: skip

@@ -168,7 +168,7 @@ def score(texts: Sequence[Text], reward: Callable, name: str, ranks: Ranks) -> l
         conversations = [conversation(text.prompt, text.response, opened_thought=False) for text in part]
         return known_rewards(reward, name, conversations) if part else []
 
-    return ranks.spread(texts, work, cost=lambda text: len(text.response) + 1)
+    return ranks.split_work(texts, work, cost=lambda text: len(text.response) + 1)
 
 
 def table(texts: Sequence[Text], measured: dict[str, dict], agreement: dict[str, dict]) -> str:

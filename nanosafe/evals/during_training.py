@@ -131,6 +131,6 @@ def reward_accuracy(reward: Reward, pairs: Sequence[Pair], ranks: Ranks,
         return [(pair.category, float(a > b)) for pair, a, b in zip(part, scores[::2], scores[1::2], strict=True)
                 if a is not None and b is not None]  # fmt: skip
 
-    right = ranks.spread(pairs, prefers_chosen, cost=lambda pair: len(pair.chosen) + len(pair.rejected))
+    right = ranks.split_work(pairs, prefers_chosen, cost=lambda pair: len(pair.chosen) + len(pair.rejected))
     names = ["all", *sorted({category for category, _ in right if category})]
     return {name: over_items([value for category, value in right if name in ("all", category)]) for name in names}

@@ -29,12 +29,13 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import load_checkpoint
 from nanosafe.names import checkpoint, load_tokenizer
-from nanosafe.parallel import visiting
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.text.thoughts import THINK, is_refusal, split_thought
 from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train.offload import on_device
 from nanosafe.train.packing import microbatches
-from nanosafe.train.rewards import Conversation, RewardModel, known_rewards
+from nanosafe.train.reward_model import RewardModel
+from nanosafe.train.rewards import Conversation, known_rewards
 
 MASS_FLOOR = 0.5  # of both verdict words together: below it the guard was about to write something else
 VERDICT_DATE = "2025-01-01"  # Granite's and Llama 3.2's templates write one
@@ -109,7 +110,7 @@ class Guard:
         limit, found = self.model.config.max_position_embeddings, [None] * len(documents)
         order = sorted((i for i, ids in enumerate(documents) if len(ids) <= limit), key=lambda i: len(documents[i]))
         batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
-        with visiting(self.model, self.device):
+        with on_device(self.model, self.device):
             for batch in tqdm(batches, "guard", delay=2, leave=False, disable=not MAIN_RANK):
                 rows = [order[i] for i in batch]
                 for row, pair in zip(rows, self.forward([documents[i] for i in rows]).tolist(), strict=True):
@@ -195,7 +196,7 @@ class ChatJudge(Writer):
         rows, replies = [i for i in range(len(prompts)) if room[i] > 0], [None] * len(prompts)
         params = [SamplingParams(temperature=0, max_new_tokens=min(REPLY_TOKENS, room[i]),
                                  stop_token_ids=self.tokenizer.eos_ids) for i in rows]  # fmt: skip
-        with visiting(self.model, self.device):
+        with on_device(self.model, self.device):
             outputs = generate(self.model, [encoded[i] for i in rows], params)
         for i, [completion] in zip(rows, outputs, strict=True):
             if completion.finish_reason == "stop":
