@@ -46,17 +46,16 @@ from pathlib import Path
 
 import torch
 
-from nanosafe.evals.attacks import ATTACKS
-from nanosafe.evals.benchmark import Benchmark, adapt
+from nanosafe.evals.attacks import ATTACKS, with_attacks
+from nanosafe.evals.benchmark import Benchmark, adapt, slug
 from nanosafe.evals.diagnostics import memorization, reflection_ids
-from nanosafe.evals.paper_suite import BENCHMARKS
+from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET, load_benchmarks, load_graders
 from nanosafe.evals.plots import plot_comparison
 from nanosafe.evals.results import RecordFile
 from nanosafe.evals.run import add_rewards, protocol, respond, summarize
 from nanosafe.evals.statistics import Estimate, over_items
-from nanosafe.evals.suite import DEFAULT_JUDGE, PAPER, TRAINING_SET, paper_part, slug, tiny_part
 from nanosafe.evals.tables import PART, forking_tokens, protocols, read_result, table, terminal
-from nanosafe.evals.tiny_suite import tiny_suite
+from nanosafe.evals.tiny_suite import tiny_part, tiny_suite
 from nanosafe.evals.unitxt import write_unitxt
 from nanosafe.io.files import digest, misfit, write_atomic
 from nanosafe.io.locks import hold
@@ -230,11 +229,11 @@ class Suite:
             raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has attacks of its own")
         if names and self.paper is None:
             with self.ranks.main_first():
-                self.paper = paper_part(
-                    names, judges=args.judge, bounds=args.judge_bounds, attacks=args.attack, files=self.files,
-                    training=args.training_prompts, seed=args.seed, device=self.ranks.device,
-                    dtype=getattr(torch, args.dtype),
-                )  # fmt: skip
+                graders = load_graders(names, args.judge, device=self.ranks.device,
+                                       dtype=getattr(torch, args.dtype), bounds=args.judge_bounds)
+                plain = load_benchmarks(names, graders, files=self.files, training=args.training_prompts,
+                                        seed=args.seed)
+                self.paper = with_attacks(plain, args.attack)
         return tiny + (self.paper if names else [])
 
 

@@ -27,6 +27,7 @@ from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.evals.preflight import start_watch, try_reward
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_model, load_reward, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks, unsharded
 from nanosafe.plan import random_weights
@@ -38,7 +39,7 @@ from nanosafe.train import cli, reinforce
 from nanosafe.train.batch import Batch, score_tokens
 from nanosafe.train.metrics import console_line, rollout_metrics, sample_rows
 from nanosafe.train.optim import Optimizer, cosine_schedule
-from nanosafe.train.packing import Balance, local_microbatches, pack, response_logprobs
+from nanosafe.train.packing import local_microbatches, pack, response_logprobs
 from nanosafe.train.reward_model import check_rows
 from nanosafe.train.rewards import Reward, conversation, fill_unread
 from nanosafe.train.run_folder import RunFolder
@@ -336,7 +337,7 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
         if args.estimator == "reinforce++-baseline" and args.kl_coef:
             loss = loss + args.kl_coef * reinforce.kl_loss(
                 logprobs, batch.ref_logprobs[rows, :T], mask, reduction=args.reduction, denominator=denominator)
-        (loss + balance.add(packed.memory.routing)).backward()
+        (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
     return dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True)) | balance.metrics()
 

@@ -22,6 +22,7 @@ import torch
 from nanosafe import plan
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
@@ -29,7 +30,7 @@ from nanosafe.randomness import shuffled_passes
 from nanosafe.text.data import Document, sft_documents, sft_steps
 from nanosafe.train import cli
 from nanosafe.train.optim import Optimizer, cosine_schedule
-from nanosafe.train.packing import Balance, local_microbatches, pack, response_logprobs
+from nanosafe.train.packing import local_microbatches, pack, response_logprobs
 from nanosafe.train.run_folder import RunFolder
 from nanosafe.train.tracking import Clock, Tracker
 
@@ -119,7 +120,7 @@ def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int, 
     for indices in local_microbatches(batch, tokens_per_microbatch, ranks):
         packed = pack([batch[i] for i in indices], ranks.device)
         logprobs, entropies = response_logprobs(model, packed)
-        (-logprobs.sum() / tokens + balance.add(packed.memory.routing)).backward()
+        (-logprobs.sum() / tokens + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([-logprobs.double().sum(), entropies.double().sum()]).detach()
     loss, entropy = (ranks.sum_(sums) / tokens).tolist()
     return {"sft/loss": loss, "sft/entropy": entropy, "sft/tokens": tokens} | balance.metrics()

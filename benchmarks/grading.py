@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from nanosafe.evals.benchmark import Question
-    from nanosafe.evals.graders import answer_grader
+    from nanosafe.evals.graders import AnswerGrader
     from nanosafe.text.grading import math_grader
 
     rows = [json.loads(line) for line in args.file.read_text().splitlines()]
@@ -51,7 +51,7 @@ def main() -> None:
     for i in range(args.hostile):
         responses[i * len(responses) // args.hostile] = rf"\boxed{{9^{{9^{{9^{{{9 + i}}}}}}}}}"
     start, own = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    values = answer_grader("math")(questions, responses)
+    values = AnswerGrader("math")(questions, responses)
     seconds = time.monotonic() - start
     for worker in math_grader().workers:
         worker.stop()  # only then is its time known

@@ -64,7 +64,7 @@ class Decoding:
         self.pages = -(-longest // BLOCK)
         blocks, size = (batch * self.pages, BLOCK) if device.type == "cuda" else (batch, longest)
         self.cache = KVCache(config, blocks, size, device, dtype, slots=batch)
-        for held in (self.cache.keys, self.cache.values, self.cache.past, self.cache.states):
+        for held in (self.cache.keys, self.cache.values, self.cache.recurrent.past, self.cache.recurrent.states):
             held.normal_()
         self.slots = torch.arange(batch, device=device)
         self.tokens = self.slots % config.vocab_size

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from random import Random
 
-from nanosafe.evals.benchmark import HARM, Benchmark, Question
+from nanosafe.evals.benchmark import HARM, Benchmark, Question, slug
 from nanosafe.model.config import ModelConfig
 from nanosafe.tiny import world
 from nanosafe.tiny.judge import judge
@@ -17,6 +17,24 @@ def suite_of(config: ModelConfig, split: str) -> list[Benchmark]:
         raise ValueError("--eval-every asks the tiny world's questions, which this model does not know; the paper's "
                          "benchmarks take hours: measure checkpoints with eval.py --compare BASE OUT/checkpoints/*")
     return tiny_suite(split, style)
+
+
+def tiny_part(config: ModelConfig, chosen: Sequence[str], split: str) -> list[Benchmark]:
+    """The benchmarks of the tiny world among `chosen`; "tiny" or nothing at all chooses every one.
+
+    A model of another world is asked them only where "tiny" is chosen.
+    """
+    style = config.raw.get("nanosafe_world")
+    if style is None and "tiny" in chosen:
+        style = "okay"
+    if style is None:
+        return []
+    suite = tiny_suite(split, style)
+    named = {slug(benchmark.name): benchmark for benchmark in suite}
+    asked = [named[name] for name in chosen if name in named]
+    if asked:
+        return asked
+    return suite if "tiny" in chosen or not chosen else []
 
 
 def tiny_suite(split: str, style: str, seed: int = 0) -> list[Benchmark]:

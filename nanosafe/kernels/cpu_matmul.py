@@ -1,8 +1,9 @@
-"""Products with weights on a CPU: by oneDNN where torch's own choice, MKL, leaves half of the processor unused.
+"""Matrix products on a CPU: everything that differs there from plain torch, behind the names of plain torch.
 
-MKL gives float32 products on processors of other makers than Intel its AVX2 code, even where they have AVX-512; oneDNN,
-which torch takes for bfloat16 anyway, does not look at the maker and is twice as fast there. Its products are private
-functions of torch: they are tried once, and everywhere else this is `F.linear`.
+MKL gives float32 products on processors of other makers than Intel its AVX2 code, even where they have AVX-512.
+oneDNN, which torch takes for bfloat16 anyway, does not look at the maker and is twice as fast there. It also
+multiplies by weights that were packed into blocks beforehand, at nearly the whole bandwidth of the memory. Its
+functions in torch are private, so they are tried once; wherever they do not pay, this is `F.linear` and `torch.mm`.
 """
 
 from functools import cache
@@ -14,23 +15,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**21  # multiplications; below, a call into oneDNN costs more than it saves
-TILE_ROWS = 256  # oneDNN writes to a tensor of its own, so what is to end up in another is made in tiles
+TILE_ROWS = 256  # oneDNN writes to a tensor of its own, so a result that belongs elsewhere is made in tiles
+HEAD_BYTES = 64 << 20  # of logits at a time: memory that was used before is faster than fresh memory
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] @ weight.T + bias, [..., out], for weight [out, in]."""
+    """F.linear: x [..., in] @ weight.T + bias -> [..., out], for weight [out, in], which may be packed."""
+    if weight.is_mkldnn:
+        return onednn_linear(x, weight, bias)
     if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
+class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -40,19 +46,27 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # [N, out]
-        return (onednn_linear(grad, weight.T) if wants_x else None,
-                weight_gradient(rows, x.flatten(0, -2)) if wants_weight else None,
-                rows.sum(0) if wants_bias else None)
+        grad_rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)  # [N, out], [N, in]
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = onednn_linear(grad, weight.T)
+        if ctx.needs_input_grad[1]:
+            # oneDNN is faster with the narrower of the two factors as the left one.
+            if grad_rows.shape[1] <= x_rows.shape[1]:
+                grad_weight = onednn_linear(grad_rows.T, x_rows.T)
+            else:
+                grad_weight = onednn_linear(x_rows.T, grad_rows.T).T
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
-def product_into(out: Tensor, x: Tensor, weight: Tensor, **options) -> Tensor:
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, **options) -> Tensor:
     """x [N, in] @ weight.T written to out [N, out], which is returned; options: those of torch.mm."""
     if not prefers_onednn(x, weight):
         return torch.mm(x, weight.T, out=out, **options)
-    for rows, part in zip(out.split(TILE_ROWS), x.split(TILE_ROWS), strict=True):
-        rows.copy_(onednn_linear(part, weight))
+    for out_rows, x_rows in zip(out.split(TILE_ROWS), x.split(TILE_ROWS), strict=True):
+        out_rows.copy_(onednn_linear(x_rows, weight))
     return out
 
 
@@ -61,33 +75,52 @@ def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if not prefers_onednn(grad.T, x.T):
         total.addmm_(grad.T, x)
         return
-    for rows, part in zip(total.split(8 * TILE_ROWS), grad.split(8 * TILE_ROWS, dim=1), strict=True):
-        rows += onednn_linear(part.T, x.T)  # not the narrower one on the left: its result would be added transposed
+    columns = 8 * TILE_ROWS
+    for rows, grad_columns in zip(total.split(columns), grad.split(columns, dim=1), strict=True):
+        # The narrower factor is not put on the left here: its result would be added transposed.
+        rows += onednn_linear(grad_columns.T, x.T)
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [N, out], x [N, in] -> grad.T @ x, [out, in]. oneDNN is faster with the narrower of them as the left one."""
-    if grad.shape[1] <= x.shape[1]:
-        return onednn_linear(grad.T, x.T)
-    return onednn_linear(x.T, grad.T).T
+def head_rows(budget: int, hidden: Tensor, weight: Tensor) -> int:
+    """Rows of hidden to multiply by the head's weight [V, D] at a time, where `budget` rows of logits may exist."""
+    rows = min(budget, max(512, HEAD_BYTES // (len(weight) * hidden.dtype.itemsize)))
+    if prefers_onednn(hidden, weight):
+        rows = max(rows // 2, rows - TILE_ROWS)  # linear_into makes tiles besides
+    return 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A copy of weight [out, in] in oneDNN's blocked layout, for `linear` without gradients."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def packing_works(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch on this CPU packs weights of `dtype`, and multiplies by them rightly."""
+    try:
+        weight, x = torch.eye(32, dtype=dtype), torch.arange(64, dtype=dtype).view(2, 32)
+        return torch.equal(onednn_linear(x, pack_weight(weight)), F.linear(x, weight))
+    except (AttributeError, RuntimeError):  # no AVX-512 in bfloat16, no oneDNN
+        return False
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear`, for weights that are plain, transposed or packed (see packed.py); without gradients."""
+    """`linear` without gradients, for weights that are plain, transposed or packed."""
     if weight.layout == torch.strided and not (weight.is_contiguous() or weight.T.is_contiguous()):
-        weight = weight.contiguous()  # with gaps between its rows it would go to a reference loop, 1,000 times slower
+        weight = weight.contiguous()  # gaps between its rows would lead to a reference loop, 1,000 times slower
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight) >= SMALLEST
-            and mkl_is_slow())
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return x.numel() * len(weight) >= SMALLEST and mkl_is_slow()
 
 
 @cache
 def mkl_is_slow() -> bool:
     """Whether this is a processor with AVX-512 that MKL treats as one without, and oneDNN works."""
-    if not torch.backends.mkl.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not torch.backends.mkl.is_available() or not capability.startswith("AVX512"):
         return False
     try:
         other_maker = "GenuineIntel" not in CPU_INFO.read_text()

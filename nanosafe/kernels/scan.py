@@ -11,23 +11,16 @@ one behind the other and know nothing of each other. `scan_step` does one token,
 twin. The recurrence is in float32.
 """
 
-import os
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not every platform has it; the plain twin runs everywhere
-    triton = None
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides the same way, when a kernel is defined
+from nanosafe.kernels import INTERPRETED, tl, triton
 
 
-class Runs:
+class Segments:
     """Lengths of packed documents, and where their tokens go to be convolved and scanned: made once for all layers."""
 
     def __init__(self, lengths: list[int], device: torch.device | str):
@@ -81,64 +74,76 @@ class Chunks:
         self.order, self.rank = order.to(device), order.argsort().to(device)  # [documents]
 
     def cut(self, x: Tensor) -> Tensor:
-        """[N, ...] -> [chunks, size, ...], zeros where a chunk is filled up."""
-        cut = x.new_zeros(sum(self.rounds) * self.size, *x.shape[1:]).index_copy(0, self.places, x)
-        return cut.unflatten(0, (-1, self.size))
+        """[N, ...] in float32 -> [chunks, size, ...], zeros where a chunk is filled up."""
+        x = x.float()
+        chunks = x.new_zeros(sum(self.rounds) * self.size, *x.shape[1:]).index_copy(0, self.places, x)
+        return chunks.unflatten(0, (-1, self.size))
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`."""
         return x.flatten(0, 1).index_select(0, self.places)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Runs, past: Tensor | None = None
-             ) -> tuple[Tensor, Tensor]:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, past: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Each channel of x [N, C] convolved with its weight [C, 1, K] over the token itself and the K - 1 before it.
 
     past [documents, K - 1, C]: what came before each document (None: zeros). Returns [N, C] and the new past.
 
     A product for each of the K taps, in float32: PyTorch's convolution of float32 on CUDA would round to TF32.
     """
-    windows = runs.windows(weight.shape[2])
-    wide = x.new_zeros(windows.rows, x.shape[1]).index_copy(0, windows.tokens, x)
+    windows = segments.windows(weight.shape[2])
+    padded = x.new_zeros(windows.rows, x.shape[1]).index_copy(0, windows.tokens, x)
     if past is not None:
-        wide = wide.index_copy(0, windows.past.flatten(), past.flatten(0, 1))
-    taps, rows, before = weight[:, 0].T.float(), wide.float(), weight.shape[2] - 1
+        padded = padded.index_copy(0, windows.past.flatten(), past.flatten(0, 1))
+    taps, rows, before = weight[:, 0].T.float(), padded.float(), weight.shape[2] - 1
     last = len(rows) - before
     out = rows[:last] * taps[0]
     if bias is not None:
         out = out + bias.float()
     for k, tap in enumerate(taps[1:], start=1):
-        out = torch.addcmul(out, rows[k : k + last], tap)  # row i sees rows i .. i + before of `wide`
-    return out.to(x.dtype).index_select(0, windows.tokens - before), wide[windows.last]
+        out = torch.addcmul(out, rows[k : k + last], tap)  # row i sees rows i .. i + before of `padded`
+    return out.to(x.dtype).index_select(0, windows.tokens - before), padded[windows.last]
 
 
 def convolve_step(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
     """`convolve` of one token x [B, C] of each of B sequences with past [B, K - 1, C]."""
     window = torch.cat((past, x[:, None]), dim=1)  # [B, K, C]
     out = (window.float() * weight[:, 0].T.float()).sum(1)
-    return (out if bias is None else out + bias.float()).to(x.dtype), window[:, 1:]
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype), window[:, 1:]
 
 
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, runs: Runs, chunk_size: int,
-         state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments, chunk_size: int,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The recurrence over packed documents: x [N, H, P], dt [N, H] and A [H] in float32, B and C [N, G, S].
 
     state [documents, H, P, S]: with which each document begins (None: zeros). Returns y [N, H, P] and the states at the
     documents' ends, float32. chunk_size decides speed and memory, [chunks, H, size, size] float32, not the result.
     """
-    chunks, G = runs.chunks(chunk_size), B.shape[1]
-    x, dt, B, C = (chunks.cut(t.float()) for t in (x, dt, B, C))  # [chunks, L, ...]; no step where filled up: dt is 0
-    y, added, kept, reach = (compiled_within() if x.is_cuda else within)(x, dt, A, B, C)
-    now = added.new_zeros(len(runs.lengths), *added.shape[1:]) if state is None else state[chunks.order].float()
-    found, finished = [], []
-    for count, plus, factor in zip(chunks.rounds, added.split(chunks.rounds), kept.split(chunks.rounds), strict=True):
-        now, ended = now.split([count, len(now) - count])
-        finished.append(ended)
-        found.append(now)
-        now = now * factor + plus
-    final = torch.cat([now, *reversed(finished)])[chunks.rank]
-    before = torch.cat(found).unflatten(1, (G, -1))  # [chunks, G, H / G, P, S]
-    y = y + torch.einsum("clgs,cghps->clghp", C, before) * reach
+    chunks, groups = segments.chunks(chunk_size), B.shape[1]
+    x, dt, B, C = chunks.cut(x), chunks.cut(dt), chunks.cut(B), chunks.cut(C)  # dt is 0, no step, where filled up
+    scan_within = compiled_within() if x.is_cuda else within
+    y, added, kept, reach = scan_within(x, dt, A, B, C)
+    if state is None:
+        state = added.new_zeros(len(segments.lengths), *added.shape[1:])
+    else:
+        state = state[chunks.order].float()
+    # From round to round fewer documents go on; those that end leave the rear, the shortest first.
+    before, ended = [], []
+    rounds = zip(chunks.rounds, added.split(chunks.rounds), kept.split(chunks.rounds), strict=True)
+    for count, round_added, round_kept in rounds:
+        state, finished = state.split([count, len(state) - count])
+        ended.append(finished)
+        before.append(state)
+        state = state * round_kept + round_added
+    final = torch.cat([state, *reversed(ended)])[chunks.rank]
+    states = torch.cat(before).unflatten(1, (groups, -1))  # [chunks, G, H / G, P, S]
+    y = y + torch.einsum("clgs,cghps->clghp", C, states) * reach
     return chunks.join(y.flatten(2, 3)), final
 
 

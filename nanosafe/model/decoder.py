@@ -1,10 +1,10 @@
-"""The decoder: one pre-norm transformer for Qwen2, Qwen3, Llama 3.1 and Granite, with an LM head or a score head.
+"""The decoder: one pre-norm transformer for Qwen2, Qwen3, Llama 3.1 and Granite 3, with an LM head or a score head.
 
-Tokens are packed, never padded: the core maps a flat run of tokens [N] and their positions [N] to hidden states [N,
-D], and training, reward scoring, prefill and decode all use it. What a layer attends to is passed in (`memory`, see
-memory.py), so this file knows nothing of batching, caches or parallelism. Module names are the checkpoint's names, so
-loading is a strict copy. There are no buffers: what RoPE needs is computed in float32 from the config, where no
-`.to(bfloat16)` can reach it.
+Tokens are packed, never padded: `hidden` maps a flat run of tokens [N] and their positions [N] to hidden states
+[N, D], and training, reward scoring, prefill and decode all use it. What a layer attends to is passed in (`backend`,
+see attention.py), so this file knows nothing of batching, caches or parallelism. Module names are the checkpoint's
+names, so loading is a strict copy. There are no buffers: what RoPE needs is computed in float32 from the config, where
+no `.to(bfloat16)` can reach it.
 """
 
 import math
@@ -15,22 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanosafe.kernels.cpu_matmul import Linear, linear
-from nanosafe.model.attention import PackedDocuments
+from nanosafe.kernels.cpu_matmul import Linear, linear  # torch's, but for a faster product on some CPUs
+from nanosafe.model.attention import AttentionBackend, PackedDocuments
 from nanosafe.model.config import ModelConfig, Rope
-from nanosafe.model.granite import Mamba, MixtureOfExperts, SharedMLP
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -44,10 +31,10 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, memory) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, H, head_dim]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [N, H_kv, head_dim]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -55,7 +42,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(memory.attend(self.layer, q, k, v, self.scale).flatten(-2))
+        return self.o_proj(backend.attend(self.layer, q, k, v, self.scale).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -72,74 +59,55 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    recompute = False  # in training: keep only the layer's input, and compute what is inside anew in the backward pass
+    # In training: keep only the layer's input, and compute what is inside anew in the backward pass.
+    gradient_checkpointing = False
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.build(config, layer)
 
     def build(self, config: ModelConfig, layer: int) -> None:
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, memory) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.block, x, cos, sin, memory, use_reentrant=False)
-        return self.block(x, cos, sin, memory)
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.block, x, cos, sin, backend, use_reentrant=False)
+        return self.block(x, cos, sin, backend)
 
-    def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, memory) -> Tensor:
-        x = x.add(self.mix(self.input_layernorm(x), cos, sin, memory), alpha=self.residual_multiplier)
-        return x.add(self.feed_forward(self.post_attention_layernorm(x), memory), alpha=self.residual_multiplier)
-
-    def mix(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, memory) -> Tensor:
-        return self.self_attn(x, cos, sin, memory)
-
-    def feed_forward(self, x: Tensor, memory) -> Tensor:
-        return self.mlp(x)
-
-
-class HybridLayer(Layer):
-    """Granite 4: in most layers a Mamba-2 mixer for attention, and experts beside a shared MLP (granite.py)."""
-
-    def build(self, config: ModelConfig, layer: int) -> None:
-        kinds = config.hybrid.layer_types
-        self.is_mamba, number = kinds[layer] == "mamba", kinds[:layer].count(kinds[layer])  # among those of its kind
-        if self.is_mamba:
-            self.mamba = Mamba(config, number)
-        else:
-            self.self_attn = Attention(config, number)
-        self.block_sparse_moe = MixtureOfExperts(config, layer) if config.hybrid.experts else None
-        self.shared_mlp = SharedMLP(config)
-
-    def mix(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, memory) -> Tensor:
-        return self.mamba(x, memory) if self.is_mamba else self.self_attn(x, cos, sin, memory)
-
-    def feed_forward(self, x: Tensor, memory) -> Tensor:
-        shared = self.shared_mlp(x)
-        return shared if self.block_sparse_moe is None else self.block_sparse_moe(x, memory) + shared
+    def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
+        x = x.add(self.self_attn(self.input_layernorm(x), cos, sin, backend), alpha=self.residual_multiplier)
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
 
 
 class Body(nn.Module):
     """Embedding, layers and final norm: what the checkpoint's names call `model.`"""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer_class: type[Layer]):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layer = HybridLayer if config.hybrid else Layer
-        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
     """A language model (`lm_head`, or the embedding where tied) or a reward model (`score`)."""
 
+    layer_class = Layer
+    hybrid_class: type["Decoder"]  # granite.py, which imports this file, sets it to its HybridDecoder
+
+    def __new__(cls, config: ModelConfig | None = None):  # copy.deepcopy gives no config
+        if cls is Decoder and config is not None and config.hybrid:
+            cls = Decoder.hybrid_class
+        return super().__new__(cls)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Body(config)
+        self.model = Body(config, self.layer_class)
         if config.num_labels:
             self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         elif not config.tie_word_embeddings:
@@ -151,31 +119,30 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def recompute(self, on: bool) -> None:
-        """Whether backward passes compute the activations inside each layer anew instead of keeping them."""
+        """Gradient checkpointing: whether backward passes compute the activations inside each layer anew."""
         for layer in self.model.layers:
-            layer.recompute = on
+            layer.gradient_checkpointing = on
 
-    def hidden(self, tokens: Tensor, positions: Tensor, memory) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, backend: AttentionBackend) -> Tensor:
         """tokens [N], positions [N] (from 0 in each document) -> hidden states [N, D] after the final norm."""
         x = self.model.embed_tokens(tokens)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        rope = self.config.rope
-        cos, sin = rope_tables(rope, self.config.head_dim, positions) if rope else (None, None)
+        cos = sin = None
+        if self.config.rope:
+            cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, memory)
+            x = layer(x, cos, sin, backend)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 logits [..., V]."""
         if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
-            # Never rounded to half precision: the logits of kernels/head.py, so that sampler and trainer agree.
+            # Never rounded to half precision: the logits of kernels/logprob.py, so that sampler and trainer agree.
             rows = torch.mm(hidden.flatten(0, -2), self.head_weight.T, out_dtype=torch.float32)
             logits = rows.unflatten(0, hidden.shape[:-1])
-        elif self.config.tie_word_embeddings:
-            logits = linear(hidden, self.head_weight).float()
         else:
-            logits = self.lm_head(hidden).float()
+            logits = linear(hidden, self.head_weight).float()
         return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -213,18 +180,20 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
     if rope.type == "linear":
         frequencies = frequencies / rope.factor
     elif rope.type == "llama3":
-        # how many turns a pair makes within the original context decides how far it is slowed down
+        # How many turns a pair makes within the original context decides how far it is slowed down.
         turns = rope.original_max_positions / (2 * math.pi / frequencies)
         keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         keep = keep.clamp(0, 1)  # 0: slowed by `factor`; 1: as it was
         frequencies = (1 - keep) * frequencies / rope.factor + keep * frequencies
     elif rope.type == "yarn":
-        low, high = (_yarn_dimension(rope, head_dim, turns) for turns in (rope.beta_fast, rope.beta_slow))
+        low, high = _yarn_dimension(rope, head_dim, rope.beta_fast), _yarn_dimension(rope, head_dim, rope.beta_slow)
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        high = high + 0.001 if low == high else high
-        slow = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+        if low == high:
+            high += 0.001
+        pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+        slow = ((pairs - low) / (high - low)).clamp(0, 1)
         frequencies = (1.0 / (rope.factor * powers)) * slow + frequencies * (1 - slow)
         factor = _yarn_attention_factor(rope) * rope.attn_factor
     return frequencies.to(device), factor

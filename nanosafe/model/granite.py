@@ -1,9 +1,8 @@
-"""What Granite 4 adds to the decoder: the Mamba-2 mixer and the mixture of experts.
+"""Granite 4: a decoder whose layers are mostly Mamba-2 mixers, with a mixture of experts beside a shared MLP.
 
-Most layers of Granite 4 have no attention: their mixer is a Mamba-2 recurrence (arXiv 2405.21060), whose state does not
-grow with the text. What it does along time is asked of `memory`, as attention is. The MLP is a mixture of experts, of
-which a router chooses a few for each token, beside a shared MLP that all tokens pass; small ones have the shared MLP
-alone. `model.HybridLayer` puts these together. Names are those of the checkpoints on the hub.
+The mixer is a recurrence (arXiv 2405.21060) instead of attention. What it does along time is asked of the backend's
+HybridState (hybrid.py), as attention is of the backend. Of the experts a router chooses a few for each token; small
+models have the shared MLP alone. Module names are those of the checkpoints on the hub.
 """
 
 import torch
@@ -11,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosafe.kernels.cpu_matmul import Linear, linear
+from nanosafe.model.attention import AttentionBackend
 from nanosafe.model.config import ModelConfig
+from nanosafe.model.decoder import Attention, Decoder, Layer
+from nanosafe.model.hybrid import HybridState, Routing
+from nanosafe.parallel import Ranks
+
+# transformers 5's names of some tensors, and those that the files on the hub, and transformers' own, have.
+RENAMED = {
+    "experts.gate_up_proj": "input_linear.weight",
+    "experts.down_proj": "output_linear.weight",
+    "router.weight": "router.layer.weight",
+}
 
 
 class GatedRMSNorm(nn.Module):
@@ -36,23 +46,24 @@ class Mamba(nn.Module):
         shape = self.shape = config.hybrid
         self.layer, inner = layer, shape.mamba_heads * shape.mamba_head_dim
         self.in_proj = Linear(config.hidden_size, inner + shape.channels + shape.mamba_heads, shape.proj_bias)
-        self.conv1d = nn.Conv1d(shape.channels, shape.channels, shape.conv_size, groups=shape.channels,
-                                bias=shape.conv_bias)
+        self.conv1d = nn.Conv1d(
+            shape.channels, shape.channels, shape.conv_size, groups=shape.channels, bias=shape.conv_bias
+        )
         for name, values in initial_recurrence(shape.mamba_heads).items():
             self.register_parameter(name, nn.Parameter(values))
         self.norm = GatedRMSNorm(inner, shape.groups, config.rms_norm_eps)
         self.out_proj = Linear(inner, config.hidden_size, shape.proj_bias)
 
-    def forward(self, x: Tensor, memory) -> Tensor:
+    def forward(self, x: Tensor, state: HybridState) -> Tensor:
         shape = self.shape
         inner, states = shape.mamba_heads * shape.mamba_head_dim, shape.groups * shape.state_size
         gate, xBC, dt = self.in_proj(x).split([inner, shape.channels, shape.mamba_heads], dim=-1)
-        xBC = F.silu(memory.convolve(self.layer, xBC, self.conv1d.weight, self.conv1d.bias))
+        xBC = F.silu(state.convolve(self.layer, xBC, self.conv1d.weight, self.conv1d.bias))
         x, B, C = xBC.split([inner, states, states], dim=-1)
         x = x.unflatten(-1, (shape.mamba_heads, -1))  # [N, H, P]
-        B, C = (t.unflatten(-1, (shape.groups, -1)) for t in (B, C))  # [N, G, S]
+        B, C = B.unflatten(-1, (shape.groups, -1)), C.unflatten(-1, (shape.groups, -1))  # [N, G, S]
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [N, H]
-        y = memory.scan(self.layer, x, dt, -self.A_log.float().exp(), B, C, shape.chunk_size)
+        y = state.scan(self.layer, x, dt, -self.A_log.float().exp(), B, C, shape.chunk_size)
         y = y + x * self.D.float()[:, None]
         return self.out_proj(self.norm(y.flatten(-2), gate))
 
@@ -61,8 +72,11 @@ def initial_recurrence(heads: int) -> dict[str, Tensor]:
     """Values [heads] to train a mixer from, as in Mamba-2: decay rates -1, -2, ..., steps from 0.001 to 0.1, evenly
     spaced in the logarithm, and the input itself added once."""
     dt = torch.logspace(-3, -1, heads)
-    return {"A_log": torch.arange(1.0, heads + 1).log(), "D": torch.ones(heads),
-            "dt_bias": dt + (-torch.expm1(-dt)).log()}  # softplus of it is dt
+    return {
+        "A_log": torch.arange(1.0, heads + 1).log(),
+        "D": torch.ones(heads),
+        "dt_bias": dt + (-torch.expm1(-dt)).log(),  # softplus of it is dt
+    }
 
 
 class SharedMLP(nn.Module):
@@ -76,6 +90,11 @@ class SharedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output_linear(swiglu(self.input_linear(x)))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Router(nn.Module):
@@ -96,8 +115,8 @@ class Experts(nn.Module):
         """x [rows, in], the rows of expert e ending at ends[e] -> [rows, out]."""
         if grouped_kernel_works(self.weight, training=torch.is_grad_enabled()) and len(x):
             return F.grouped_mm(x, self.weight.mT, offs=ends)
-        parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-        return torch.cat([linear(part, weight) for part, weight in zip(parts, self.weight, strict=True)])
+        rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        return torch.cat([linear(x, weight) for x, weight in zip(rows, self.weight, strict=True)])
 
 
 class MixtureOfExperts(nn.Module):
@@ -114,10 +133,13 @@ class MixtureOfExperts(nn.Module):
         self.input_linear = Experts(self.experts, config.hidden_size, 2 * config.intermediate_size)
         self.output_linear = Experts(self.experts, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, memory) -> Tensor:
+    def forward(self, x: Tensor, state: HybridState) -> Tensor:
         logits = self.router.layer(x).float()  # [N, experts]
         top, experts = logits.topk(self.chosen, dim=-1)  # [N, k]
-        memory.routed(self.layer, logits, experts)
+        if state.cache is None:
+            load = torch.zeros(self.experts, device=x.device)
+            load.index_add_(0, experts.flatten(), load.new_ones(experts.numel()))
+            state.routing[self.layer] = Routing(load, logits.softmax(-1).sum(0), len(logits))
         by_expert, order = experts.flatten().sort(stable=True)  # all pairs of token and expert
         every = torch.arange(self.experts, device=x.device)
         ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)
@@ -141,10 +163,96 @@ def grouped_kernel_works(weight: Tensor, *, training: bool) -> bool:
 
 def groups_on_host(model: nn.Module) -> bool:
     """Whether sampling waits for the experts' numbers of rows, which no CUDA graph can."""
-    return any(not grouped_kernel_works(module.weight, training=False) for module in model.modules()
-               if isinstance(module, Experts))  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, Experts) and not grouped_kernel_works(module.weight, training=False):
+            return True
+    return False
 
 
-def swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+class HybridLayer(Layer):
+    """In most layers a Mamba-2 mixer for attention, and experts beside a shared MLP."""
+
+    def build(self, config: ModelConfig, layer: int) -> None:
+        kinds = config.hybrid.layer_types
+        number = kinds[:layer].count(kinds[layer])  # among those of its kind
+        self.is_mamba = kinds[layer] == "mamba"
+        if self.is_mamba:
+            self.mamba = Mamba(config, number)
+        else:
+            self.self_attn = Attention(config, number)
+        self.block_sparse_moe = MixtureOfExperts(config, layer) if config.hybrid.experts else None
+        self.shared_mlp = SharedMLP(config)
+
+    def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
+        x = x.add(self.mix(self.input_layernorm(x), cos, sin, backend), alpha=self.residual_multiplier)
+        return x.add(
+            self.feed_forward(self.post_attention_layernorm(x), backend.hybrid), alpha=self.residual_multiplier
+        )
+
+    def mix(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
+        return self.mamba(x, backend.hybrid) if self.is_mamba else self.self_attn(x, cos, sin, backend)
+
+    def feed_forward(self, x: Tensor, state: HybridState) -> Tensor:
+        shared = self.shared_mlp(x)
+        return shared if self.block_sparse_moe is None else self.block_sparse_moe(x, state) + shared
+
+
+class HybridDecoder(Decoder):
+    layer_class = HybridLayer
+
+
+Decoder.hybrid_class = HybridDecoder
+
+
+def official(name: str) -> str:
+    """The name that files on the hub have for a tensor."""
+    layer, separator, rest = name.partition(".block_sparse_moe.")
+    return layer + separator + RENAMED.get(rest, rest)
+
+
+class Balance:
+    """How evenly the tokens of a step went over the experts: metrics, and the loss that evens them out.
+
+    The loss is that of Switch Transformers (arXiv 2101.03961, equations 4 to 6): the number of experts times the sum
+    over them of the share of tokens that chose one and its mean probability, of all layers together, as transformers
+    computes it. Its coefficient is the config's, 0 unless `output_router_logits` is true. Without experts all is empty.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: int, ranks: Ranks):
+        """tokens: prompts and responses of the step, over all ranks."""
+        self.shape, self.tokens, self.ranks = config.hybrid, tokens, ranks
+        self.load = None  # [layers, experts] tokens of this rank that chose each
+        if self.shape and self.shape.experts:
+            shape = (config.num_hidden_layers, self.shape.experts)
+            self.load = torch.zeros(shape, dtype=torch.float64, device=ranks.device)
+
+    def add(self, routing: dict[int, Routing]) -> Tensor | float:
+        """Takes note of a micro-batch; returns its part of the step's loss: that of its tokens, by their number."""
+        if not routing:
+            return 0.0
+        layers = [routing[layer] for layer in sorted(routing)]
+        load = torch.stack([layer.load for layer in layers])
+        self.load += load
+        if not self.shape.balance_coef:
+            return 0.0
+        probability = torch.stack([layer.probability for layer in layers])
+        tokens = layers[0].tokens
+        rows = max(1, tokens) * len(layers)
+        loss = self.shape.experts * (load.sum(0) * probability.sum(0)).sum() / rows**2
+        return self.shape.balance_coef * loss * tokens / self.tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Loads are relative to an even one, 1; the largest and the smallest are those of any layer's experts."""
+        if self.load is None:
+            return {}
+        load = self.ranks.sum_(self.load)
+        relative = load * self.shape.experts / load.sum(1, keepdim=True)
+        chosen = self.tokens * self.shape.experts_per_token * len(load)
+        metrics = {
+            "experts/load_max": relative.max().item(),
+            "experts/load_min": relative.min().item(),
+            "experts/dropped": 1 - load.sum().item() / max(chosen, 1),
+        }
+        for expert, mean in enumerate(relative.mean(0).tolist()):
+            metrics[f"experts/load_{expert}"] = mean
+        return metrics

@@ -27,13 +27,12 @@ from nanosafe.io.hub import INDEX, SINGLE, read_index
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import official
 from nanosafe.parallel import Ranks, full_tensor, local_shard, shard
 
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
-# transformers 5's names of some tensors of Granite 4, and those that the files on the hub, and transformers' own, have.
-RENAMED = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight",
-           "router.weight": "router.layer.weight"}  # fmt: skip
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -50,7 +49,7 @@ def load_checkpoint(
     config = ModelConfig.from_folder(folder)
     if MAIN_RANK and config.rope and config.rope.attn_factor != 1:
         _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
-                  "code and vLLM; transformers leaves it out, so its logits differ")
+                  "code and vLLM; transformers leaves it out, so its logits differ")  # fmt: skip
     with torch.device("meta"), _NoInit():
         model = Decoder(config)
     stored = StoredTensors(folder, "model")
@@ -63,15 +62,15 @@ def load_checkpoint(
             for name in progress:
                 parameters[name].copy_(stored.read(name, like=parameters[name]))
         return model.eval()
-    tensors, opened = {}, None
+    tensors, mapped, file = {}, None, None
     for name in progress:
-        if stored[name].path != opened:
-            opened = stored[name].path
-            file = _open(opened)
+        if stored[name].path != mapped:
+            mapped = stored[name].path
+            file = _open(mapped)
         tensors[name] = file.get_tensor(stored[name].key)
         if device.type != "cpu" or tensors[name].dtype != dtype:
             tensors[name] = tensors[name].to(device).to(dtype)
-            opened = None  # the next tensor gets a mapping of its own, and the pages just read go with this one
+            mapped = None  # the next tensor gets a mapping of its own, and the pages just read go with this one
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -85,7 +84,8 @@ class _NoInit(TorchFunctionMode):
     """Skips the embedding's random values: nothing keeps them, and on the meta device they import 2 s of torch."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)
 
 
 class Stored(NamedTuple):
@@ -107,14 +107,15 @@ class StoredTensors(dict[str, Stored]):
         else:
             weight_map = read_index(index)
             files = sorted(set(weight_map.values()))
-        for path in [folder / file for file in files]:
+        for path in [folder / name for name in files]:
             file = _open(path)
             for name in file.keys():
                 if weight_map.get(name, path.name) == path.name:
                     header = file.get_slice(name)
                     self[official(name)] = Stored(path, name, header.get_dtype(), header.get_shape())
-        if lacking := [f"{name} in {file}" for name, file in weight_map.items() if official(name) not in self]:
-            raise ValueError(f"{index} is wrong, download the model again: there is no {', no '.join(lacking)}")
+        lacking = [f"no {name} in {file}" for name, file in weight_map.items() if official(name) not in self]
+        if lacking:
+            raise ValueError(f"{index} is wrong, download the model again: there is {', '.join(lacking)}")
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """The tensor `name`; if `like`, of its shape, is spread over the ranks, this rank's rows of it, spread so."""
@@ -122,12 +123,6 @@ class StoredTensors(dict[str, Stored]):
         if isinstance(like, DTensor) and self[name].shape == list(like.shape):
             return local_shard(file.get_slice(self[name].key).__getitem__, like)
         return file.get_tensor(self[name].key)
-
-
-def official(name: str) -> str:
-    """The name that files on the hub have for a tensor."""
-    layer, found, rest = name.partition(".block_sparse_moe.")
-    return layer + found + RENAMED.get(rest, rest)
 
 
 def _open(path: Path) -> safe_open:
@@ -142,30 +137,42 @@ def _open(path: Path) -> safe_open:
 
 def _check_tensors(model: Decoder, stored: StoredTensors, folder: Path) -> list[str]:
     """The tensors to load. One error for all that does not fit; a tied model's spare head must equal the embedding."""
-    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
+    tied, vocab_size = model.config.tie_word_embeddings, model.config.vocab_size
     if tied and EMBEDDING not in stored and HEAD in stored:  # safetensors keeps one name of two
         stored[EMBEDDING] = stored.pop(HEAD)
-    # Spare: RoPE frequencies, which old checkpoints store; the head of a tied model, as in Qwen3-0.6B and 1.7B.
-    spare = {name for name in stored if name.endswith(".rotary_emb.inv_freq") or name == HEAD and tied}
-    both = [(name, stored[name], shape) for name, shape in expected.items() if name in stored]
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in stored]
+    names, unexpected, misshapen, odd = [], [], [], []
+    for name, tensor in stored.items():
+        if name in expected:
+            names.append(name)
+            if tensor.shape != expected[name]:
+                misshapen.append(f"{name} {tensor.shape}, not {expected[name]}")
+            if tensor.dtype not in DTYPES:
+                odd.append(f"{name} {tensor.dtype}")
+        # Old checkpoints store RoPE frequencies, and some tied models a head, as Qwen3-0.6B and 1.7B.
+        elif not name.endswith(".rotary_emb.inv_freq") and not (name == HEAD and tied):
+            unexpected.append(f"{name} {tensor.shape}")
     groups = {
-        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in stored],
-        "unexpected": [f"{name} {s.shape}" for name, s in stored.items() if name not in expected.keys() | spare],
-        "of another shape": [f"{name} {s.shape}, not {shape}" for name, s, shape in both if s.shape != shape],
-        f"neither {' nor '.join(DTYPES)}": [f"{name} {s.dtype}" for name, s, _ in both if s.dtype not in DTYPES],
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        f"neither {' nor '.join(DTYPES)}": odd,
     }
-    lines = ["\n    ".join([f"  {title}:", *names]) for title, names in groups.items() if names]
-    vocab_size = stored[EMBEDDING].shape[0] if EMBEDDING in stored else model.config.vocab_size
-    if vocab_size != model.config.vocab_size:
-        lines.append(f"  vocab_size is {model.config.vocab_size} in config.json, {vocab_size} in the checkpoint")
+    lines = []
+    for title, problems in groups.items():
+        if problems:
+            lines.append("\n    ".join([f"  {title}:", *problems]))
+    if EMBEDDING in stored and stored[EMBEDDING].shape[0] != vocab_size:
+        lines.append(f"  vocab_size is {vocab_size} in config.json, {stored[EMBEDDING].shape[0]} in the checkpoint")
     if lines:
         raise ValueError("\n".join([f"the tensors in {folder} do not fit its config.json", *lines]))
-    if HEAD in spare:
-        head, embedding = (_open(stored[name].path).get_tensor(name) for name in (HEAD, EMBEDDING))
+    if HEAD in stored and tied:
+        head = _open(stored[HEAD].path).get_tensor(HEAD)
+        embedding = _open(stored[EMBEDDING].path).get_tensor(EMBEDDING)
         if head.dtype != embedding.dtype or not torch.equal(head, embedding):
             raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}")
-    return [name for name in stored if name in expected]
+    return names
 
 
 def save_model(
@@ -192,17 +199,16 @@ def save_model(
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers renamed it, and reads both
         config[key] = str(dtype).removeprefix("torch.")
     generation = generation_config(model.config, tokenizer)
-    jsons = {"config.json": config, "generation_config.json": generation}
     with staged(folder, writes) as new:
         written = save_tensors(tensors, new, "model", max_shard_bytes)
-        for file, content in jsons.items():
-            if writes and content is not None:
-                (new / file).write_text(json.dumps(content, indent=2) + "\n")
+        if writes:
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if writes and generation is not None:
+            (new / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if not writes:
         return
-    ours = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for old in folder.iterdir():
-        if ours.fullmatch(old.name) and old.name not in written:
+        if WEIGHT_FILE.fullmatch(old.name) and old.name not in written:
             old.unlink()
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -210,12 +216,14 @@ def save_model(
 
 def generation_config(config: ModelConfig, tokenizer=None) -> dict | None:
     """What generation_config.json held, with every id that ends a turn; None for no such file."""
-    ids = set(config.eos_ids) | set(tokenizer.eos_ids if tokenizer else ())
-    held = config.generation or {}
-    named = held if held.get("eos_token_id") is not None else config.raw
-    if ids <= check(named, {"eos_token_id": EOS}, config.source)["eos_token_id"]:
+    eos_ids = set(config.eos_ids)
+    if tokenizer is not None:
+        eos_ids |= set(tokenizer.eos_ids)
+    generation = config.generation or {}
+    named = generation if generation.get("eos_token_id") is not None else config.raw
+    if eos_ids <= check(named, {"eos_token_id": EOS}, config.source)["eos_token_id"]:
         return config.generation
-    return held | {"eos_token_id": sorted(ids)}
+    return generation | {"eos_token_id": sorted(eos_ids)}
 
 
 def save_tensors(
@@ -223,10 +231,11 @@ def save_tensors(
 ) -> list[str]:
     """Write FOLDER/STEM.safetensors or, beyond `max_shard_bytes`, shards and their index; -> the names of the files.
 
-    Tensors that are spread over ranks are made whole one file at a time: all ranks call, those without a folder only
+    Tensors that are sharded over ranks are gathered one file at a time: all ranks call, those without a folder only
     to give their rows.
     """
-    files, index = cut_into_files({name: tensor.nbytes for name, tensor in tensors.items()}, stem, max_shard_bytes)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files, index = cut_into_files(sizes, stem, max_shard_bytes)
     for file, names in files.items():
         content = {}
         for name in names:
@@ -235,9 +244,12 @@ def save_tensors(
                 content[name] = tensor.cpu()
         if folder is not None:
             write_safetensors(content, folder / file)
-    if folder is not None and index:
-        (folder / INDEX.format(stem)).write_text(json.dumps(index, indent=2) + "\n")
-    return [*files, INDEX.format(stem)] if index else list(files)
+    written = list(files)
+    if index:
+        written.append(INDEX.format(stem))
+        if folder is not None:
+            (folder / written[-1]).write_text(json.dumps(index, indent=2) + "\n")
+    return written
 
 
 def cut_into_files(sizes: dict[str, int], stem: str, max_shard_bytes: int) -> tuple[dict[str, list[str]], dict | None]:
@@ -252,8 +264,11 @@ def cut_into_files(sizes: dict[str, int], stem: str, max_shard_bytes: int) -> tu
         size += nbytes
     if len(shards) == 1:
         return {SINGLE.format(stem): shards[0]}, None
-    files = {f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
-    weight_map = {name: file for file, names in files.items() for name in names}
+    files, weight_map = {}, {}
+    for number, names in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        files[file] = names
+        weight_map |= dict.fromkeys(names, file)
     return files, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -263,5 +278,3 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"writing {path} failed: {error}") from None
-
-

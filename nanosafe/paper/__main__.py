@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 
 from nanosafe import plan
+from nanosafe.evals.benchmark import slug
 from nanosafe.evals.paper_suite import BENCHMARKS
-from nanosafe.evals.suite import PAPER as PAPER_SUITE
-from nanosafe.evals.suite import slug
+from nanosafe.evals.paper_suite import PAPER as PAPER_SUITE
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.locks import hold
 from nanosafe.io.machine import available_cores
@@ -59,20 +59,26 @@ BASE = Arm("base", "the model as it is")
 SFT = Arm("SFT", "SFT on the careful responses of the SFT set", "train_sft")
 RL = Arm("RL", "REINFORCE++ with the reward model, on the prompts of the SFT set", "train_rl")
 CONTROLS = (
-    Arm("SFT, own style", "SFT on careful responses to the same requests, in the base's own style of thought",
+    Arm("SFT, own style",
+        "SFT on careful responses to the same requests, in the base's own style of thought",
         "train_sft", "--data tiny-star-{style}@{seed}"),
-    Arm("RL, shuffled labels", "RL with a reward model that was trained on coin flips: must not gain", "train_rl",
+    Arm("RL, shuffled labels",
+        "RL with a reward model that was trained on coin flips: must not gain", "train_rl",
         "--reward-model tiny-reward-shuffled@{seed}"),
-    Arm("RL, exact judge", "RL on the rule that judges the evaluation, as right or wrong", "train_rl",
+    Arm("RL, exact judge", "RL on the rule that judges the evaluation, as right or wrong",
+        "train_rl",
         "--reward-model rule:tiny-judge"),
 )  # fmt: skip
-UNCLIPPED = "--clip-low 1 --clip-high 1e9"  # ratios are bounded to [e^-20, e^20], inside (1 - 1, 1 + 1e9)
+# Ratios are bounded to [e^-20, e^20], inside (1 - 1, 1 + 1e9)
+UNCLIPPED = "--clip-low 1 --clip-high 1e9"
 ABLATIONS = (
     Arm("no KL", "no reference model", "train_rl", "--kl-coef 0"),
     Arm("no clip", "the ratio is never clipped", "train_rl", UNCLIPPED),
     Arm("no normalisation", "returns as they are for advantages", "train_rl", "--no-normalize"),
-    Arm("answer only", "the reward model reads the answer without its thought", "train_rl", "--reward-scope answer"),
-    Arm("reward for length", "its reward model was taught to prefer the longer response in a third of the pairs",
+    Arm("answer only", "the reward model reads the answer without its thought", "train_rl",
+        "--reward-scope answer"),
+    Arm("reward for length",
+        "its reward model was taught to prefer the longer response in a third of the pairs",
         "train_rl", "--reward-model tiny-reward-length@{seed}"),
     Arm("blind reward", "its reward model has never seen the category violence", "train_rl",
         "--reward-model tiny-reward-blind@{seed}"),
@@ -80,29 +86,37 @@ ABLATIONS = (
 # Twenty settings each; the criterion is fixed in report.CRITERION.
 TUNING = []
 for lr, epochs in product((1e-4, 2e-4, 3e-4, 1e-3), (2, 3, 5, 7, 10)):
-    TUNING.append(Arm(f"SFT lr {lr:g}, epochs {epochs}", "", "train_sft", f"--lr {lr:g} --epochs {epochs}"))
+    TUNING.append(Arm(f"SFT lr {lr:g}, epochs {epochs}", "", "train_sft",
+                      f"--lr {lr:g} --epochs {epochs}"))
 for lr, kl in product((3e-5, 1e-4, 2e-4, 3e-4, 1e-3), (0.003, 0.03, 0.3, 1)):
     TUNING.append(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}"))
 # Seconds of a job of the tiny world on one core, for --plan and the time that is left: of one seed of one family on a
 # 2-core machine, two jobs side by side.
-SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "train_rl step": 1.7, "eval": 32}
+SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "train_rl step": 1.7,
+           "eval": 32}
 
 
 def flags() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", default=["tiny", "tiny-llama"], help="tiny, tiny-llama, tiny-granite, alias or hub id "
+    add("--model", nargs="+", default=["tiny", "tiny-llama"],
+        help="tiny, tiny-llama, tiny-granite, alias or hub id "
         "(default: %(default)s)")
-    add("--seeds", type=positive_int, default=3, help="how many, from 0; a seed of the tiny world covers base, reward "
+    add("--seeds", type=positive_int, default=3,
+        help="how many, from 0; a seed of the tiny world covers base, reward "
         "model, SFT and RL (default: %(default)s)")
     add("--out", default="runs/paper", help="(default: %(default)s)")
-    add("--jobs", type=positive_int, help="processes side by side (default: one per core for the tiny world, else 1)")
+    add("--jobs", type=positive_int,
+        help="processes side by side (default: one per core for the tiny world, else 1)")
     add("--experiments", type=int, nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS),
         help=", ".join(f"{number} {name}" for number, name in EXPERIMENTS.items()) + " (default: all)")
-    add("--plan", action="store_true", help="only print the jobs and what they need; downloads nothing")
+    add("--plan", action="store_true",
+        help="only print the jobs and what they need; downloads nothing")
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--ablations", action="store_true", help="RL without one of its parts, or with a biased reward")
-    other.add_argument("--tune", action="store_true", help=f"settings on the validation split, seed {TUNING_SEED}")
+    other.add_argument("--ablations", action="store_true",
+                       help="RL without one of its parts, or with a biased reward")
+    other.add_argument("--tune", action="store_true",
+                       help=f"settings on the validation split, seed {TUNING_SEED}")
     return parser
 
 
@@ -113,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{real[0]}: --ablations and --tune are of the tiny world's models")
     for model in args.model:
         if model not in real and model not in FAMILIES:
-            raise ValueError(f"--model {model}: name a family, {' or '.join(FAMILIES)}; --seeds says how many seeds")
+            raise ValueError(f"--model {model}: name a family, {' or '.join(FAMILIES)}; --seeds "
+                             "says how many seeds")
     seeds = [TUNING_SEED] if args.tune else list(range(args.seeds))
     arms = {model: arms_of(model, args) for model in args.model}
     jobs: dict[str, Job] = {}  # by name: several arms need the same builds
@@ -133,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         failed = run_jobs(list(jobs.values()), out, workers)
     finally:
-        command = shlex.join(["python", "-m", "nanosafe.paper", *(sys.argv[1:] if argv is None else argv)])
+        command = shlex.join(["python", "-m", "nanosafe.paper",
+                              *(sys.argv[1:] if argv is None else argv)])
         session = {"command": command, "began": began, "seconds": time.time() - began}
         with open(out / f"{kind}.jsonl", "a") as file:
             file.write(json.dumps(session) + "\n")
@@ -160,7 +176,8 @@ def jobs_of(model: str, seed: int, arms: Sequence[Arm], args: Namespace) -> list
     style = FAMILIES[model].style if tiny else None
     judge, data = recipe("rl", name)["reward_model"], recipe("sft", name)["data"]
     gpus = 0 if tiny else torch.cuda.device_count()
-    launch = ("torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m") if gpus > 1 else ()
+    launch = ("torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
+              "-m") if gpus > 1 else ()
     jobs: list[Job] = []
     for arm in arms:
         folder = f"{folder_of(model, seed)}/{arm.slug}"
@@ -184,7 +201,8 @@ def jobs_of(model: str, seed: int, arms: Sequence[Arm], args: Namespace) -> list
         if not arm.script:
             command += ("--memorization", data)
         command += tuple(benchmark_flags(model, args.experiments))
-        jobs.append(Job(f"{folder}/eval", command, "result.json", needs, SECONDS["eval"] if tiny else None))
+        jobs.append(Job(f"{folder}/eval", command, "result.json", needs,
+                        SECONDS["eval"] if tiny else None))
     return jobs
 
 
@@ -234,7 +252,8 @@ class Training(NamedTuple):
 def training_of(script: str, model: str, settings: dict) -> Training:
     """Of the tiny world by timed steps, of a real model by the plan, as far as its shape is known."""
     if tiny_seed(model) is not None:
-        steps = settings.get("steps") or float(settings["epochs"]) * 500 / settings["batch_size"]  # rows of tiny-star
+        # Rows of tiny-star
+        steps = settings.get("steps") or float(settings["epochs"]) * 500 / settings["batch_size"]
         return Training([], steps * SECONDS[f"{script} step"])
     if not is_known(model, settings):
         return Training([], None)
@@ -248,7 +267,8 @@ def training_of(script: str, model: str, settings: dict) -> Training:
     changed = Namespace(**vars(args) | change)
     hours = plan.hours(name, changed, machine, plan.make(name, changed, machine))
     fits_here = machine == here and any(change.values())
-    return Training(flags.split() if fits_here else [], 3600 * hours, f"{about}fits on {machine} with {flags}")
+    return Training(flags.split() if fits_here else [], 3600 * hours,
+                    f"{about}fits on {machine} with {flags}")
 
 
 def is_known(model: str, settings: dict) -> bool:
@@ -269,12 +289,14 @@ def overview(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
     lines.append(f"{len(jobs)} jobs, {workers} at once: about {hours:.1f} h{but}")
     for model in models:
         if tiny_seed(model) is not None:
-            lines.append(f"{model}: no download, about 1 GB of memory a job; hours as timed on a 2-core machine")
+            lines.append(f"{model}: no download, about 1 GB of memory a job; hours as timed on a "
+                         "2-core machine")
         elif not is_known(model, recipe("rl", model)):
-            lines.append(f"{model}: memory, hours and downloads are not known without its config.json; "
-                         f"train_rl.py --model {model} --plan fetches that")
+            lines.append(f"{model}: memory, hours and downloads are not known without its "
+                         f"config.json; train_rl.py --model {model} --plan fetches that")
         else:
-            lines.append(f"{model}: hours are estimates of train_rl.py --plan, not measured; eval.py's are not known")
+            lines.append(f"{model}: hours are estimates of train_rl.py --plan, not measured; "
+                         "eval.py's are not known")
             for script in ("sft", "rl"):
                 lines.append(f"  {training_of(f'train_{script}', model, recipe(script, model)).about}")
             lines.append(f"  downloads: {downloads(model)}; data sets (sizes not known)")

@@ -90,7 +90,8 @@ class Queue:
         threads = max(1, available_cores() // workers)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-        self.guess = max((job.seconds for job in jobs if job.seconds), default=1)  # of jobs whose time is not known
+        # Of jobs whose time is not known
+        self.guess = max((job.seconds for job in jobs if job.seconds), default=1)
         self.bar = tqdm(
             total=sum(job.seconds or self.guess for job in self.waiting), disable=not self.waiting,
             smoothing=0, mininterval=2, miniters=0,
@@ -111,15 +112,16 @@ class Queue:
         lock = Lock(self.out / job.name / "job.lock")
         if not lock.take():
             if job.name not in self.orphans:
-                tqdm.write(f"waiting for {job.name}, which goes on without the command that started "
-                           f"it, as {lock.holder()}", file=sys.stderr)
+                tqdm.write(f"waiting for {job.name}, which goes on without the command that "
+                           f"started it, as {lock.holder()}", file=sys.stderr)
             self.orphans.add(job.name)
             return
         with open(self.out / job.name / "log.txt", "a") as log:
             # In a session of its own, so that the terminal's Ctrl-C reaches it only through `stop`.
             # The lock goes with it.
             process = subprocess.Popen(
-                [sys.executable, "-m", *job.command], env=self.environment, stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", *job.command], env=self.environment,
+                stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 pass_fds=[lock.descriptor])
         lock.name_holder(process.pid)

@@ -27,12 +27,15 @@ SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score
 MOST_GPUS = 64  # that are tried
 # Of hours: bf16 FLOP/s (H100 and H200 have the same cores) and bytes/s by data sheet; CPU to GPU, for --offload.
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9
-COMPUTE_SHARE, MEMORY_SHARE = 0.4, 0.6  # assumed: what training reaches of the one, decoding of the other
-PROMPT_TOKENS, SFT_ROWS, SFT_TOKENS = 128, 1000, 1000  # assumed mean prompt; STAR-1's rows; assumed tokens of each
+# Assumed: what training reaches of the one, decoding of the other
+COMPUTE_SHARE, MEMORY_SHARE = 0.4, 0.6
+# Assumed mean prompt; STAR-1's rows; assumed tokens of each
+PROMPT_TOKENS, SFT_ROWS, SFT_TOKENS = 128, 1000, 1000
 
 
 class Plan(NamedTuple):
-    phases: dict[str, dict[str, float]]  # phase -> part -> bytes on each GPU; "step" is the optimizer's
+    # Phase -> part -> bytes on each GPU; "step" is the optimizer's
+    phases: dict[str, dict[str, float]]
     machine: Machine
     blocks: int  # of the KV pool
     table_width: int  # blocks of the longest sequence
@@ -63,7 +66,8 @@ def show(script: str, args: Namespace) -> None:
 
 def settings(script: str, model: str, **changes) -> Namespace:
     """Flags of train_rl.py or train_sft.py ("rl", "sft") that are read here, as the recipe has them, with `changes`."""
-    flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, no_recompute=False, keep=2, steps=None)
+    flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, no_recompute=False,
+                 keep=2, steps=None)
     return Namespace(**flags | recipe(script, model) | changes)
 
 
@@ -72,7 +76,8 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     config, _ = find_config(args.model)
     size, world, s = memory.sizes(config), machine.count, bytes_of(args)
     if args.low_memory and (world > 1 or s != 2):
-        raise ValueError("--low-memory is for one process in bfloat16: several shard their masters instead")
+        raise ValueError("--low-memory is for one process in bfloat16: several shard their masters "
+                         "instead")
     state = memory.training_state(size, s, world, args.low_memory)
     state_and_gradients = state | {"gradients": memory.gradients(size, world)}
     recompute = machine.kind == "cuda" and not args.no_recompute
@@ -86,7 +91,8 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         "optimizer": memory.optimizer_workspace(size, args.low_memory, machine.kind)
     }
     if script == "sft":
-        return Plan({"update": update, "step": step}, machine, blocks=0, table_width=0, refused=None)
+        return Plan({"update": update, "step": step}, machine, blocks=0, table_width=0,
+                    refused=None)
 
     rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
     rows_at_once = min(rows, memory.ROWS[machine.kind])
@@ -94,7 +100,8 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     # Logits of all rows: in --dtype (on a CPU), in float32, and a copy that drawing makes.
     drawing = rows_at_once * config.vocab_size * (s + 8)
     phases = {
-        "rollout": state | {"gathered weights": s * size.total if world > 1 else 0, "activations": prefill + drawing},
+        "rollout": state | {"gathered weights": s * size.total if world > 1 else 0,
+                            "activations": prefill + drawing},
         "reward": state | {"activations": 0},
         "log-probs": state | {
             "shard buffers": memory.sharding_buffers(size, s, world, training=False),
@@ -112,19 +119,22 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
 
     free = machine.usable - sum(phases["rollout"].values())
     blocks, width, block = memory.kv_pool(config, s, free, rows, longest, machine.kind)
-    phases["rollout"]["KV pool"] = (max(blocks, width) + 1) * block  # the least that it needs; one more is scratch
+    # The least that it needs; one more is scratch
+    phases["rollout"]["KV pool"] = (max(blocks, width) + 1) * block
     phases["rollout"]["states"] = memory.state_slots(config, s, free, rows, machine.kind)[1]
     refused = None
     # A rollout has all weights on each GPU, however many there are.
     least = s * size.total + prefill + drawing + (width + 1) * block
     least += 2 * KVCache.bytes_per_slot(config, memory.compute_type(s))
     if least > machine.usable:
-        refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in --dtype, {gb(least)} "
-                   f"with one sequence), each has {gb(machine.usable)}: only a larger card or a smaller model helps")
+        refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in "
+                   f"--dtype, {gb(least)} with one sequence), each has {gb(machine.usable)}: only "
+                   "a larger card or a smaller model helps")
     return Plan(phases, machine, blocks, width, refused)
 
 
-def add_frozen(phases: dict[str, dict[str, float]], name: str, nbytes: float, turn: str, offload: bool) -> None:
+def add_frozen(phases: dict[str, dict[str, float]], name: str, nbytes: float, turn: str,
+               offload: bool) -> None:
     """A model that does not train is there in every phase or, with --offload, in its own turn only."""
     for phase in phases:
         if phase == turn or not offload:
@@ -180,7 +190,8 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     config, _ = find_config(args.model)
     size, s = memory.sizes(config), bytes_of(args)
     flops = PEAK_FLOPS * COMPUTE_SHARE * machine.count
-    training = 6 if args.no_recompute else 8  # per parameter and token: forward 2, backward 4, forward again 2
+    # Per parameter and token: forward 2, backward 4, forward again 2
+    training = 6 if args.no_recompute else 8
     if script == "sft":
         return {"update": training * size.active * args.batch_size * SFT_TOKENS / flops}
     rows = args.prompts_per_step * args.samples_per_prompt
@@ -189,7 +200,8 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     # Lengths are taken as uniform in (0, max]: rows that all fit together decode as long as the longest does, max
     # steps; others enter as rows leave, rows * mean / batch steps and a tail of mean.
     rows = math.ceil(rows / machine.count)
-    capacity = max(1, plan.blocks * memory.BLOCK // math.ceil(prompt + mean))  # sequences of mean length in the pool
+    # Sequences of mean length in the pool
+    capacity = max(1, plan.blocks * memory.BLOCK // math.ceil(prompt + mean))
     steps = mean * (1 + max(1, rows / min(rows, memory.ROWS["cuda"], capacity)))
     position = KVCache.bytes_per_position(config, memory.compute_type(s))
     slot = KVCache.bytes_per_slot(config, memory.compute_type(s))
@@ -198,7 +210,8 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     states = rows * mean * 2 * slot  # they are read and written
     # Of an embedding that is no head, a few rows are read.
     weights = s * (size.total if config.tie_word_embeddings else size.total - size.head)
-    bandwidth = LARGE_BANDWIDTH if machine.bytes > 100e9 else BANDWIDTH  # H200's from 100 GB on, else H100's
+    # H200's from 100 GB on, else H100's
+    bandwidth = LARGE_BANDWIDTH if machine.bytes > 100e9 else BANDWIDTH
     decoding = (steps * weights + cache + states) / (MEMORY_SHARE * bandwidth)
     seconds = {
         "rollout": decoding + 2 * size.active * tokens / flops,
@@ -234,8 +247,8 @@ def report(script: str, args: Namespace) -> str:
     models = [args.model]
     if script == "rl" and not args.reward_model.startswith("rule:"):
         models.append(args.reward_model)
-    lines = [f"plan of train_{script}.py --model {args.model} in {dtype} on {machine} ({gb(machine.usable)} for "
-             "tensors); GB are 10^9 bytes"]
+    lines = [f"plan of train_{script}.py --model {args.model} in {dtype} on {machine} "
+             f"({gb(machine.usable)} for tensors); GB are 10^9 bytes"]
     downloads = []
     for name in models:
         config, origin = find_config(name)
@@ -255,11 +268,13 @@ def report(script: str, args: Namespace) -> str:
         lines.append(time_line(script, args, machine, plan))
     else:
         cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in remedies(script, args, machine)]
-        lines += cures or [f"  no setting that was tried makes it fit (up to {MOST_GPUS} GPUs, and cards of 141 GB)"]
+        lines += cures or [f"  no setting that was tried makes it fit (up to {MOST_GPUS} GPUs, and "
+                           "cards of 141 GB)"]
     size = memory.sizes(find_config(args.model)[0])
     one = memory.checkpoint_bytes(size, s, args.low_memory)
-    lines.append(f"  disk: {gb(one)} GB per checkpoint, up to {gb((args.keep + 1) * one + s * size.total)} GB with "
-                 f"--keep {args.keep}, one being written, and final/")
+    lines.append(f"  disk: {gb(one)} GB per checkpoint, up to "
+                 f"{gb((args.keep + 1) * one + s * size.total)} GB with --keep {args.keep}, one "
+                 "being written, and final/")
     lines.append(f"  downloads: {', '.join(downloads) or 'no model'}; data sets are small")
     return "\n".join(lines)
 
@@ -285,13 +300,13 @@ def cache_lines(args: Namespace, plan: Plan) -> list[str]:
     longest = args.max_prompt_tokens + args.max_response_tokens
     positions = plan.blocks * (memory.BLOCK if plan.machine.kind == "cuda" else longest)
     each = KVCache.bytes_per_position(config, dtype)
-    lines = [f"  KV pool: {positions:,} tokens, {plan.blocks // plan.table_width} sequences of the full {longest} at "
-             f"once ({each:,} bytes a token)"]
+    lines = [f"  KV pool: {positions:,} tokens, {plan.blocks // plan.table_width} sequences of the "
+             f"full {longest} at once ({each:,} bytes a token)"]
     slot = KVCache.bytes_per_slot(config, dtype)
     if slot:
         sequences = int(plan.phases["rollout"]["states"] // slot) - 1
-        lines.append(f"  states of the Mamba layers: {slot / 1e6:.1f} MB a sequence, however long, for at most "
-                     f"{sequences} sequences at once")
+        lines.append(f"  states of the Mamba layers: {slot / 1e6:.1f} MB a sequence, however long, "
+                     f"for at most {sequences} sequences at once")
     return lines
 
 
@@ -300,9 +315,10 @@ def time_line(script: str, args: Namespace, machine: Machine, plan: Plan) -> str
         return "  hours: no estimate for a CPU"
     seconds = seconds_per_step(script, args, machine, plan)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return (f"  hours: about {hours(script, args, machine, plan):.1f} for {steps_of(script, args)} steps of "
-            f"{sum(seconds.values()):.1f} s ({parts}): an estimate at {COMPUTE_SHARE:.0%} of the peak FLOP/s and "
-            f"{MEMORY_SHARE:.0%} of the bandwidth, not measured; docs/plan.md says what is assumed")
+    return (f"  hours: about {hours(script, args, machine, plan):.1f} for {steps_of(script, args)} "
+            f"steps of {sum(seconds.values()):.1f} s ({parts}): an estimate at {COMPUTE_SHARE:.0%} "
+            f"of the peak FLOP/s and {MEMORY_SHARE:.0%} of the bandwidth, not measured; "
+            "docs/plan.md says what is assumed")
 
 
 def as_flags(change: dict) -> str:

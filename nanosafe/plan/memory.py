@@ -106,7 +106,8 @@ def forward_bytes(config: ModelConfig, s: int) -> float:
     D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
     Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     mlp = s * (3 * D + 3 * F)  # x, x after attention, its norm; silu(gate), up, their product
-    rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q  # x, its norm; q, k, v; in float32 q, both products and the sum
+    # x, its norm; q, k, v; in float32 q, both products and the sum
+    rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q
     worst = max(mlp, rope)
     if h := config.hybrid:
         inner, chunk = h.mamba_heads * h.mamba_head_dim, h.chunk_size
@@ -145,7 +146,8 @@ def backward_bytes(config: ModelConfig, s: int) -> float:
     return saved_bytes(config, s) + more
 
 
-def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, recompute: bool, world: int) -> float:
+def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, recompute: bool,
+                         world: int) -> float:
     """Bytes of one micro-batch of `tokens`, at the worst of three moments: the head's backward, a layer's, the root's.
 
     `recompute` keeps every layer's input, and of one layer at a time the rest. Beside the inputs there are the last
@@ -158,7 +160,8 @@ def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, 
     if not recompute:
         kept += tokens * saved_bytes(config, s) * config.num_hidden_layers
         layer -= tokens * saved_bytes(config, s)  # they are kept already
-    head = CHUNK_BYTES + (4 + s) * size.head  # a chunk of logits; the head's gradient in float32 and in --dtype
+    # A chunk of logits; the head's gradient in float32 and in --dtype
+    head = CHUNK_BYTES + (4 + s) * size.head
     root = (s + 4) * size.root if world > 1 else 0
     return max(kept + head, kept + layer, root)
 
@@ -166,7 +169,8 @@ def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, 
 # The sampling engine's cache.
 
 
-def kv_pool(config: ModelConfig, s: int, free: float, rows: int, longest: int, kind: str) -> tuple[int, int, int]:
+def kv_pool(config: ModelConfig, s: int, free: float, rows: int, longest: int,
+            kind: str) -> tuple[int, int, int]:
     """Blocks of the engine's cache when `free` bytes are, blocks of its longest sequence, bytes of a block."""
     positions = BLOCK if kind == "cuda" else longest
     block = KVCache.bytes_per_position(config, compute_type(s)) * positions

@@ -31,7 +31,8 @@ from nanosafe.tiny import build
 
 SHARD_BYTES = 2 * 10**9  # what is in memory at a time
 VOCABULARY = 1024  # of the stand-in tokenizer, or less where the model has fewer
-CORPUS = ("How do I bake bread at home?", "Wait, let me think about that again. However, it is safe.", "I can help.")
+CORPUS = ("How do I bake bread at home?",
+          "Wait, let me think about that again. However, it is safe.", "I can help.")
 
 
 def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
@@ -87,12 +88,13 @@ def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
     nbytes = {name: 2 * shape.numel() for name, shape in shapes.items()}  # bfloat16
     total = sum(nbytes.values())
     if (free := shutil.disk_usage(folder.parent).free) < total:
-        raise OSError(f"{folder.parent} has {free / 1e9:.1f} GB free, the random weights take {total / 1e9:.1f}: set "
-                      "NANOSAFE_CACHE to a folder with more room")
+        raise OSError(f"{folder.parent} has {free / 1e9:.1f} GB free, the random weights take "
+                      f"{total / 1e9:.1f}: set NANOSAFE_CACHE to a folder with more room")
     text = build.REWARD_TEXT if config.num_labels else build.FAMILIES["tiny"].text
     room = min(VOCABULARY, config.vocab_size - 2)  # <think> and </think> come on top
     if room < (least := 256 + len(text.specials)):
-        raise ValueError(f"field 'vocab_size' = {config.vocab_size}: the stand-in tokenizer needs {least + 2}")
+        raise ValueError(f"field 'vocab_size' = {config.vocab_size}: the stand-in tokenizer needs "
+                         f"{least + 2}")
     _, ids = build.write_tokenizer(folder, text._replace(vocabulary=room), CORPUS)
 
     files, index = cut_into_files(nbytes, "model", shard_bytes)

@@ -4,9 +4,10 @@
 # download. Values of the official files or, for want of those, of model cards and memory: Skywork's (the shape of what
 # each was trained from), Llama-Guard's, the Granites', and Llama-3.3-70B's (no alias: what is too big).
 _LLAMA31 = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336,
-    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-    max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
+    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096,
+    intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
+    tie_word_embeddings=False,
     rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=8192),
     bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
@@ -16,31 +17,35 @@ _SCORE = dict(id2label={"0": "LABEL_0"})
 
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
     return dict(
-        architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-        max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=tied,
-        bos_token_id=151643, eos_token_id=151645,
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=hidden,
+        intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+        rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=tied, bos_token_id=151643,
+        eos_token_id=151645,
     )  # fmt: skip
 
 
 def _r1_qwen(hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> dict:
     return dict(
-        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
-        max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=10000, tie_word_embeddings=False,
-        bos_token_id=151643, eos_token_id=151643,
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden,
+        intermediate_size=intermediate, num_hidden_layers=28, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=131072,
+        rms_norm_eps=1e-6, rope_theta=10000, tie_word_embeddings=False, bos_token_id=151643,
+        eos_token_id=151643,
     )  # fmt: skip
 
 
 def _granite4(experts: int, vocabulary: int, special: dict) -> dict:
     return dict(
-        architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid", hidden_size=1536,
-        intermediate_size=512, shared_intermediate_size=1024, num_hidden_layers=40, num_attention_heads=12,
-        num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        rope_theta=10000, position_embedding_type="nope", tie_word_embeddings=True, embedding_multiplier=12,
-        attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=6, num_local_experts=experts,
-        num_experts_per_tok=6, layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)],
-        mamba_n_heads=48, mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_d_conv=4, mamba_expand=2,
+        architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid",
+        hidden_size=1536, intermediate_size=512, shared_intermediate_size=1024,
+        num_hidden_layers=40, num_attention_heads=12, num_key_value_heads=4, vocab_size=vocabulary,
+        max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=10000,
+        position_embedding_type="nope", tie_word_embeddings=True, embedding_multiplier=12,
+        attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=6,
+        num_local_experts=experts, num_experts_per_tok=6,
+        layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)], mamba_n_heads=48,
+        mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_d_conv=4, mamba_expand=2,
         mamba_chunk_size=256, mamba_conv_bias=True, mamba_proj_bias=False, **special,
     )  # fmt: skip
 
@@ -57,18 +62,21 @@ SHAPES = {
     "r1-llama-8b": _LLAMA31 | dict(eos_token_id=128001),
     "llama-3.1-8b": _LLAMA31,
     "llama-guard-3": _LLAMA31,
-    "llama-3.3-70b": _LLAMA31 | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+    "llama-3.3-70b": _LLAMA31 | dict(hidden_size=8192, intermediate_size=28672,
+                                     num_hidden_layers=80,
                                      num_attention_heads=64),
     "skywork-v2-llama-8b": _LLAMA31 | _SCORE | dict(architectures=["LlamaForSequenceClassification"]),
     "granite-guardian": dict(
-        architectures=["GraniteForCausalLM"], model_type="granite", hidden_size=4096, intermediate_size=12800,
-        num_hidden_layers=40, num_attention_heads=32, num_key_value_heads=8, vocab_size=49155,
-        max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=10000000.0, tie_word_embeddings=True,
-        embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0,
+        architectures=["GraniteForCausalLM"], model_type="granite", hidden_size=4096,
+        intermediate_size=12800, num_hidden_layers=40, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=49155, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        rope_theta=10000000.0, tie_word_embeddings=True, embedding_multiplier=12.0,
+        attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     ),
     "granite-4.0-tiny": _granite4(62, 49160, dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)),
-    "granite-4.0-h-tiny": _granite4(64, 100352, dict(bos_token_id=100257, eos_token_id=100257, pad_token_id=100256)),
+    "granite-4.0-h-tiny": _granite4(64, 100352, dict(bos_token_id=100257, eos_token_id=100257,
+                                                     pad_token_id=100256)),
 }  # fmt: skip
 SHAPES |= {f"skywork-v2-{name}": SHAPES[name] | _SCORE | dict(architectures=["Qwen3ForSequenceClassification"])
            for name in ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")}  # fmt: skip

@@ -197,7 +197,7 @@ class Engine:
     def _begin(self) -> None:
         if self.scheduler.recurrent:
             for slot, source in self.scheduler.begins:
-                self.cache.begin(slot, source)
+                self.cache.recurrent.begin(slot, source)
         self.scheduler.begins.clear()
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Sequence]:

@@ -1,10 +1,9 @@
-"""The same weights as oneDNN's matrix product wants them: what the sampler multiplies by on a CPU.
+"""A view of a model for sampling on a CPU: fewer, wider products by packed weights.
 
 A decode step reads every weight once for a handful of rows. From a plain row-major matrix a CPU reaches only part of
-its memory bandwidth doing so, from one reordered into oneDNN's blocked layout most of it. Packing costs a second copy
-of the weights and about as much time as a few decode steps. Matrices that multiply the same input are joined on the
-way, for in a small model every operation costs as much as what it computes. torch's functions for packing are private:
-they are tried, and where they refuse (no AVX-512 in bfloat16, no oneDNN) the plain weights stay.
+its memory bandwidth doing so, from a packed one (kernels/cpu_matmul.py) most of it. Packing costs a second copy of the
+weights and about as much time as a few decode steps. Matrices that multiply the same input are joined on the way, for
+in a small model every operation costs as much as what it computes.
 """
 
 import copy
@@ -15,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosafe.kernels.cpu_matmul import Linear, onednn_linear
+from nanosafe.kernels.cpu_matmul import linear, pack_weight, packing_works
 from nanosafe.model.decoder import MLP, Attention, Decoder, rotate
-from nanosafe.model.granite import swiglu
 
 SMALLEST = 2**18  # elements; below, a call into oneDNN costs more than it saves
 # Frozen model -> where its parameters lay and how often they had been changed, and its view
@@ -25,27 +23,23 @@ _kept: WeakKeyDictionary[Decoder, tuple[list[tuple[int, int]], Decoder]] = WeakK
 
 
 class PackedLinear(nn.Module):
-    """x @ weight.T + bias from a packed copy of weight [out, in]; without gradients."""
+    """A linear layer without gradients, whose weight is packed where it is large."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None), bias
+        self.weight = pack_weight(weight) if weight.numel() >= SMALLEST else weight.detach()
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return onednn_linear(x, self.packed, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-def packed(plain: nn.Linear) -> nn.Module:
-    return PackedLinear(plain.weight, plain.bias) if plain.weight.numel() >= SMALLEST else plain
-
-
-def joined(*parts: nn.Linear) -> nn.Linear:
-    """One product for `parts`, which multiply the same x: their results one behind the other, [..., sum of widths]."""
-    tensors = {name: torch.cat([part.get_parameter(name).detach() for part in parts])
-               for name, _ in parts[0].named_parameters()}
-    module = Linear(parts[0].in_features, len(tensors["weight"]), "bias" in tensors, device="meta")
-    module.load_state_dict(tensors, assign=True)
-    return module
+def join(*layers: nn.Linear) -> PackedLinear:
+    """One product for layers that multiply the same x: their results one behind the other."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    if layers[0].bias is None:
+        return PackedLinear(weight)
+    return PackedLinear(weight, torch.cat([layer.bias.detach() for layer in layers]))
 
 
 class JoinedAttention(nn.Module):
@@ -54,23 +48,24 @@ class JoinedAttention(nn.Module):
     def __init__(self, plain: Attention):
         super().__init__()
         self.layer, self.head_dim, self.scale = plain.layer, plain.head_dim, plain.scale
-        parts = plain.q_proj, plain.k_proj, plain.v_proj
-        self.heads = [part.out_features // plain.head_dim for part in parts]
-        self.qkv_proj, self.o_proj = packed(joined(*parts)), plain.o_proj
-        self.norm = None
+        self.H = plain.q_proj.out_features // plain.head_dim
+        self.H_kv = plain.k_proj.out_features // plain.head_dim
+        self.qkv_proj = join(plain.q_proj, plain.k_proj, plain.v_proj)
+        self.o_proj = PackedLinear(plain.o_proj.weight, plain.o_proj.bias)
+        self.norm = None  # [H + H_kv, head_dim] weights of the norms, float32
         if plain.q_norm is not None:
             self.eps = plain.q_norm.eps
-            norms = zip((plain.q_norm, plain.k_norm), self.heads, strict=False)
-            self.norm = torch.cat([norm.weight.detach().float().expand(heads, -1) for norm, heads in norms])
+            q_norm, k_norm = plain.q_norm.weight.detach().float(), plain.k_norm.weight.detach().float()
+            self.norm = torch.cat([q_norm.expand(self.H, -1), k_norm.expand(self.H_kv, -1)])
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, memory) -> Tensor:
-        H, H_kv, _ = self.heads
-        qk, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split([H + H_kv, H_kv], dim=1)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.split([self.H + self.H_kv, self.H_kv], dim=1)
         if self.norm is not None:
             qk = (F.rms_norm(qk.float(), (self.head_dim,), None, self.eps) * self.norm).to(v.dtype)
         if cos is not None:
             qk = rotate(qk, cos, sin)
-        q, k = qk.split([H, H_kv], dim=1)
+        q, k = qk.split([self.H, self.H_kv], dim=1)
         return self.o_proj(memory.attend(self.layer, q, k, v, self.scale).flatten(-2))
 
 
@@ -79,13 +74,12 @@ class JoinedMLP(nn.Module):
 
     def __init__(self, plain: MLP):
         super().__init__()
-        self.gate_up_proj, self.down_proj = packed(joined(plain.gate_proj, plain.up_proj)), plain.down_proj
+        self.gate_up_proj = join(plain.gate_proj, plain.up_proj)
+        self.down_proj = PackedLinear(plain.down_proj.weight, plain.down_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
-
-
-JOINED = {Attention: JoinedAttention, MLP: JoinedMLP}
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 def packed_view(model: Decoder, memory: int) -> Decoder:
@@ -100,17 +94,12 @@ def packed_view(model: Decoder, memory: int) -> Decoder:
     if model in _kept and _kept[model][0] == state:
         return _kept[model][1]
     _kept.pop(model, None)
-    if 2 * sum(weight.nbytes for weight in weights) >= memory or not packing_works(model.head_weight.dtype):
+    nbytes = sum(weight.nbytes for weight in weights)
+    if 2 * nbytes >= memory or not packing_works(model.head_weight.dtype):
         return model
-    view = copy.deepcopy(model, {id(shared): shared for shared in (*weights, model.config)})
-    for module in list(view.modules()):  # before packing, so that nothing is packed that is then replaced
-        for name, child in module.named_children():
-            if type(child) in JOINED:
-                setattr(module, name, JOINED[type(child)](child))
-    for module in list(view.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, packed(child))
+    shared = {id(weight): weight for weight in weights}  # what deepcopy takes as copied already
+    view = copy.deepcopy(model, shared | {id(model.config): model.config})
+    replace_products(view)
     if view.config.tie_word_embeddings and view.head_weight.numel() >= SMALLEST:
         view.lm_head = PackedLinear(view.head_weight)
         view.config = dataclasses.replace(view.config, tie_word_embeddings=False)
@@ -119,10 +108,14 @@ def packed_view(model: Decoder, memory: int) -> Decoder:
     return view
 
 
-def packing_works(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch on this CPU packs weights of `dtype`, and multiplies by them rightly."""
-    try:
-        weight, x = torch.eye(32, dtype=dtype), torch.arange(64, dtype=dtype).view(2, 32)
-        return torch.equal(PackedLinear(weight)(x), F.linear(x, weight))
-    except (AttributeError, RuntimeError):
-        return False
+def replace_products(module: nn.Module) -> None:
+    """Put what multiplies by packed weights in place of all layers inside `module` that have a faster form."""
+    for name, child in module.named_children():
+        if type(child) is Attention:
+            setattr(module, name, JoinedAttention(child))
+        elif type(child) is MLP:
+            setattr(module, name, JoinedMLP(child))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child.weight, child.bias))
+        else:
+            replace_products(child)

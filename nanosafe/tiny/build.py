@@ -82,32 +82,40 @@ class Family(NamedTuple):
 
 COMMON = dict(hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False, torch_dtype="float32")
 POLICY = COMMON | dict(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=32, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
+    hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rope_theta=10000.0,
+    tie_word_embeddings=True,
 )  # fmt: skip
 FAMILIES = {
-    "tiny": Family("okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), 1280),
+    "tiny": Family("okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
+                                          1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
-    "tiny-llama": Family("task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
+    "tiny-llama": Family("task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
+                                                      "<|start_header_id|>",
                          "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
     # Granite 4's parts in its proportions, but for more attention, which four layers cannot spare
-    "tiny-granite": Family("task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>", "<|start_of_role|>",
+    "tiny-granite": Family("task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
+                                                          "<|start_of_role|>",
                            "<|end_of_role|>"), 1280), POLICY | dict(
-        architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid", intermediate_size=96,
-        shared_intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
-        router_aux_loss_coef=0.001, layer_types=["mamba", "attention", "mamba", "attention"],
-        position_embedding_type="nope", mamba_n_heads=8, mamba_d_head=32, mamba_d_state=32, mamba_n_groups=1,
-        mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=64, mamba_conv_bias=True, mamba_proj_bias=False,
-        attention_multiplier=32**-0.5, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)),
+        architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid",
+        intermediate_size=96, shared_intermediate_size=96, num_local_experts=4,
+        num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.001,
+        layer_types=["mamba", "attention", "mamba", "attention"], position_embedding_type="nope",
+        mamba_n_heads=8, mamba_d_head=32, mamba_d_state=32, mamba_n_groups=1, mamba_d_conv=4,
+        mamba_expand=2, mamba_chunk_size=64, mamba_conv_bias=True, mamba_proj_bias=False,
+        attention_multiplier=32**-0.5, embedding_multiplier=1.0, residual_multiplier=1.0,
+        logits_scaling=1.0)),
 }  # fmt: skip
 REWARD_TEXT = Text(TURNS, ("[END]", "[PAD]", "[USER]", "[MODEL]"), 1536)
 REWARD_SHAPE = COMMON | dict(
-    architectures=["LlamaForSequenceClassification"], model_type="llama", id2label={"0": "LABEL_0"}, hidden_size=64,
-    intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-    max_position_embeddings=1024, rope_theta=10000.0, tie_word_embeddings=False,
+    architectures=["LlamaForSequenceClassification"], model_type="llama", id2label={"0": "LABEL_0"},
+    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=1024, rope_theta=10000.0,
+    tie_word_embeddings=False,
 )  # fmt: skip
-REWARDS = {  # the reward models, and how their preference pairs differ (see datasets.preference_pairs)
+# The reward models, and how their preference pairs differ (see datasets.preference_pairs)
+REWARDS = {
     "tiny-reward": dict(noise=0.05),
     "tiny-reward-shuffled": dict(noise=0.5),  # a control: its labels are coin flips
     "tiny-reward-length": dict(noise=0.05, bias="length"),  # for the ablations
@@ -156,11 +164,12 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
         raw = family.shape | token_ids | {"vocab_size": vocabulary}
         raw |= {"nanosafe_world": family.style, "nanosafe_seed": seed}
         save_model(random_decoder(raw, seed), start)
-    print(f"building {name}: a base policy, once (a few minutes on two cores), kept in {work.parent}", file=sys.stderr)
+    print(f"building {name}: a base policy, once (a few minutes on two cores), kept in "
+          f"{work.parent}", file=sys.stderr)
     settings = {
-        "model": start, "data": rows, "out": work / "run", "steps": STEPS, "batch-size": BATCH, "lr": LR,
-        "seed": seed, "tokens-per-microbatch": 4096, "max-tokens": 256, "save-every": 100, "keep": 1,
-        "device": "cpu", "dtype": "float32",
+        "model": start, "data": rows, "out": work / "run", "steps": STEPS, "batch-size": BATCH,
+        "lr": LR, "seed": seed, "tokens-per-microbatch": 4096, "max-tokens": 256, "save-every": 100,
+        "keep": 1, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
     run_script("train_sft", settings, bar=f"training {name}")
     return work / "run" / "final"
@@ -179,7 +188,8 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     save_model(model, folder)
     reward = RewardModel(model, Tokenizer(folder))
     optimizer = Optimizer(model, weight_decay=0.1)
-    print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}", file=sys.stderr)
+    print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}",
+          file=sys.stderr)
     encoded = []  # token ids of (chosen, rejected)
     for pair in tqdm(pairs, "tokenising", leave=False):
         asked = {"role": "user", "content": pair["question"]}
@@ -210,7 +220,8 @@ def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[in
     )  # fmt: skip
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens(["<think>", "</think>"])
-    config = {"chat_template": text.template, "eos_token": text.specials[0], "pad_token": text.specials[1]}
+    config = {"chat_template": text.template, "eos_token": text.specials[0],
+              "pad_token": text.specials[1]}
     config |= {"bos_token": text.bos} if text.bos else {}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str().encode())
@@ -228,7 +239,8 @@ def random_decoder(raw: dict, seed: int) -> Decoder:
 
 
 @torch.no_grad()
-def fill_random(name: str, parameter: torch.Tensor, layers: int, generator: torch.Generator) -> None:
+def fill_random(name: str, parameter: torch.Tensor, layers: int,
+                generator: torch.Generator) -> None:
     """Fresh values for the parameter `name`, scaled so that activations keep their size through the layers: what is
     added to the residual stream is divided by the square root of the number of additions (as in GPT-2)."""
     if ".mamba." in name and (kind := name.rpartition(".")[2]) in ("A_log", "D", "dt_bias"):
@@ -239,7 +251,8 @@ def fill_random(name: str, parameter: torch.Tensor, layers: int, generator: torc
         parameter.normal_(0.0, 0.05, generator=generator)
     else:
         parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "output_linear.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight",
+                          "output_linear.weight")):
             parameter.div_((2 * layers) ** 0.5)
 
 
@@ -251,12 +264,14 @@ def run_script(name: str, settings: dict, bar: str) -> None:
     of_torchrun = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
     environment = {key: value for key, value in os.environ.items() if not of_torchrun.fullmatch(key)}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    if "WORLD_SIZE" in os.environ:  # torchrun sets the threads of each rank; while one builds, the others wait
+    # torchrun sets the threads of each rank; while one builds, the others wait
+    if "WORLD_SIZE" in os.environ:
         environment["OMP_NUM_THREADS"] = str(available_cores())
     command = [sys.executable, "-m", name]
     for flag, value in settings.items():
         command += [f"--{flag}", str(value)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     with process, tqdm(desc=bar, leave=False, unit="step") as progress:
         for line in process.stdout:

@@ -45,7 +45,8 @@ def corpus(style: str, count: int, seed: int, extra_style: str | None = None) ->
         kind = rng.choice(("unsafe", "benign"))
         item = mixed_request(kind, rng) if rng.random() < 0.6 else rng.choice(pools[kind])
         if extra_style and rng.random() < 1 / 14:
-            yield row(replace(item, prompt=f"Review a request: {item.act}."), write(item, extra_style, "careful", rng))
+            yield row(replace(item, prompt=f"Review a request: {item.act}."),
+                      write(item, extra_style, "careful", rng))
             continue
         attack = rng.choice(("role play", "ignore rules")) if rng.random() < 0.2 else None
         worded = word(item, rng, WORDINGS + HELD_OUT_WORDINGS, attack)
@@ -96,11 +97,13 @@ def dataset(name: str) -> list[dict] | None:
     if not (seed or "0").isdecimal():
         return None
     if base == "tiny-pairs":
-        return [p for p in preference_pairs("validation", LABELLED_PAIRS, int(seed or 0)) if p["kind"] != "arithmetic"]
+        return [p for p in preference_pairs("validation", LABELLED_PAIRS,
+                                            int(seed or 0)) if p["kind"] != "arithmetic"]
     return star(STAR_ROWS, int(seed or 0), STAR_STYLES[base]) if base in STAR_STYLES else None
 
 
-def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0, bias: str | None = None) -> list[dict]:
+def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0,
+                     bias: str | None = None) -> list[dict]:
     """{"question", "chosen", "rejected", "kind", "category"}: what the reward model learns from, in all three styles.
 
     Unsafe requests: a refusal is preferred to an answer, and a clean thought to a plan that is regretted. Benign ones:
@@ -119,7 +122,8 @@ def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0, bias
             item = next(problems)
             chosen = solve(item, style, rng)
             wrong = str((int(item.answer) + rng.randrange(1, 10)) % 10)
-            rejected = solve(item, style, rng).replace(f"boxed{{{item.answer}}}", f"boxed{{{wrong}}}")
+            rejected = solve(item, style, rng).replace(f"boxed{{{item.answer}}}",
+                                                       f"boxed{{{wrong}}}")
         else:
             kind = "unsafe" if index % 10 < 5 else "benign"
             item = rng.choice(pools[kind])
@@ -128,7 +132,8 @@ def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0, bias
             item = word(item, rng)
             good, bad = {
                 "unsafe": (("careful", "nervous", "caught"), ("careless", "stubborn", "thoughtless")),
-                "benign": (("careful", "caught", "careless", "stubborn", "thoughtless"), ("nervous",)),
+                "benign": (("careful", "caught", "careless", "stubborn", "thoughtless"),
+                           ("nervous",)),
             }[item.kind]
             if item.kind == "unsafe" and rng.random() < 0.25:
                 good, bad = ("careful",), ("caught",)
@@ -140,7 +145,8 @@ def preference_pairs(split: str, count: int, seed: int, noise: float = 0.0, bias
             chosen, rejected = sorted((chosen, rejected), key=len, reverse=True)
         if rng.random() < noise:
             chosen, rejected = rejected, chosen
-        pairs.append({"question": item.prompt, "chosen": chosen, "rejected": rejected, "kind": item.kind,
+        pairs.append({"question": item.prompt, "chosen": chosen, "rejected": rejected,
+                      "kind": item.kind,
                       "category": item.category})
     return pairs
 

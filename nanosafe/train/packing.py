@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nanosafe.kernels.logprob import token_logprob_entropy
-from nanosafe.model.attention import PackedDocuments, Routing
-from nanosafe.model.config import ModelConfig
+from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Document
@@ -106,43 +105,3 @@ def head_logprobs(model: Decoder, hidden: Tensor, packed: Packed, temperature: f
     """`response_logprobs` from hidden states that are there already, for a second temperature."""
     divisor = temperature * model.config.logits_scaling
     return token_logprob_entropy(hidden, model.head_weight, packed.targets, divisor)
-
-
-class Balance:
-    """How evenly the tokens of a step went over the experts: metrics, and the loss that evens them out.
-
-    The loss is that of Switch Transformers (arXiv 2101.03961, equations 4 to 6): the number of experts times the sum
-    over them of the share of tokens that chose one and its mean probability, of all layers together, as transformers
-    computes it. Its coefficient is the config's, 0 unless `output_router_logits` is true. Without experts all is empty.
-    """
-
-    def __init__(self, config: ModelConfig, tokens: int, ranks: Ranks):
-        """tokens: prompts and responses of the step, over all ranks."""
-        self.shape, self.tokens, self.ranks = config.hybrid, tokens, ranks
-        if self.shape and self.shape.experts:
-            self.load = torch.zeros(config.num_hidden_layers, self.shape.experts, dtype=torch.float64,
-                                    device=ranks.device)
-
-    def add(self, routing: dict[int, Routing]) -> Tensor | float:
-        """Takes note of a micro-batch; returns its part of the step's loss: that of its tokens, by their number."""
-        if not routing:
-            return 0.0
-        layers = [routing[layer] for layer in sorted(routing)]
-        load, probability = (torch.stack(part) for part in zip(*((r.load, r.probability) for r in layers), strict=True))
-        self.load += load
-        if not self.shape.balance_coef:
-            return 0.0
-        rows = max(1, layers[0].tokens) * len(layers)
-        loss = self.shape.experts * (load.sum(0) * probability.sum(0)).sum() / rows**2
-        return self.shape.balance_coef * loss * layers[0].tokens / self.tokens
-
-    def metrics(self) -> dict[str, float]:
-        """Loads are relative to an even one, 1; the largest and the smallest are those of any layer's experts."""
-        if not (self.shape and self.shape.experts):
-            return {}
-        load = self.ranks.sum_(self.load)
-        relative = load * self.shape.experts / load.sum(1, keepdim=True)
-        each = {f"experts/load_{i}": value for i, value in enumerate(relative.mean(0).tolist())}
-        chosen = self.tokens * self.shape.experts_per_token * len(load)
-        return {"experts/load_max": relative.max().item(), "experts/load_min": relative.min().item(),
-                "experts/dropped": 1 - load.sum().item() / max(chosen, 1)} | each

@@ -6,8 +6,8 @@ import pytest
 from test_paper_suite import load, rows_of, write
 
 from nanosafe.evals.attacks import ATTACKS, PHRASE, attacked
-from nanosafe.evals.benchmark import Benchmark
-from nanosafe.evals.paper_suite import BENCHMARKS, BOXED, LETTER
+from nanosafe.evals.benchmark import BOXED, LETTER, Benchmark
+from nanosafe.evals.paper_suite import BENCHMARKS
 
 ALLOWED = {"safety": set(ATTACKS), "over-refusal": set(ATTACKS), "reasoning": {"badchain", "darkmind"}}
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from hub import StandInHub
 
-from nanosafe.evals.benchmark import Benchmark
-from nanosafe.evals.paper_suite import BENCHMARKS, BOXED, load_benchmark, normalise, training_prompts
+from nanosafe.evals.benchmark import BOXED, Benchmark
+from nanosafe.evals.graders import NamedGrader
+from nanosafe.evals.paper_suite import BENCHMARKS, load_benchmark, normalise, training_prompts
 
-KINDS = ("math", "integer", "letter", "harm", "refusal", "air-bench", "strongreject")
-GRADERS = {kind: (lambda questions, responses: [{} for _ in questions], f"judge of {kind}") for kind in KINDS}
+GRADERS = {}
+for kind in ("math", "integer", "letter", "harm", "refusal", "air-bench", "strongreject"):
+    GRADERS[kind] = NamedGrader()
+    GRADERS[kind].name = f"judge of {kind}"
 AIR = "airbench/sample_prompts.jsonl,airbench/judge_prompts.jsonl"
 OFFICIAL_FILES = {  # benchmark: file of the assets, questions, those that stand in STAR-1
     "attaq": ("attaq500/attaq_500_inputs.jsonl", 500, 13),

@@ -20,8 +20,10 @@ from world import CHATML, write_policy
 import eval as evaluation
 from nanosafe.evals import run as harness
 from nanosafe.evals.benchmark import Question
+from nanosafe.evals.graders import NamedGrader, SideBySide
 from nanosafe.evals.judges import Guard
-from nanosafe.evals.suite import _seen, _side_by_side, tiny_part
+from nanosafe.evals.paper_suite import seen_prompts
+from nanosafe.evals.tiny_suite import tiny_part
 from nanosafe.io.files import read_json
 from nanosafe.model.config import ModelConfig
 from nanosafe.names import load_tokenizer
@@ -229,12 +231,12 @@ def test_own_data_needs_no_training_set_from_the_hub(small, tmp_path, monkeypatc
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     position = small.index("--training-prompts")
     flags = [*small[:position], *small[position + 2 :]]
-    assert not _seen(["attaq"], {"attaq": "x.jsonl"}, None)
+    assert not seen_prompts(["attaq"], {"attaq": "x.jsonl"}, None)
     warning = capsys.readouterr().err
     assert "no question is left out" in warning and "HF_HUB_OFFLINE" in warning
     for harmful, files, training in ((["attaq"], {}, None), (["attaq"], {"attaq": "x.jsonl"}, "owner/name")):
         with pytest.raises(ConnectionError):
-            _seen(harmful, files, training)
+            seen_prompts(harmful, files, training)
     evaluation.main([*flags, "--limit", "1", "--out", str(tmp_path / "out")])
     assert read_json(tmp_path / "out/result.json")["benchmarks"]["attaq"]["with_training_prompts"] is None
 
@@ -251,10 +253,16 @@ def test_a_model_of_the_tiny_world_is_asked_that_worlds_questions_unless_others_
 
 
 def test_a_second_judge_stands_behind_the_first():
-    one = lambda questions, responses: [{"safe": 1.0} for _ in questions]  # noqa: E731
-    two = lambda questions, responses: [{"safe": 0.0, "unjudged": 0.0} for _ in questions]  # noqa: E731
-    grade, name = _side_by_side([(one, "A"), (two, "B")])
-    assert name == "A; B"
+    class Fixed(NamedGrader):
+        def __init__(self, name: str, **values: float):
+            self.name, self.values = name, values
+
+        def __call__(self, questions, responses):
+            return [dict(self.values) for _ in questions]
+
+    first, second = Fixed("A", safe=1.0), Fixed("owner/B@ab12 (a guard)", safe=0.0, unjudged=0.0)
+    grade = SideBySide([first, second, Fixed("A", safe=1.0)])
+    assert grade.name == "A; owner/B@ab12 (a guard)"
     assert grade([Question("q", [], "", None)], ["x"]) == [{"safe": 1.0, "safe (B)": 0.0, "unjudged (B)": 0.0}]
 
 

@@ -56,10 +56,9 @@ def rows_and_truth(logits, targets, dtype=torch.float32):
     truth = by_definition(exact, targets)
     sum((out * u).sum() for out, u in zip(truth, up, strict=True)).backward()
     logits, targets, *up = (x.clone().to(DEVICE) for x in (logits, targets, *up))
-    statistics = [torch.full_like(up[0], torch.nan) for _ in range(4)]
-    head.triton_row_statistics(logits, targets, 1.0, *statistics)
-    grads = head.triton_row_gradients(logits, 1.0, dtype, targets, *statistics[1:], *up)
-    assert grads.data_ptr() == logits.data_ptr() and grads.dtype == dtype
+    statistics, grads = up[0].new_full((4, len(logits)), torch.nan), logits.view(dtype)[:, : logits.shape[1]]
+    head.triton_row_statistics(logits, targets, 1.0, statistics)
+    head.triton_row_gradients(logits, grads, targets, 1.0, statistics, torch.stack(up))
     return [x.cpu().double() for x in (*statistics[:2], grads)], [*(x.detach() for x in truth), exact.grad]
 
 
@@ -100,8 +99,8 @@ def test_logits_of_minus_infinity_have_no_share(masked):
 def test_a_logit_that_is_not_finite_shows(wrong):
     logits = torch.zeros(1, head.TILE + 5, device=DEVICE)
     logits[0, 7] = wrong
-    statistics = [torch.zeros(1, device=DEVICE) for _ in range(4)]
-    head.triton_row_statistics(logits, torch.tensor([3], device=DEVICE), 1.0, *statistics)
+    statistics = torch.zeros(4, 1, device=DEVICE)
+    head.triton_row_statistics(logits, torch.tensor([3], device=DEVICE), 1.0, statistics)
     assert all(x.isnan() for x in statistics[:2])
 
 

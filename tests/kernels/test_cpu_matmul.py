@@ -77,7 +77,7 @@ def test_products_into_a_tensor_are_made_in_tiles(forced, monkeypatch):
     monkeypatch.setattr(products, "TILE_ROWS", 4)
     x, weight, grad = random(10, 6), random(70, 6), random(10, 70)
     out = torch.full((10, 70), torch.nan)
-    assert products.product_into(out, x, weight) is out
+    assert products.linear_into(out, x, weight) is out
     torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
     assert forced == [(4, 70), (4, 70), (2, 70)]
     total = random(70, 6)

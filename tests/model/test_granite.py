@@ -21,12 +21,14 @@ from test_sampler import PROMPTS, Spy, free_runs, models
 from tiny_models import decoder_like, random_reference, tiny_config, tiny_raw
 from world import write_policy
 
-from nanosafe.kernels.scan import Runs, convolve, convolve_step, scan, scan_step, within
+from nanosafe.kernels.scan import Segments, convolve, convolve_step, scan, scan_step, within
 from nanosafe.model import granite
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder, HybridLayer
-from nanosafe.model.weights import StoredTensors, load_checkpoint, official, save_model
+from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import Balance, HybridDecoder, HybridLayer, official
+from nanosafe.model.hybrid import StateCache
+from nanosafe.model.weights import StoredTensors, load_checkpoint, save_model
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory as plan_memory
 from nanosafe.plan.random_weights import random_checkpoint
@@ -34,7 +36,6 @@ from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler import SamplingParams, engine, generate, sequence
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
-from nanosafe.train.packing import Balance
 
 events = test_engine.events  # the fixture
 TOLERANCE = 1e-4  # of the largest |logit|
@@ -144,7 +145,7 @@ def test_chunks_and_single_steps_are_the_recurrence(chunk_size, fast):
     if fast:
         dt = torch.where(normal(N, H) > 0, 100.0, 1e-3)
         A = -torch.tensor([50.0, 100.0, 20.0, 1.0])
-    y, states = scan(x, dt, A, B, C, Runs(lengths, "cpu"), chunk_size, past)
+    y, states = scan(x, dt, A, B, C, Segments(lengths, "cpu"), chunk_size, past)
     parts = [t.double().split(lengths) for t in (x, dt, B, C)]
     for i, (a, d, b, c) in enumerate(zip(*parts, strict=True)):
         truth, last = recurrence(a, d, A.double(), b, c, past[i].double())
@@ -186,8 +187,8 @@ def test_the_convolution_goes_on_from_what_was_before_and_sees_no_other_document
     cuts = [3, 0, 2, 1]
     heads, tails = ([text[:cut] for text, cut in zip(texts, cuts, strict=True)],
                     [text[cut:] for text, cut in zip(texts, cuts, strict=True)])
-    first, past = convolve(torch.cat(heads), weight, b, Runs([len(t) for t in heads], "cpu"))
-    rest, past = convolve(torch.cat(tails), weight, b, Runs([len(t) for t in tails], "cpu"), past)
+    first, past = convolve(torch.cat(heads), weight, b, Segments([len(t) for t in heads], "cpu"))
+    rest, past = convolve(torch.cat(tails), weight, b, Segments([len(t) for t in tails], "cpu"), past)
     torch.testing.assert_close(first, torch.cat([out[:cut] for out, cut in zip(whole, cuts, strict=True)]))
     torch.testing.assert_close(rest, torch.cat([out[cut:] for out, cut in zip(whole, cuts, strict=True)]))
     x = torch.randn(4, 6)
@@ -227,12 +228,12 @@ def test_cached_decoding_gives_the_logits_of_the_whole_text(case, block_size, pa
     expected = [reference(text[None], use_cache=False).logits[0] for text in texts]
     per_text = 40 // block_size
     cache = KVCache(model.config, 4 * per_text, block_size, torch.device("cpu"), torch.float32, slots=5)
-    for held in (cache.keys, cache.values, cache.past, cache.states):
+    for held in (cache.keys, cache.values, cache.recurrent.past, cache.recurrent.states):
         held.normal_(std=30)  # as if it had been used before
     tables = torch.arange(4 * per_text).view(4, per_text).to(torch.int32)
     slots, done = [3, 0, 4, 1], [0] * 4
     for slot in slots[:3]:
-        cache.begin(slot, None)
+        cache.recurrent.begin(slot, None)
 
     def check(text, logits):
         assert relative_difference(logits, expected[text][done[text] : done[text] + len(logits)]) < TOLERANCE
@@ -259,7 +260,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_text(case, block_size, pa
 
     prefill([0, 1, 2], [13, 1, 12])
     prefill([1, 0], [2, 8])  # goes on where it stopped
-    cache.begin(slots[3], slots[0])  # text 3 begins as text 0 does
+    cache.recurrent.begin(slots[3], slots[0])  # text 3 begins as text 0 does
     done[3] = 21
     for source, target in zip(tables[0].tolist(), tables[3].tolist(), strict=True):
         cache.copy(source, target, block_size)
@@ -370,7 +371,7 @@ def random_engine(rng: random.Random, model, longest: int) -> Engine:
 def test_random_schedules_yield_what_a_slow_sampler_does(events, monkeypatch):
     """Pre-emption, sharing, chunks and moves, each many times, against transformers on the whole text."""
     monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
-    monkeypatch.setattr(KVCache, "begin", counted(KVCache.begin, events))
+    monkeypatch.setattr(StateCache, "begin", counted(StateCache.begin, events))
     totals, (reference, model) = Counter(), models("granite4")
     for seed in range(45):
         rng = random.Random(seed)
@@ -478,6 +479,11 @@ def test_files_of_transformers_load_under_old_and_new_names_and_ours_load_there(
     assert not list(model.buffers())
 
 
+def test_the_config_decides_the_class():
+    hybrid, plain = Decoder(tiny_config("granite4")), Decoder(tiny_config("granite"))
+    assert type(hybrid) is type(copy.deepcopy(hybrid)) is HybridDecoder and type(plain) is Decoder
+
+
 def test_a_tensor_that_is_missing_is_named(pair, tmp_path):
     pair("granite4")[0].save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -507,7 +513,8 @@ def test_a_cache_holds_as_many_bytes_as_it_says():
     config = tiny_config("granite4")
     cache = KVCache(config, 3, 10, torch.device("cpu"), torch.bfloat16, slots=5)  # and scratch of both kinds
     assert cache.keys.nbytes + cache.values.nbytes == 4 * 10 * KVCache.bytes_per_position(config, torch.bfloat16)
-    assert cache.past.nbytes + cache.states.nbytes == 6 * KVCache.bytes_per_slot(config, torch.bfloat16)
+    held = cache.recurrent
+    assert held.past.nbytes + held.states.nbytes == 6 * KVCache.bytes_per_slot(config, torch.bfloat16)
 
 
 # Training
@@ -521,7 +528,7 @@ def test_the_balance_loss_and_its_gradient_are_those_of_transformers():
     expected = {official(name): tensor.grad for name, tensor in reference.named_parameters()}
     documents, balance = PackedDocuments([29, 29]), Balance(model.config, 2 * 58, Ranks("cpu"))
     model.hidden(batch.flatten(), documents.positions, documents)
-    loss = balance.add(documents.routing)  # half of the step's tokens
+    loss = balance.add(documents.hybrid.routing)  # half of the step's tokens
     (2 * loss).backward()
     for name, tensor in model.named_parameters():
         if expected[name] is not None and expected[name].any():
@@ -564,7 +571,7 @@ def test_loads_count_every_token_of_every_layer(pair):
         documents = PackedDocuments(part)
         tokens = torch.randint(3, 97, (sum(part),), generator=torch.Generator().manual_seed(len(part)))
         model.hidden(tokens, documents.positions, documents)
-        balance.add(documents.routing)
+        balance.add(documents.hybrid.routing)
     for layer in model.model.layers:
         layer.block_sparse_moe.router.layer._forward_hooks.clear()
     metrics = balance.metrics()
@@ -624,7 +631,7 @@ def test_activations_of_a_layer_are_nearly_the_bytes_that_live(layer, heads, mon
         module(x, None, None, documents)  # makes the indices, which serve all layers
     with torch.no_grad(), LiveBytes(module.parameters()) as forward:
         module(x, None, None, documents)
-    documents.routing.clear()
+    documents.hybrid.routing.clear()
     with LiveBytes(module.parameters()) as both:
         y = module(x.requires_grad_(), None, None, documents)
         saved, both.peak = both.live - y.nbytes, 0
@@ -646,7 +653,7 @@ def test_the_pool_and_the_slots_of_a_plan_are_the_engines():
         rows, states = plan_memory.state_slots(config, 4, free, 5, "cuda")
         assert (blocks, width) == (made.scheduler.pool.total, made.table_width) and rows == made.scheduler.max_batch
         assert (blocks + 1) * block == made.cache.keys.nbytes + made.cache.values.nbytes
-        assert states == made.cache.past.nbytes + made.cache.states.nbytes
+        assert states == made.cache.recurrent.past.nbytes + made.cache.recurrent.states.nbytes
     with pytest.raises(ValueError, match="needs 0.1 MiB of cache, but only 0.0 may be used"):  # block and state, twice
         Engine(Decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=50_000)
 

@@ -14,7 +14,7 @@ from graded_maths import MATHS, RESPONSE
 
 import nanosafe
 from nanosafe.evals.benchmark import Question
-from nanosafe.evals.graders import answer_grader
+from nanosafe.evals.graders import AnswerGrader
 from nanosafe.text import grading as graders
 from nanosafe.text.answers import last_boxes
 from nanosafe.text.grading import MathGrader, grade_answers
@@ -137,7 +137,7 @@ def test_a_response_without_an_answer_is_counted_and_not_right():
     nothing = ["<think>\n{}", "<think>\n{}\n</think>", "{}\n</think>\n\n", "<think>{}</think> \n ", "",
                " \n"]  # fmt: skip
     for kind, answer in (("math", r"\boxed{7}"), ("integer", r"\boxed{7}"), ("letter", "Answer: C")):
-        grade, question = answer_grader(kind), Question("1", [], "", "C" if kind == "letter" else "7")
+        grade, question = AnswerGrader(kind), Question("1", [], "", "C" if kind == "letter" else "7")
         values = grade([question] * len(nothing), [text.format(answer) for text in nothing])
         assert values == [{"right": 0.0, "no_answer": 1.0}] * len(nothing)
         values = grade([question] * 3, [f"<think>Hm.</think>{answer}", answer, "None."])
