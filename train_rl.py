@@ -37,6 +37,7 @@ from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
 from nanosafe.train.batch import Batch, score_tokens
+from nanosafe.train.cli import finite_float, positive_float, positive_int
 from nanosafe.train.metrics import console_line, rollout_metrics, sample_rows
 from nanosafe.train.optim import Optimizer, cosine_schedule
 from nanosafe.train.packing import local_microbatches, pack, response_logprobs
@@ -46,48 +47,57 @@ from nanosafe.train.run_folder import RunFolder
 from nanosafe.train.tracking import Clock, Tracker
 
 WARMUP_SHARE, FINAL_LR_SHARE = 0.03, 0.1
-LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # those of policy_loss's sums that are reported
+LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # sums of policy_loss that are reported
 
 
 def flags() -> ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument
-    add("--reward-model", help="alias, hub id or folder of a *ForSequenceClassification, or rule:math, rule:refusal")
+    add("--reward-model",
+        help="alias, hub id or folder of a *ForSequenceClassification, or rule:math, rule:refusal")
     add("--reward-scope", choices=("response", "answer"), default="response",
-        help="what is scored: thought and answer (default), or what follows </think> (nothing does: an empty answer)")
-    add("--prompts", help="hub id, .json, .jsonl, .csv or .parquet; rows have question, prompt or messages")
-    add("--steps", type=cli.positive_int, help="rollouts, each with its updates")
-    add("--prompts-per-step", type=cli.positive_int)
-    add("--samples-per-prompt", type=cli.positive_int)
-    add("--minibatches", type=cli.positive_int, help="optimizer steps that a rollout is cut into")
-    add("--epochs", type=cli.positive_int, help="passes over each rollout")
-    add("--lr", type=cli.positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
-    add("--kl-coef", type=cli.finite_float, help="weight of the KL to the reference model; 0 loads none")
+        help="what is scored: thought and answer (default), or what follows </think> (nothing does: "
+        "an empty answer)")
+    add("--prompts",
+        help="hub id, .json, .jsonl, .csv or .parquet; rows have question, prompt or messages")
+    add("--steps", type=positive_int, help="rollouts, each with its updates")
+    add("--prompts-per-step", type=positive_int)
+    add("--samples-per-prompt", type=positive_int)
+    add("--minibatches", type=positive_int, help="optimizer steps that a rollout is cut into")
+    add("--epochs", type=positive_int, help="passes over each rollout")
+    add("--lr", type=positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
+    add("--kl-coef", type=finite_float, help="weight of the KL to the reference model; 0 loads none")
     add("--kl-kind", choices=reinforce.KL_KINDS,
         help="estimator of the KL in the reward; only k1 is unbiased there")
     add("--estimator", choices=reinforce.ESTIMATORS, default="reinforce++",
-        help="-baseline: reward minus its prompt's mean, KL as a k2 loss; needs --samples-per-prompt above 1")
-    add("--gamma", type=cli.positive_float, default=1.0, help="discount per token (default: 1)")
-    add("--clip-low", type=cli.positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
-    add("--clip-high", type=cli.positive_float, default=0.2, help="and those above 1 + this (0.2)")
-    add("--dual-clip", type=cli.positive_float, help="bound above 1 on the ratio where the advantage is negative")
+        help="-baseline: reward minus its prompt's mean, KL as a k2 loss; needs --samples-per-prompt "
+        "above 1")
+    add("--gamma", type=positive_float, default=1.0, help="discount per token (default: 1)")
+    add("--clip-low", type=positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
+    add("--clip-high", type=positive_float, default=0.2, help="and those above 1 + this (0.2)")
+    add("--dual-clip", type=positive_float,
+        help="bound above 1 on the ratio where the advantage is negative")
     add("--reduction", choices=("token", "sequence"), default="token",
         help="loss: mean over tokens (default), or over responses of their token means")
-    add("--reward-clip", type=cli.finite_float, nargs=2, metavar=("LOW", "HIGH"),
+    add("--reward-clip", type=finite_float, nargs=2, metavar=("LOW", "HIGH"),
         help="bounds of the reward (default: none)")
     add("--no-normalize", action="store_true", help="use returns as they are for advantages")
     add("--truncated", default="keep",
-        help="responses cut at the limit: keep scores them as they are (default), mask leaves them out, a NUMBER is "
-        "their reward")
-    add("--temperature", type=cli.positive_float, default=1.0, help="of sampling and of every log-prob (default: 1)")
-    add("--top-p", type=cli.positive_float, default=1.0, help="below 1 training is no longer on-policy (default: 1)")
-    add("--max-prompt-tokens", type=cli.positive_int, help="longer prompts are left out, and counted")
-    add("--max-response-tokens", type=cli.positive_int)
-    add("--tokens-per-microbatch", type=cli.positive_int, help="of one forward and backward, per rank")
+        help="responses cut at the limit: keep scores them as they are (default), mask leaves them "
+        "out, a NUMBER is their reward")
+    add("--temperature", type=positive_float, default=1.0,
+        help="of sampling and of every log-prob (default: 1)")
+    add("--top-p", type=positive_float, default=1.0,
+        help="below 1 training is no longer on-policy (default: 1)")
+    add("--max-prompt-tokens", type=positive_int, help="longer prompts are left out, and counted")
+    add("--max-response-tokens", type=positive_int)
+    add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
     add("--pairs",
-        help="labelled pairs (prompt, chosen, rejected) that the reward model is tried on before the start")
-    add("--eval-every", type=cli.positive_int,
-        help="steps between small evals of safety, over-refusal and reasoning, with warnings and a table at the end")
+        help="labelled pairs (prompt, chosen, rejected) that the reward model is tried on before the "
+        "start")
+    add("--eval-every", type=positive_int,
+        help="steps between small evals of safety, over-refusal and reasoning, with warnings and a "
+        "table at the end")
     return parser
 
 
@@ -100,22 +110,24 @@ def check(args: Namespace) -> None:
 
     if args.truncated not in ("keep", "mask"):
         try:
-            args.truncated = cli.finite_float(args.truncated)
+            args.truncated = finite_float(args.truncated)
         except (ValueError, ArgumentTypeError):
             raise ValueError(f"--truncated {args.truncated}: must be keep, mask or a number") from None
-    require(args.kl_coef >= 0,
-            f"--kl-coef {args.kl_coef}: a negative one rewards moving away from the reference model")
+    require(args.kl_coef >= 0, f"--kl-coef {args.kl_coef}: "
+            "a negative one rewards moving away from the reference model")
     require(args.estimator != "reinforce++-baseline" or args.samples_per_prompt > 1,
             f"--estimator {args.estimator} compares samples: set --samples-per-prompt above 1")
     require(args.minibatches <= args.prompts_per_step * args.samples_per_prompt,
             "--minibatches is larger than --prompts-per-step times --samples-per-prompt")
     require(args.gamma <= 1, f"--gamma {args.gamma}: a discount is at most 1")
-    require(args.dual_clip is None or args.dual_clip > 1, f"--dual-clip {args.dual_clip}: it must be above 1")
+    require(args.dual_clip is None or args.dual_clip > 1,
+            f"--dual-clip {args.dual_clip}: it must be above 1")
     if args.reward_clip is not None:
         low, high = args.reward_clip
         require(low < high, f"--reward-clip {low} {high}: LOW must be below HIGH")
     # Divided by less, logits overflow float32; by more, all tokens are equally likely.
-    require(1e-6 <= args.temperature <= 1e6, f"--temperature {args.temperature}: it must lie from 1e-6 to 1e6")
+    require(1e-6 <= args.temperature <= 1e6,
+            f"--temperature {args.temperature}: it must lie from 1e-6 to 1e6")
     require(args.top_p <= 1, f"--top-p {args.top_p}: a probability is at most 1")
 
 
@@ -156,11 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     check_rows([row for row, _ in prompts], reward, args.reward_model)
     longest, limit = max(len(ids) for _, ids in prompts), policy.config.max_position_embeddings
     if longest + args.max_response_tokens > limit:
-        raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} tokens passes "
-                         f"{args.model}'s {limit} positions (max_position_embeddings): lower it")
+        raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} "
+                         f"tokens passes {args.model}'s {limit} positions (max_position_embeddings): lower it")
     announce_sampling(policy, args, ranks)
     try_reward(reward, args, ranks)
-    watch = start_watch(policy, reward, tokenizer, args, ranks, run.state["step"] if run.resumed else None)
+    watch = start_watch(policy, reward, tokenizer, run)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long)
 
     tracker = Tracker(args, ranks)
@@ -177,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         if math.isfinite(metrics["reward/mean"]):
             metrics |= set_advantages(batch, args)
             metrics |= update(policy, optimizer, batch, args, ranks, step)
-        else:  # no reward, or one that is not a number, says nothing about the policy: no rank updates
+        else:
+            # No reward, or one that is not a number, says nothing about the policy: no rank updates.
             metrics["policy/skipped"] = updates
         clock.lap("update")
 
@@ -214,7 +227,8 @@ def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
         text += f"; generation_config.json's {unused} are not used"
     ranks.print(text)
     if args.top_p < 1:
-        ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution that is sampled")
+        ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution "
+                    "that is sampled")
 
 
 def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace,
@@ -223,19 +237,25 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
     P, n = args.prompts_per_step, args.samples_per_prompt
     drawn = shuffled_passes(len(prompts), range(step * P, (step + 1) * P), args.seed, "prompts")
     asked = [prompts[drawn[row // n]] for row in range(P * n)]
-    params = [
-        SamplingParams(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_response_tokens,
-                       seed=derive_seed(args.seed, "rollout", step, row))
-        for row in range(P * n)
-    ]
+    prompt_ids, params = [], []
+    for row, (_, ids) in enumerate(asked):
+        prompt_ids.append(ids)
+        params.append(SamplingParams(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=args.max_response_tokens,
+            # Of its own, so that a response depends on neither batch nor rank.
+            seed=derive_seed(args.seed, "rollout", step, row),
+        ))
     with unsharded(policy, getattr(torch, args.dtype)) as model:
-        outputs = generate_over_ranks(model, [ids for _, ids in asked], params, ranks, progress=ranks.main)
+        outputs = generate_over_ranks(model, prompt_ids, params, ranks, progress=ranks.main)
     episodes = []
-    for row, ((source, prompt_ids), [completion]) in enumerate(zip(asked, outputs, strict=True)):
+    for row, ((source, ids), [completion]) in enumerate(zip(asked, outputs, strict=True)):
         truncated = completion.finish_reason == "length"
+        # The token that ended the response is learnt, but no part of its text.
         content = completion.token_ids if truncated else completion.token_ids[:-1]
         episodes.append(Episode(
-            prompt_ids,
+            ids,
             completion.token_ids,
             row=row,
             group=row // n,
@@ -247,15 +267,19 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
     return episodes
 
 
-def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: Namespace, ranks: Ranks) -> None:
+def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: Namespace,
+          ranks: Ranks) -> None:
     """Set each episode's reward: the reward model reads the text of the conversation, never the policy's ids."""
 
     def rewards_of(some: list[Episode]) -> list[float]:
         conversations = []
         for episode in some:
-            opened = tokenizer.opens_thought(episode.prompt_ids)
             conversations.append(conversation(
-                episode.source.prompt, episode.text, opened_thought=opened, scope=args.reward_scope))
+                episode.source.prompt,
+                episode.text,
+                opened_thought=tokenizer.opens_thought(episode.prompt_ids),
+                scope=args.reward_scope,
+            ))
         return reward(conversations, [episode.source.answer for episode in some]).tolist()
 
     rewards = ranks.split_work(episodes, rewards_of)
@@ -268,11 +292,13 @@ def set_advantages(batch: Batch, args: Namespace) -> dict[str, float]:
     """Rewards to advantages, normalised over the whole rollout. Returns their moments before that."""
     device = batch.loss_mask.device
     rewards = torch.tensor(fill_unread(batch.episodes), dtype=torch.float64, device=device)
-    group = torch.tensor([episode.group for episode in batch.episodes], dtype=torch.long, device=device)
+    group = torch.tensor([episode.group for episode in batch.episodes], device=device)
     returns = reinforce.advantages(
-        rewards, batch.logprobs, batch.ref_logprobs, batch.loss_mask, kl_coef=args.kl_coef, gamma=args.gamma,
-        group=group, estimator=args.estimator, reward_clip=args.reward_clip, kl_kind=args.kl_kind, normalize=False,
+        rewards, batch.logprobs, batch.ref_logprobs, batch.loss_mask, group=group,
+        kl_coef=args.kl_coef, kl_kind=args.kl_kind, gamma=args.gamma, estimator=args.estimator,
+        reward_clip=args.reward_clip, normalize=False,
     )
+    # Normalised here, so that the moments can be logged.
     mean, variance = reinforce.global_moments(returns, batch.loss_mask)
     batch.advantages = returns
     if not args.no_normalize:
@@ -291,9 +317,9 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
         for i in progress(range(count), "updates"):
             rows = order[i * len(order) // count : (i + 1) * len(order) // count]
             sums = backward(policy, batch, rows, args, ranks)
-            denominator = loss_denominator(batch, rows, args)
-            loss = sums["loss_sum"] / max(denominator, 1)
-            norm = optimizer.step(lr) if denominator and math.isfinite(loss) else optimizer.discard()
+            loss = sums["loss_sum"] / max(sums["denominator"], 1)
+            usable = sums["denominator"] > 0 and math.isfinite(loss)
+            norm = optimizer.step(lr) if usable else optimizer.discard()
             if math.isfinite(norm):
                 losses.append(loss)
                 norms.append(norm)
@@ -309,37 +335,36 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
         "policy/skipped": args.epochs * count - len(norms),
     }
     # The experts' loads are those of the last mini-batch.
-    return metrics | {name: value for name, value in sums.items() if name not in LOSS_SUMS}
+    return metrics | {name: value for name, value in sums.items() if name.startswith("experts/")}
 
 
-def loss_denominator(batch: Batch, rows: list[int], args: Namespace) -> int:
-    """Of a mini-batch's loss, over all ranks: its tokens that count, or its responses that have such tokens."""
-    tokens = batch.loss_mask[list(rows)].sum(1)
-    return int(tokens.sum() if args.reduction == "token" else (tokens > 0).sum())
-
-
-def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespace, ranks: Ranks) -> dict[str, float]:
+def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespace,
+             ranks: Ranks) -> dict[str, float]:
     """Gradients of one mini-batch (rows of the batch), each rank having run its share; the sums are over all ranks."""
     sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=ranks.device)
-    denominator = loss_denominator(batch, minibatch, args)
+    # One denominator for the whole mini-batch: micro-batches and ranks simply add up.
+    tokens = batch.loss_mask[list(minibatch)].sum(1)  # of each response
+    denominator = int(tokens.sum() if args.reduction == "token" else (tokens > 0).sum())
     episodes = [batch.episodes[row] for row in minibatch]
     balance = Balance(policy.config, sum(map(len, episodes)), ranks)
     for indices in local_microbatches(episodes, args.tokens_per_microbatch, ranks):
         rows = [minibatch[i] for i in indices]
         packed = pack([episodes[i] for i in indices], ranks.device)
         logprobs = packed.pad(response_logprobs(policy, packed, args.temperature)[0])  # [b, T']
-        T = logprobs.shape[1]
+        T = logprobs.shape[1]  # at most that of the batch: its longest response may be in another pack
         mask = batch.loss_mask[rows, :T]
+        mean_of = dict(reduction=args.reduction, denominator=denominator)
         loss, stats = reinforce.policy_loss(
-            logprobs, batch.logprobs[rows, :T], batch.advantages[rows, :T], mask, clip_low=args.clip_low,
-            clip_high=args.clip_high, dual_clip=args.dual_clip, reduction=args.reduction, denominator=denominator,
+            logprobs, batch.logprobs[rows, :T], batch.advantages[rows, :T], mask,
+            clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip, **mean_of,
         )
         if args.estimator == "reinforce++-baseline" and args.kl_coef:
-            loss = loss + args.kl_coef * reinforce.kl_loss(
-                logprobs, batch.ref_logprobs[rows, :T], mask, reduction=args.reduction, denominator=denominator)
+            kl = reinforce.kl_loss(logprobs, batch.ref_logprobs[rows, :T], mask, **mean_of)
+            loss = loss + args.kl_coef * kl
         (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
-    return dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True)) | balance.metrics()
+    named = dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))
+    return named | {"denominator": denominator} | balance.metrics()
 
 
 if __name__ == "__main__":

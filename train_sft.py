@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks.close()
 
 
-def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int, ranks: Ranks) -> dict[str, float]:
+def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int,
+             ranks: Ranks) -> dict[str, float]:
     """Gradients of the mean negative log-likelihood over all response tokens of `batch`; each rank runs its share.
 
     Returns loss and entropy (nats per token) over all ranks, and the experts' loads where there are experts.
@@ -127,7 +128,8 @@ def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int, 
 
 
 def console_line(row: dict, steps: int) -> str:
-    loss = "not finite, update skipped" if row["sft/grad_norm"] is None else format(row["sft/loss"], ".4f")
+    skipped = row["sft/grad_norm"] is None
+    loss = "not finite, update skipped" if skipped else format(row["sft/loss"], ".4f")
     return (
         f"step {row['step']}/{steps} | loss {loss} | entropy {row['sft/entropy'] or 0:.3f}"
         f" | grad {row['sft/grad_norm'] or 0:.3f} | lr {row['sft/lr']:.1e} | epoch {row['sft/epoch']:.2f}"

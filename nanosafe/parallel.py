@@ -65,7 +65,8 @@ class Ranks:
             before += cost
         return range(bisect_left(owners, self.rank), bisect_right(owners, self.rank))
 
-    def split_work(self, items: Sequence, work: Callable[[Sequence], list], cost: Callable = len) -> list:
+    def split_work(self, items: Sequence, work: Callable[[Sequence], list],
+                   cost: Callable = len) -> list:
         """work(items), in order and on every rank, each rank having done its `local_range` of the items."""
         local = self.local_range([cost(item) for item in items])
         return self.gather(work(items[local.start : local.stop]))
@@ -119,12 +120,15 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: it must be cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is visible to PyTorch; use --device cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def join_group(device: torch.device, **options) -> None:
     """Join the process group of torchrun's environment, or of `options` (see init_process_group)."""
-    if device.type == "cuda":  # told which GPU is this rank's, nccl need not guess at the first exchange
+    if device.type == "cuda":
+        # Told which GPU is this rank's, nccl need not guess at the first exchange.
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **options)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT, **options)

@@ -39,21 +39,23 @@ class Batch:
 
 
 @torch.no_grad()
-def score_tokens(policy: Decoder, reference: Decoder | None, episodes: list[Episode], args: Namespace,
-                 ranks: Ranks) -> Batch:
+def score_tokens(policy: Decoder, reference: Decoder | None, episodes: list[Episode],
+                 args: Namespace, ranks: Ranks) -> Batch:
     """The policy's and the reference's log-probs of all response tokens; each rank runs its own micro-batches."""
     batches = local_microbatches(episodes, args.tokens_per_microbatch, ranks)
     packs = [(rows, pack([episodes[row] for row in rows], ranks.device)) for rows in batches]
-    scores: dict[int, Tensor] = {}  # of this rank's rows: [3, length], or [4, length] with a reference
+    # Of this rank's rows: [3, length], or [4, length] with a reference.
+    scores: dict[int, Tensor] = {}
     for rows, packed in progress(packs, "log-probs"):
         hidden = response_hidden(policy, packed)
         logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
         at_1 = entropies
-        if args.temperature != 1:
+        if args.temperature != 1:  # a second pass of the head; the layers' passes are the dear ones
             at_1 = head_logprobs(policy, hidden, packed, 1.0)[1]
         values = torch.stack([logprobs, entropies, at_1]).cpu()
         for row, score in zip(rows, values.split(packed.lengths, dim=1), strict=True):
-            scores[row] = score.clone()  # a view would take the whole micro-batch along to another rank
+            # A view would take the whole micro-batch along to another rank.
+            scores[row] = score.clone()
     if reference is not None:
         with on_device(reference, ranks.device):
             for rows, packed in progress(packs, "reference"):
@@ -63,25 +65,26 @@ def score_tokens(policy: Decoder, reference: Decoder | None, episodes: list[Epis
     by_row = dict(ranks.gather(list(scores.items())))
     padded = _pad([by_row[row].T for row in range(len(episodes))])  # [B, T, 3 or 4]
     logprobs, entropies, at_1, *ref_logprobs = padded.permute(2, 0, 1).contiguous().to(ranks.device)
-    lengths = torch.tensor([len(episode.response_ids) for episode in episodes])
-    response_mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    counts = torch.tensor([_counts(episode, args.truncated) for episode in episodes])
+    token_ids, sampler_logprobs, response_mask, loss_mask = [], [], [], []
+    for episode in episodes:
+        masked = episode.truncated and args.truncated == "mask"
+        counts = episode.reward != UNREAD and not masked
+        length = len(episode.response_ids)
+        token_ids.append(torch.tensor(episode.response_ids))
+        sampler_logprobs.append(torch.tensor(episode.sampler_logprobs))
+        response_mask.append(torch.ones(length, dtype=torch.bool))
+        loss_mask.append(torch.full((length,), counts))
     return Batch(
         episodes,
-        token_ids=_pad([torch.tensor(episode.response_ids) for episode in episodes]).to(ranks.device),
-        response_mask=response_mask.to(ranks.device),
-        loss_mask=(response_mask & counts[:, None]).to(ranks.device),
-        sampler_logprobs=_pad([torch.tensor(e.sampler_logprobs) for e in episodes]).to(ranks.device),
+        token_ids=_pad(token_ids).to(ranks.device),
+        response_mask=_pad(response_mask).to(ranks.device),
+        loss_mask=_pad(loss_mask).to(ranks.device),
+        sampler_logprobs=_pad(sampler_logprobs).to(ranks.device),
         logprobs=logprobs,
         entropies=entropies,
         entropies_at_1=at_1,
         ref_logprobs=ref_logprobs[0] if ref_logprobs else None,
     )
-
-
-def _counts(episode: Episode, truncated: str | float) -> bool:
-    """Whether the tokens of an episode count in the loss; truncated: as --truncated."""
-    return episode.reward != UNREAD and not (episode.truncated and truncated == "mask")
 
 
 def _pad(rows: Sequence[Tensor]) -> Tensor:

@@ -23,46 +23,56 @@ def iso_date(text: str) -> str:
 
 
 # Of every script that renders prompts.
-THINKING = dict(choices=("on", "off"), default="on",
-                help="whether the chat template asks for a thought, where it can do both: Qwen3, Granite "
-                "(default: %(default)s)")
-DATE = dict(type=iso_date, metavar="YYYY-MM-DD",
-            help="the day that some chat templates write, as Llama 3.2's and Granite 3.3's (default: today; "
-            "what was begun keeps its day)")
+THINKING = dict(
+    choices=("on", "off"), default="on",
+    help="whether the chat template asks for a thought, where it can do both: Qwen3, Granite "
+    "(default: %(default)s)",
+)
+DATE = dict(
+    type=iso_date, metavar="YYYY-MM-DD",
+    help="the day that some chat templates write, as Llama 3.2's and Granite 3.3's (default: today; "
+    "what was begun keeps its day)",
+)
 
 
 def new_parser(description: str) -> ArgumentParser:
     """A parser with the flags that mean the same in every training script."""
-    parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the description
+    parser = ArgumentParser(description=description, formatter_class=raw)
     add = parser.add_argument
     add("--model", default="tiny",
-        help="tiny, tiny-llama or tiny-granite (the tiny world, no download; tiny@SEED grows another), alias "
-        "(qwen3-8b), hub id (owner/name, owner/name@revision) or folder (default: %(default)s)")
+        help="tiny, tiny-llama or tiny-granite (the tiny world, no download; tiny@SEED grows another), "
+        "alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder (default: %(default)s)")
     add("--out", help="run folder (default: runs/SCRIPT-MODEL)")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute type; masters are float32 (default: bfloat16 on cuda, float32 on cpu)")
     add("--resume", choices=("auto", "never"), default="auto",
-        help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a folder")
+        help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a "
+        "folder")
     add("--thinking", **THINKING)
     add("--date", **DATE)
-    add("--save-every", type=positive_int, default=50, help="steps between checkpoints (default: %(default)s)")
-    add("--keep", type=positive_int, default=2, help="how many checkpoints are kept (default: %(default)s)")
+    add("--save-every", type=positive_int, default=50,
+        help="steps between checkpoints (default: %(default)s)")
+    add("--keep", type=positive_int, default=2,
+        help="how many checkpoints are kept (default: %(default)s)")
     add("--low-memory", action="store_true",
-        help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 bits; "
-        "a parameter then takes 6 bytes instead of 14")
+        help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 "
+        "bits; a parameter then takes 6 bytes instead of 14")
     add("--offload", action="store_true",
-        help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a step")
+        help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a "
+        "step")
     add("--no-recompute", action="store_true",
-        help="keep all activations of a micro-batch instead of recomputing each layer's in the backward pass "
-        "(on CUDA): a quarter fewer FLOP, several times the memory")
+        help="keep all activations of a micro-batch instead of recomputing each layer's in the "
+        "backward pass (on CUDA): a quarter fewer FLOP, several times the memory")
     add("--plan", nargs="?", const="", metavar="NxGB",
-        help="only print what the run needs (memory of each GPU, hours, disk, downloads), whether it fits and "
-        "what helps; nothing is downloaded. 8x80: on 8 GPUs of 80 GB (default: the visible ones, else 1x80)")
+        help="only print what the run needs (memory of each GPU, hours, disk, downloads), whether it "
+        "fits and what helps; nothing is downloaded. 8x80: on 8 GPUs of 80 GB (default: the visible "
+        "ones, else 1x80)")
     add("--random-weights", action="store_true",
-        help="dry run without a download: the true shape (also of a folder with a config.json alone) with "
-        "random weights, written once to the cache; reward model alike; tiny-star data")
+        help="dry run without a download: the true shape (also of a folder with a config.json alone) "
+        "with random weights, written once to the cache; reward model alike; tiny-star data")
     add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     return parser
@@ -95,16 +105,19 @@ def settings(parser: ArgumentParser, argv: list[str] | None, script: str,
     """
     flags = [action for action in parser._actions if action.dest != "help"]
     _show_recipes(flags, script)
-    # argparse fills in a default only where the namespace has no value yet: what is UNSET afterwards was not given.
+    # argparse fills in a default only where the namespace has no value: what is UNSET was not given.
     given = parser.parse_args(argv, Namespace(**{flag.dest: UNSET for flag in flags}))
     model = parser.get_default("model") if given.model is UNSET else given.model
     defaults = recipe(script, model)
     args, origins = Namespace(), {"command line": [], "recipe": [], "default": []}
     for flag in flags:
         name = flag.dest
-        origin, value = "command line", getattr(given, name)
-        if value is UNSET:
-            origin, value = ("recipe", defaults[name]) if name in defaults else ("default", flag.default)
+        if getattr(given, name) is not UNSET:
+            origin, value = "command line", getattr(given, name)
+        elif name in defaults:
+            origin, value = "recipe", defaults[name]
+        else:
+            origin, value = "default", flag.default
         setattr(args, name, value)
         origins[origin].append(name)
     require_trackers(args)
@@ -128,8 +141,8 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
-        raise ValueError("--low-memory is for one process that computes in bfloat16: several spread the masters over "
-                         "their GPUs, so leave it out; for one, add --dtype bfloat16")
+        raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
+                         "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
     if not args.out:
         name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
         args.out = f"runs/{script}-{name}"
@@ -159,6 +172,7 @@ def readable_errors() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             message += "\nA smaller --tokens-per-microbatch or a smaller model needs less memory."
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        message = f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)"
+        print(message, file=sys.stderr, flush=True)
         # Without clean-up: leaving the process group would wait for ranks that may never come.
         os._exit(1)

@@ -80,7 +80,8 @@ class Optimizer:
 
         A norm that is not finite (on every rank alike) leaves the weights untouched.
         """
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)).item()
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
+        norm = full_tensor(norm).item()
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr

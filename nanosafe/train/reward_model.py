@@ -28,34 +28,35 @@ PROBE = "nanosafe-probe"  # stands for a response where it is asked what a templ
 
 
 class RewardModel:
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, device: str | torch.device | None = None):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer,
+                 device: str | torch.device | None = None):
         """device: where it scores (default: where its weights are)."""
         self.model, self.tokenizer = model, tokenizer
         self.device = torch.device(device or model.score.weight.device)
         self.context = model.config.max_position_embeddings
 
     @classmethod
-    def load(
-        cls, folder: Path, device: str | torch.device, dtype: torch.dtype, *, offload: bool = False
-    ) -> "RewardModel":
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, *,
+             offload: bool = False) -> "RewardModel":
         """The *ForSequenceClassification model with one label in `folder`, in eval mode.
 
         offload: its weights stay in CPU memory and are on `device` only while it scores.
         """
         if not ModelConfig.from_folder(folder).num_labels:
-            raise ValueError(f"{folder} is a language model: a reward model has a score head, and its config.json "
-                             "names a ...ForSequenceClassification architecture (such as skywork-v2-llama-8b)")
+            raise ValueError(f"{folder} is a language model: a reward model has a score head, and its "
+                             "config.json names a ...ForSequenceClassification architecture "
+                             "(such as skywork-v2-llama-8b)")
         tokenizer = Tokenizer(folder)
         return cls(load_checkpoint(folder, "cpu" if offload else device, dtype), tokenizer, device)
 
-    def __call__(self, conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+    def __call__(self, conversations: Sequence[Conversation],
+                 references: Sequence[str | None]) -> Tensor:
         """As a Reward: UNREAD for what is longer than the context, NaN where the score is not finite."""
         return self.score(conversations, skip_long=True)
 
     @torch.no_grad()
-    def score(
-        self, conversations: Sequence[Conversation], *, tokens_per_microbatch: int = 16384, skip_long: bool = False
-    ) -> Tensor:
+    def score(self, conversations: Sequence[Conversation], *, tokens_per_microbatch: int = 16384,
+              skip_long: bool = False) -> Tensor:
         """Rewards of finished conversations, float32 [B] on the CPU, equal to transformers' score of each one unpadded.
 
         Runs micro-batches of at most `tokens_per_microbatch` tokens; a longer conversation goes alone. Raises
@@ -81,8 +82,8 @@ class RewardModel:
     def _check_lengths(self, documents: Sequence[list[int]]) -> None:
         for index, ids in enumerate(documents):
             if len(ids) > self.context:
-                raise ValueError(f"conversation {index} has {len(ids)} tokens; the reward model reads 1 to "
-                                 f"{self.context} (max_position_embeddings)")
+                raise ValueError(f"conversation {index} has {len(ids)} tokens; the reward model reads "
+                                 f"1 to {self.context} (max_position_embeddings)")
 
     def forward(self, documents: Sequence[list[int]]) -> Tensor:
         """float32 scores [B] of encoded conversations as one micro-batch; differentiable."""
@@ -120,13 +121,14 @@ class RewardModel:
         if not ids:
             raise ValueError(f"conversation {index} has 0 tokens: the chat template writes nothing")
         if max(ids) >= size:
-            raise ValueError(f"conversation {index} holds token {max(ids)}, but the reward model's vocabulary has "
-                             f"{size}: its tokenizer belongs to another model")
+            raise ValueError(f"conversation {index} holds token {max(ids)}, but the reward model's "
+                             f"vocabulary has {size}: its tokenizer belongs to another model")
         return ids
 
     def _with_response(self, messages: Conversation) -> str:
         """The rendered conversation with the response put in as it is."""
-        for probe in (f"{THINK}\n{PROBE}\n{END_THINK}\n\n{PROBE}", PROBE):  # a template may delete thoughts
+        # Some templates delete thoughts, and with them all of the first probe.
+        for probe in (f"{THINK}\n{PROBE}\n{END_THINK}\n\n{PROBE}", PROBE):
             rendered = self.tokenizer.render([*messages[:-1], messages[-1] | {"content": probe}])
             before, separator, after = rendered.rpartition(probe)
             if separator:
@@ -136,7 +138,8 @@ class RewardModel:
     def check_scope(self, scope: str, name: str) -> None:
         """Raise ValueError if the reward model `name` cannot score that scope (see `conversation`), or does not belong
         to its tokenizer."""
-        probe = conversation([{"role": "user", "content": "?"}], f"{PROBE}{END_THINK}!", opened_thought=True)
+        prompt = [{"role": "user", "content": "?"}]
+        probe = conversation(prompt, f"{PROBE}{END_THINK}!", opened_thought=True)
         if scope == "response" and PROBE not in self.tokenizer.render(probe):
             raise ValueError(f"the chat template of {name} deletes thoughts, so they have no reward: "
                              "use --reward-scope answer")
@@ -152,7 +155,8 @@ def check_rows(rows: Sequence[Row], reward: Reward, name: str) -> None:
             try:
                 reward.encode(conversation(row.prompt, PROBE, opened_thought=False))
             except ValueError as error:
-                raise ValueError(f"{row.source}: the reward model {name} cannot read it: {error}") from None
+                reason = f"the reward model {name} cannot read it: {error}"
+                raise ValueError(f"{row.source}: {reason}") from None
 
 
 def _holds_response(text: str, messages: Conversation) -> bool:

@@ -25,9 +25,8 @@ UNREAD = -math.inf  # the reward of a conversation that is longer than the rewar
 CHECKED_TOGETHER = 64  # reference answers
 
 
-def conversation(
-    messages: Conversation, response: str, *, opened_thought: bool, scope: str = "response"
-) -> Conversation:
+def conversation(messages: Conversation, response: str, *, opened_thought: bool,
+                 scope: str = "response") -> Conversation:
     """`messages` with the policy's response as the assistant's turn, in the form that is scored.
 
     opened_thought: the policy's generation prompt ends with <think> (R1-Distill), so that the response starts inside
@@ -51,7 +50,8 @@ def math_rule(conversations: Sequence[Conversation], references: Sequence[str | 
     """1 where the answer equals the reference. Raises ValueError naming the row that has no reference answer."""
     if None in references:
         row = list(references).index(None)
-        raise ValueError(f"row {row} has no reference answer: rule:math needs a data set with a field 'answer'")
+        raise ValueError(f"row {row} has no reference answer: "
+                         "rule:math needs a data set with a field 'answer'")
     responses = [messages[-1]["content"] for messages in conversations]
     return torch.tensor(grade_answers("math", responses, list(map(_in_digits, references))))
 
@@ -63,13 +63,15 @@ def check_references(rows: Sequence[Row]) -> None:
     """Raise ValueError, naming file and line, for a row whose reference answer rule:math could not read."""
     for row in rows:
         if not (row.answer or "").strip():
-            raise ValueError(f"{row.source}: rule:math compares with field 'answer', which is missing or empty")
+            raise ValueError(f"{row.source}: rule:math compares with field 'answer', "
+                             "which is missing or empty")
     for start in progress(range(0, len(rows), CHECKED_TOGETHER), "reference answers"):
         together = rows[start : start + CHECKED_TOGETHER]
         can_read = readable([_in_digits(row.answer) for row in together])
         for row, good in zip(together, can_read, strict=True):
             if not good:
-                raise ValueError(f"{row.source}: math-verify cannot read field 'answer', {row.answer!r:.80}")
+                raise ValueError(f"{row.source}: math-verify cannot read field 'answer', "
+                                 f"{row.answer!r:.80}")
 
 
 def _in_digits(reference: str) -> str:
@@ -78,14 +80,16 @@ def _in_digits(reference: str) -> str:
     return format(Decimal(number[1]), "f") if number else reference
 
 
-def known_rewards(reward: Reward, name: str, conversations: Sequence[Conversation]) -> list[float | None]:
+def known_rewards(reward: Reward, name: str,
+                  conversations: Sequence[Conversation]) -> list[float | None]:
     """Rewards for an eval, None for UNREAD. Raises ValueError naming reward and response where one is NaN."""
     known = []
     scores = reward(conversations, [None] * len(conversations)).tolist()
     for score, messages in zip(scores, conversations, strict=True):
         if math.isnan(score):
-            raise ValueError(f"{name} gives a reward that is not a number to {messages[-1]['content']!r:.200}: its "
-                             "weights are damaged, or overflow in this --dtype")
+            response = messages[-1]["content"]
+            raise ValueError(f"{name} gives a reward that is not a number to {response!r:.200}: "
+                             "its weights are damaged, or overflow in this --dtype")
         known.append(None if score == UNREAD else score)
     return known
 
