@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanosafe.text.data import Episode
 from nanosafe.train.batch import Batch
-from nanosafe.train.reinforce import gap_stats
+from nanosafe.train.reinforce import token_kl
 from nanosafe.train.rewards import UNREAD
 
 SAMPLES_PER_STEP = 8  # episodes written to samples.jsonl
@@ -50,6 +50,28 @@ def rollout_metrics(batch: Batch, reflection: Tensor) -> dict[str, float]:
         "response/length_max": max(lengths),
         "response/truncated": truncated,
         "response/eos": 1 - truncated,
+    }
+
+
+@torch.no_grad()
+def gap_stats(logprobs: Tensor, other_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """How far log-probs [B, T] of two models are apart on tokens the first drew: policy, reference; sampler, trainer.
+
+    Float64 scalars: `k1_sum` and `k3_sum` of KL(first || second), `abs_sum` of |difference|, `tokens`; ranks can add
+    them, but of `abs_max` (0 for an empty batch) they take the maximum.
+    """
+    # Zeros off the mask by `where`, not by a product: 0 * NaN is NaN.
+    mask = mask.bool()
+    first = torch.where(mask, logprobs, 0.0).double()
+    second = torch.where(mask, other_logprobs, 0.0).double()
+    difference = first - second
+    gap = difference.abs()
+    return {
+        "k1_sum": difference.sum(),
+        "k3_sum": token_kl(first, second, "k3").sum(),
+        "abs_sum": gap.sum(),
+        "abs_max": gap.max() if gap.numel() else gap.sum(),
+        "tokens": mask.sum().double(),
     }
 
 

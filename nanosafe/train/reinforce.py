@@ -56,7 +56,8 @@ def group_centered(rewards: Tensor, group: Tensor, all_reduce: AllReduce | None 
     totals = rows.new_zeros(2, _group_count(group, all_reduce)).index_add_(1, group, rows)
     sums, counts = _over_ranks(totals, all_reduce)
     if (counts == 1).any():
-        raise ValueError("reinforce++-baseline compares a prompt's samples: set --samples-per-prompt to 2 or more")
+        raise ValueError("reinforce++-baseline compares a prompt's samples: "
+                         "set --samples-per-prompt to 2 or more")
     return rewards - (sums / counts.clamp(min=1))[group]
 
 
@@ -180,13 +181,8 @@ def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, adv: Tensor, mask: T
     if dual_clip is not None:
         objective = torch.where(adv < 0, torch.maximum(objective, dual_clip * adv), objective)
     loss, loss_sum = _reduce(-objective, mask, reduction, denominator)
-    stats = {
-        "loss_sum": loss_sum,
-        "clip_count": (clipped < free).sum(),
-        "ppo_kl_sum": -log_ratio.sum(),
-        "tokens": mask.sum(),
-        "rows": mask.any(1).sum(),
-    }
+    stats = {"loss_sum": loss_sum, "clip_count": (clipped < free).sum(),
+             "ppo_kl_sum": -log_ratio.sum(), "tokens": mask.sum(), "rows": mask.any(1).sum()}
     return loss, {name: value.detach().double() for name, value in stats.items()}
 
 
@@ -215,26 +211,6 @@ def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *,
     if kl_clamp is not None:
         kl = kl.clamp(max=kl_clamp)
     return _reduce(kl, mask, reduction, denominator)[0]
-
-
-@torch.no_grad()
-def gap_stats(logprobs: Tensor, other_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far log-probs [B, T] of two models are apart on tokens the first drew: policy, reference; sampler, trainer.
-
-    Float64 scalars: `k1_sum` and `k3_sum` of KL(first || second), `abs_sum` of |difference|, `tokens`; ranks can add
-    them, but of `abs_max` (0 for an empty batch) they take the maximum.
-    """
-    mask = mask.bool()
-    first, second = (_valid(values, mask).double() for values in (logprobs, other_logprobs))
-    difference = first - second
-    gap = difference.abs()
-    return {
-        "k1_sum": difference.sum(),
-        "k3_sum": token_kl(first, second, "k3").sum(),
-        "abs_sum": gap.sum(),
-        "abs_max": gap.max() if gap.numel() else gap.sum(),
-        "tokens": mask.sum().double(),
-    }
 
 
 def _over_ranks(sums: Tensor, all_reduce: AllReduce | None) -> Tensor:
