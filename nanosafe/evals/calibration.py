@@ -112,7 +112,7 @@ def score(texts: Sequence[Text], name: str, dtype: torch.dtype, ranks: Ranks) ->
             conversations.append(conversation(text.prompt, text.response, opened_thought=False))
         return known_rewards(reward, name, conversations) if conversations else []
 
-    return ranks.spread(texts, work, cost=lambda text: len(text.response) + 1)
+    return ranks.split_work(texts, work, cost=lambda text: len(text.response) + 1)
 
 
 def table(texts: Sequence[Text], measured: dict[str, dict]) -> str:

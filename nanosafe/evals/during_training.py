@@ -156,7 +156,7 @@ def reward_accuracy(reward: Reward, pairs: Sequence[Pair], ranks: Ranks,
                 right.append((pair.category, float(chosen > rejected)))
         return right
 
-    right = ranks.spread(pairs, prefers_chosen,
+    right = ranks.split_work(pairs, prefers_chosen,
                          cost=lambda pair: len(pair.chosen) + len(pair.rejected))
     by_category: dict[str, list[float]] = {}
     for category, value in right:

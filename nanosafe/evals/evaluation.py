@@ -148,7 +148,7 @@ class Evaluation:
             return list(zip(*memorization(self.model, part,
                                           self.args.tokens_per_microbatch).values(), strict=True))
 
-        columns = zip(*self.ranks.spread(documents, scores), strict=True)
+        columns = zip(*self.ranks.split_work(documents, scores), strict=True)
         items, metrics = {}, {}
         for metric, values in zip(MEMORIZATION, columns, strict=True):
             items[metric] = {str(i): value for i, value in enumerate(values)}

@@ -88,7 +88,7 @@ def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark,
               engine_options: dict) -> list[dict]:
     """Records of `todo` in order, without values. A rank takes neighbours, whose equal prompts meet in its engine."""
     cost = [len(prompts[question.id]) + benchmark.max_response_tokens for question, _ in todo]
-    mine = [todo[i] for i in ranks.share(cost)]
+    mine = [todo[i] for i in ranks.local_range(cost)]
     params = []
     for question, sample in mine:
         params.append(SamplingParams(
@@ -129,7 +129,7 @@ def _measure_entropies(model: Decoder, records: Sequence[dict], prompts: dict[st
     todo = [record for record in records if "token_ids" in record and "entropies" not in record]
     for part in _chunks(todo, "entropies", ranks):
         documents = [Document(prompts[record["id"]], record["token_ids"]) for record in part]
-        scores = ranks.spread(documents, lambda some: response_entropies(model, some, tokens_per_microbatch))
+        scores = ranks.split_work(documents, lambda some: response_entropies(model, some, tokens_per_microbatch))
         for record, (_, entropies) in zip(part, scores, strict=True):
             record["entropies"] = [round(entropy, 5) for entropy in entropies.tolist()]
     return bool(todo)
@@ -151,7 +151,7 @@ def grade(benchmark: Benchmark, records: Sequence[dict], ranks: Ranks, *,
         return benchmark.grade(asked, [record["response"] for record in part])
 
     for part in _chunks(todo, f"grading {benchmark.name}", ranks):
-        found = ranks.spread(part, values, cost=lambda record: len(record["response"]) + 1)
+        found = ranks.split_work(part, values, cost=lambda record: len(record["response"]) + 1)
         for record, graded in zip(part, found, strict=True):
             record |= {"values": graded, "judge": benchmark.judge}
         if file and benchmark.keeps_verdicts:
@@ -202,7 +202,7 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
             texts.append(conversation(record["prompt"], record["response"], opened_thought=False))
         return known_rewards(reward, name, texts)
 
-    rewards = ranks.spread(todo, score, cost=lambda record: len(record["response"]) + 1)
+    rewards = ranks.split_work(todo, score, cost=lambda record: len(record["response"]) + 1)
     for record, value in zip(todo, rewards, strict=True):
         record |= {"reward": value, "reward_model": name}
 

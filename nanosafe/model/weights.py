@@ -27,7 +27,7 @@ from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import official
-from nanosafe.parallel import Ranks, own_part, shard, whole
+from nanosafe.parallel import Ranks, full_tensor, local_shard, shard
 
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
@@ -114,7 +114,7 @@ class StoredTensors(dict[str, Stored]):
         """The tensor `name`; if `like`, of its shape, is spread over the ranks, this rank's rows of it, spread so."""
         file = _open(self[name].path)
         if isinstance(like, DTensor) and self[name].shape == list(like.shape):
-            return own_part(file.get_slice(self[name].key).__getitem__, like)
+            return local_shard(file.get_slice(self[name].key).__getitem__, like)
         return file.get_tensor(self[name].key)
 
 
@@ -225,7 +225,7 @@ def save_tensors(
 ) -> list[str]:
     """Write FOLDER/STEM.safetensors or, beyond `max_shard_bytes`, shards and their index; -> the names of the files.
 
-    Tensors that are spread over ranks are made whole one file at a time: all ranks call, those without a folder only
+    Tensors that are sharded over ranks are gathered one file at a time: all ranks call, those without a folder only
     to give their rows.
     """
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
@@ -233,7 +233,7 @@ def save_tensors(
     for file, names in files.items():
         content = {}
         for name in names:
-            tensor = whole(tensors[name])
+            tensor = full_tensor(tensors[name])
             if folder is not None:
                 content[name] = tensor.cpu()
         if folder is not None:
