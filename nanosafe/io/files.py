@@ -33,6 +33,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_optional_json(path: Path) -> dict:
+    """The object in `path`, which is empty where there is no such file."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
 def digest(value: object) -> str:
     """Of a JSON value, whatever the order of its keys; what JSON does not have counts as its text."""
     text = json.dumps(value, sort_keys=True, default=str)
