@@ -13,12 +13,9 @@ REQUIRED = object()  # the default of a field that must be there
 
 
 class Field(NamedTuple):
-    """What a value must be, in words and as a check; what stands for an absent one; how it is converted."""
-
-    meaning: str
-    is_valid: Callable[[Any], bool]
-    default: Any = None
-    convert: Callable[[Any], Any] | None = None
+    meaning: str  # what the value must be, for the error
+    read: Callable[[Any], Any]  # the value as it is used, None if it is not what it must be
+    default: Any = None  # what stands for an absent value
 
 
 def check(raw: dict, table: dict[str, Field], where: str | Path) -> dict[str, Any]:
@@ -28,80 +25,77 @@ def check(raw: dict, table: dict[str, Field], where: str | Path) -> dict[str, An
     """
     values = {}
     for name, field in table.items():
-        value = raw.get(name)
-        if value is None:
-            if field.default is REQUIRED:
-                raise ValueError(f"{where}: field {name!r} is missing, it must be {field.meaning}")
-            value = field.default
-        elif not field.is_valid(value):
-            raise wrong(where, name, value, field.meaning)
-        elif field.convert:
-            value = field.convert(value)
-        values[name] = value
+        given = raw.get(name)
+        if given is None and field.default is REQUIRED:
+            raise ValueError(f"{where}: field {name!r} is missing, it must be {field.meaning}")
+        values[name] = field.default if given is None else field.read(given)
+        if given is not None and values[name] is None:
+            raise wrong(where, name, given, field.meaning)
     return values
 
 
 def wrong(where: str | Path, name: str, value: Any, meaning: str) -> ValueError:
-    """The error of a field `name` whose `value` is not what `meaning` says."""
-    return ValueError(f"{where}: field {name!r} = {value!r:.200} is not supported, it must be {meaning}")
+    """The error for a field `name` whose `value` is not what it must be by its `meaning`."""
+    found = f"field {name!r} = {value!r:.200} is not supported"
+    return ValueError(f"{where}: {found}, it must be {meaning}")
 
 
 # Kinds of fields
 
 
-def number(low: float, high: float, default: Any = None) -> Field:
-    def is_valid(value: Any) -> bool:
-        return type(value) in (int, float) and low <= value <= high
+def only_if(meaning: str, is_valid: Callable[[Any], bool], default: Any = None) -> Field:
+    """A field whose valid values are used as they stand."""
+    return Field(meaning, lambda value: value if is_valid(value) else None, default)
 
-    return Field(f"a number from {low:g} to {high:g}", is_valid, default)
+
+def number(low: float, high: float, default: Any = None) -> Field:
+    meaning = f"a number from {low:g} to {high:g}"
+    return only_if(meaning, lambda value: _is_number(value) and low <= value <= high, default)
 
 
 def whole(low: int, high: int, default: Any = None) -> Field:
-    def is_valid(value: Any) -> bool:
-        return type(value) in (int, float) and low <= value <= high and value == int(value)
+    def read(value: Any) -> int | None:
+        within = _is_number(value) and low <= value <= high
+        return int(value) if within and value == int(value) else None
 
-    return Field(f"a whole number from {low} to {high}", is_valid, default, int)
+    return Field(f"a whole number from {low} to {high}", read, default)
 
 
 def flag(default: bool) -> Field:
-    return Field("true or false", lambda value: isinstance(value, bool), default)
+    return only_if("true or false", lambda value: isinstance(value, bool), default)
 
 
 def one_of(*names: str, default: str | None = None) -> Field:
-    return Field(" or ".join(names), lambda value: isinstance(value, str) and value in names, default)
+    return only_if(" or ".join(names), lambda value: isinstance(value, str) and value in names, default)
 
 
 def absent(why: str) -> Field:
-    return Field(f"absent: {why}", lambda value: not value)
+    return only_if(f"absent: {why}", lambda value: not value)
 
 
-def _is_zero_or_scale(value: Any) -> bool:
-    return type(value) in (int, float) and (value == 0 or SCALE[0] <= value <= SCALE[1])
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # a bool is an int to isinstance
 
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+def _read_ids(value: Any) -> frozenset[int] | None:
+    ids = value if isinstance(value, list) else [value]
+    valid = all(type(token) is int and 0 <= token < 2**31 for token in ids)
+    return frozenset(ids) if valid else None
 
 
-def _are_ids(value: Any) -> bool:
-    return all(type(token) is int and 0 <= token < 2**31 for token in _as_list(value))
-
-
-def _as_ids(value: Any) -> frozenset[int]:
-    return frozenset(_as_list(value))
-
-
-OBJECT = Field("an object", lambda value: isinstance(value, dict), {})
-EOS = Field("a token id or a list of token ids", _are_ids, frozenset(), _as_ids)
-LAYER_TYPES = Field("a list with the kind of each layer", _are_texts)
+OBJECT = only_if("an object", lambda value: isinstance(value, dict), {})
+EOS = Field("a token id or a list of token ids", _read_ids, frozenset())
+LAYER_TYPES = only_if("a list with the kind of each layer", _are_texts)
 FOREIGN = absent("it is not part of this family")
 # Beyond these bounds no model is, and every product of theirs is a size that torch can count.
 WIDTH, COUNT, POSITIONS = 1 << 22, 1 << 12, 1 << 31
 SCALE = (1e-6, 1e6)
+# Infinity as Python's JSON spells it, and as transformers 5 does.
+UNLIMITED = ([0, math.inf], [0, {"__float__": "Infinity"}])
 
 
 def fields_by_name(rows: dict[str, Field]) -> dict[str, Field]:
@@ -126,9 +120,9 @@ CONFIG = fields_by_name({  # config.json of every family
         number(*SCALE, 1.0),
     "partial_rotary_factor": number(1, 1),
     "attention_bias mlp_bias tie_word_embeddings use_sliding_window": flag(False),
-    "is_causal": Field("true: attention is causal", lambda value: value is True),
+    "is_causal": only_if("true: attention is causal", lambda value: value is True),
     "hidden_act": one_of("silu", "swish", default="silu"),
-    "nanosafe_world": Field("a text", lambda value: isinstance(value, str)),
+    "nanosafe_world": only_if("a text", lambda value: isinstance(value, str)),
     "eos_token_id": EOS,
     "layer_types": LAYER_TYPES,
     "rope_scaling rope_parameters id2label": OBJECT,
@@ -151,12 +145,11 @@ HYBRID = fields_by_name({  # GraniteMoeHybrid's own, with transformers' defaults
     "mamba_d_state mamba_chunk_size": whole(1, COUNT, 256),
     "mamba_d_conv": whole(1, COUNT, 4),
     "mamba_expand": whole(1, COUNT, 2),
-    "mamba_d_head": Field("auto or a whole number", lambda d: type(d) is int or d == "auto"),
+    "mamba_d_head": only_if("auto or a whole number", lambda d: type(d) is int or d == "auto"),
     "mamba_conv_bias": flag(True),
     "mamba_proj_bias output_router_logits": flag(False),
-    # Infinity is Python's spelling; transformers 5 writes the object.
-    "time_step_limit": Field("[0, Infinity]: time steps are not clamped",
-        lambda limits: limits in ([0, math.inf], [0, {"__float__": "Infinity"}])),
+    "time_step_limit": only_if("[0, Infinity]: time steps are not clamped",
+                               lambda limits: limits in UNLIMITED),
 })  # fmt: skip
 ROPE = fields_by_name({  # rope_scaling and rope_parameters, where another key is an error
     "rope_type type": one_of("default", "linear", "llama3", "yarn"),
@@ -172,7 +165,8 @@ ROPE = fields_by_name({  # rope_scaling and rope_parameters, where another key i
 GENERATION = fields_by_name({  # generation_config.json
     "eos_token_id": EOS,
     "do_sample": flag(True),
-    "temperature": Field("0 or a number from 1e-6 to 1e6", _is_zero_or_scale),
+    "temperature": only_if("0 or a number from 1e-6 to 1e6",
+                           lambda t: _is_number(t) and (t == 0 or SCALE[0] <= t <= SCALE[1])),
     "top_p": number(1e-6, 1),
     "top_k": whole(0, POSITIONS),
     "min_p": number(0, 1),

@@ -7,13 +7,14 @@ model was trained on only if all their tokens are combined exactly as transforme
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
 
-from nanosafe.io.fields import OBJECT, REQUIRED, Field, check, fields_by_name, flag, whole
+from nanosafe.io.fields import REQUIRED, Field, check, fields_by_name, flag, whole
 from nanosafe.io.files import read_file, read_optional_json
 from nanosafe.text.thoughts import END_THINK, THINK
 
@@ -45,28 +46,24 @@ def merge_small_files(
 
     Returns {"bos_token": text, ...} and the chat template. Raises ValueError naming file and field.
     """
-    path = folder / "tokenizer_config.json"
+    path, older = folder / "tokenizer_config.json", folder / "added_tokens.json"
     config, ids = read_optional_json(path), {}
     if "added_tokens_decoder" not in config:  # the older layout
         config |= read_optional_json(folder / "special_tokens_map.json")
-        ids = read_optional_json(folder / "added_tokens.json")
-        id_fields = dict.fromkeys(ids, whole(0, 1 << 31, REQUIRED))
-        ids = check(ids, id_fields, folder / "added_tokens.json")
+        ids = read_optional_json(older)
+        ids = check(ids, dict.fromkeys(ids, whole(0, 1 << 31, REQUIRED)), older)
     names = []
     for name in dict.fromkeys([*STANDARD_TOKENS, *config]):  # the standard ones first
         if name.endswith("_token") and isinstance(config.get(name), str | dict):
             names.append(name)
     values = check(config, FIELDS | dict.fromkeys(names, TOKEN), path)
-    named = {name: _special_token(values[name]) for name in names}
+    named = {name: values[name] for name in names}
     extra = values["extra_special_tokens"] or values["additional_special_tokens"]
-    extra = [_special_token(token) for token in _entries(extra)]
 
     # Tokens that tokenizer.json does not have get the next ids in the order of this dict.
-    tokens = {}
-    for token in tokenizer.get_added_tokens_decoder().values():
-        tokens[token.content] = token
-    tokens |= _declared_tokens(values["added_tokens_decoder"], path)
-    special = {token.content for token in [*named.values(), *extra]}
+    tokens = _by_text(tokenizer.get_added_tokens_decoder().values())
+    tokens |= _by_text(values["added_tokens_decoder"])
+    special = _by_text([*named.values(), *extra])
     for text in sorted(ids, key=ids.get):
         # The older file has no flags, so a token is special if another file names it.
         known = text in special
@@ -80,30 +77,13 @@ def merge_small_files(
 
     special_tokens = {name: token.content for name, token in named.items()}
     template = _read_template(folder / "chat_template.jinja")
-    return special_tokens, values["chat_template"] if template is None else template
+    if template is None:
+        template = values["chat_template"].get("default")
+    return special_tokens, template
 
 
-def _special_token(token: str | dict) -> AddedToken:
-    """A special token, which the files write as a string or as an object with flags."""
-    if isinstance(token, str):
-        return AddedToken(token, special=True)
-    flags = {name: token[name] for name in TOKEN_FLAGS if name in token}
-    return AddedToken(token["content"], **flags | {"special": True})
-
-
-def _declared_tokens(decoder: dict, path: Path) -> dict[str, AddedToken]:
-    """Text -> token of the field added_tokens_decoder, by id; its flags win over those of tokenizer.json."""
-    tokens = {}
-    try:
-        for key in sorted(decoder, key=int):
-            flags = dict(decoder[key])
-            text = flags.pop("content")
-            tokens[text] = AddedToken(text, **flags)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: field 'added_tokens_decoder' must map ids to objects with 'content' and flags "
-            f"({type(error).__name__}: {error}): download it again") from None
-    return tokens
+def _by_text(tokens: Iterable[AddedToken]) -> dict[str, AddedToken]:
+    return {token.content: token for token in tokens}
 
 
 def _read_template(path: Path) -> str | None:
@@ -134,55 +114,64 @@ def control_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern:
     return re.compile("|".join(sorted(texts)) or "(?!)")  # (?!) is found nowhere
 
 
-# The fields of tokenizer_config.json and special_tokens_map.json
+# The fields of tokenizer_config.json and special_tokens_map.json. Each function reads one form, and
+# gives None for another.
 
 
-def _is_token(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return isinstance(value, str)
-    flags = [value[name] for name in TOKEN_FLAGS if name in value]
-    return isinstance(value.get("content"), str) and all(isinstance(flag, bool) for flag in flags)
+def _read_token(value: Any, **flags: bool) -> AddedToken | None:
+    """A token from its text, or from an object with flags; `flags` win."""
+    if isinstance(value, str):
+        value = {"content": value}
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        return None
+    own_flags = {name: value[name] for name in TOKEN_FLAGS if name in value}
+    try:
+        return AddedToken(value["content"], **own_flags | flags)
+    except TypeError:  # a flag that is neither true nor false
+        return None
 
 
-def _entries(tokens: list | dict) -> list:
-    return list(tokens.values()) if isinstance(tokens, dict) else tokens
+def _read_special_token(value: Any) -> AddedToken | None:
+    return _read_token(value, special=True)
 
 
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list | dict) and all(map(_is_token, _entries(value)))
-
-
-def _named_templates(value: Any) -> list[tuple]:
-    """(name, template) of each in the three forms that the files have."""
+def _read_special_tokens(value: Any) -> list[AddedToken] | None:
     if isinstance(value, dict):
-        return list(value.items())
-    if not isinstance(value, list):
-        return [("default", value)]
-    pairs = []
-    for entry in value:
-        named = isinstance(entry, dict)
-        pairs.append((entry.get("name"), entry.get("template")) if named else (None, None))
-    return pairs
+        value = list(value.values())
+    tokens = list(map(_read_special_token, value)) if isinstance(value, list) else [None]
+    return None if None in tokens else tokens
 
 
-def _are_templates(value: Any) -> bool:
-    for name, template in _named_templates(value):
-        if not isinstance(name, str) or not isinstance(template, str):
-            return False
-    return True
+def _read_declared_tokens(value: Any) -> list[AddedToken] | None:
+    """The tokens of {id: object with flags}, by id."""
+    try:
+        entries = [value[key] for key in sorted(value, key=int)]
+    except (IndexError, TypeError, ValueError):
+        return None
+    tokens = [_read_token(entry) if isinstance(entry, dict) else None for entry in entries]
+    return None if None in tokens else tokens
 
 
-def _default_template(value: Any) -> str | None:
-    return dict(_named_templates(value)).get("default")
+def _read_templates(value: Any) -> dict[str, str] | None:
+    """Name -> template; some files have a list of objects, and most have one text."""
+    if isinstance(value, str):
+        return {"default": value}
+    try:
+        if isinstance(value, list):
+            value = {entry["name"]: entry["template"] for entry in value}
+        return value if all(isinstance(text, str) for text in value.values()) else None
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
-TOKEN = Field("a text, or an object with 'content' and flags that are true or false", _is_token)
+TOKEN = Field("a text, or an object with 'content' and flags that are true or false",
+              _read_special_token)  # fmt: skip
 FIELDS = fields_by_name({
     " ".join(STANDARD_TOKENS): TOKEN,
     "extra_special_tokens additional_special_tokens":
-        Field("a list or an object of tokens", _are_tokens, ()),
-    "added_tokens_decoder": OBJECT,
-    "chat_template":
-        Field("a template, or templates by name", _are_templates, None, _default_template),
+        Field("a list or an object of tokens", _read_special_tokens, ()),
+    "added_tokens_decoder":
+        Field("an object of ids, each with an object with 'content' and flags", _read_declared_tokens, ()),
+    "chat_template": Field("a template, or templates by name", _read_templates, {}),
     "split_special_tokens": flag(False),
 })  # fmt: skip

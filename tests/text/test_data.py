@@ -521,7 +521,7 @@ def test_hub_data_sets_by_name_revision_and_file(star1_hub):
     (["main/train.parquet", "socratic/train.parquet"], None),
 ])  # fmt: skip
 def test_a_file_is_chosen_by_the_word_train_and_otherwise_asked_for(files, chosen, monkeypatch):
-    monkeypatch.setattr(hub_files, "_hub_files", lambda repo, revision: ("commit", files))
+    monkeypatch.setattr(hub_files, "_list_data_files", lambda repo, revision: ("commit", files))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: name)
     if chosen:
         assert find_dataset("owner/name") == [Path(chosen)]
