@@ -36,7 +36,10 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
-        _refuse_run_folder(folder)
+        steps = sorted(folder.glob("checkpoints/step-*/config.json"), reverse=True)
+        models = [*folder.glob("final/config.json"), *steps]
+        if models and not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} is a run folder, no model: did you mean {models[0].parent}?")
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
@@ -49,13 +52,6 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
         raise FileNotFoundError(
             f"unknown model {str(name_or_path)!r}: no folder, no alias (near: {near}), not like owner/name")
     return _download_checkpoint(repo, revision or pinned or None, weights)
-
-
-def _refuse_run_folder(folder: Path) -> None:
-    steps = sorted(folder.glob("checkpoints/step-*/config.json"), reverse=True)
-    models = [*folder.glob("final/config.json"), *steps]
-    if models and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is a run folder, no model: did you mean {models[0].parent}?")
 
 
 def _download_checkpoint(repo: str, revision: str | None, weights: bool) -> Path:
@@ -91,38 +87,35 @@ def _download(
 @contextmanager
 def hub_errors_explained(repo: str, revision: str | None, file: str) -> Iterator[None]:
     """Turn huggingface_hub's exceptions while it fetches `file` of `repo` into one sentence with the cure."""
-    try:
-        yield
-    except Exception as error:
-        raise _explained(error, repo, revision, file) from error
-
-
-def _explained(error: Exception, repo: str, revision: str | None, file: str) -> OSError:
     from huggingface_hub import constants, errors
 
     endpoint, token = constants.ENDPOINT, "run `hf auth login` or set HF_TOKEN"
     offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} cannot be reached"
     no_pickle = "; pickle files (.bin, .pt, .pth) are not read, because they can run code"
-    # The first class that fits counts, because some are kinds of later ones. The HTTP client's own
-    # classes change with its version, so the last row stands for all of them.
-    for kind, explanation, sentence in (
-        (errors.GatedRepoError, PermissionError,
-         f"{repo} is gated: accept its licence at {endpoint}/{repo}, then {token}"),
-        (errors.RepositoryNotFoundError, FileNotFoundError,
-         f"{repo} is neither a local folder nor a repository at {endpoint}: check the spelling; "
-         f"if it is private, {token}"),
-        (errors.RevisionNotFoundError, FileNotFoundError,
-         f"{repo} has no revision {revision!r}: see {endpoint}/{repo}/commits/main"),
-        (errors.LocalEntryNotFoundError, ConnectionError,
-         f"{offline}, and the cache {constants.HF_HUB_CACHE} lacks {file} of {repo}. Download it where "
-         "there is a network and point HF_HOME to that cache, or give a local folder"),
-        (errors.EntryNotFoundError, FileNotFoundError,
-         f"{repo} holds no {file} at revision {revision or 'main'}{no_pickle if file == MODEL else ''}"),
-        (Exception, ConnectionError,
-         f"downloading {file} of {repo} failed ({error}): mend that and start again, finished files are kept"),
-    ):  # fmt: skip
-        if isinstance(error, kind):
-            return explanation(sentence)
+    explanations = {
+        errors.GatedRepoError: PermissionError(
+            f"{repo} is gated: accept its licence at {endpoint}/{repo}, then {token}"),
+        errors.RepositoryNotFoundError: FileNotFoundError(
+            f"{repo} is neither a local folder nor a repository at {endpoint}: check the spelling; "
+            f"if it is private, {token}"),
+        errors.RevisionNotFoundError: FileNotFoundError(
+            f"{repo} has no revision {revision!r}: see {endpoint}/{repo}/commits/main"),
+        errors.LocalEntryNotFoundError: ConnectionError(
+            f"{offline}, and the cache {constants.HF_HUB_CACHE} lacks {file} of {repo}. Download it where "
+            "there is a network and point HF_HOME to that cache, or give a local folder"),
+        errors.EntryNotFoundError: FileNotFoundError(
+            f"{repo} holds no {file} at revision {revision or 'main'}{no_pickle if file == MODEL else ''}"),
+    }  # fmt: skip
+    try:
+        yield
+    except Exception as error:
+        # The first class that fits counts, because some are kinds of later ones.
+        for kind, explanation in explanations.items():
+            if isinstance(error, kind):
+                raise explanation from error
+        # The HTTP client's own classes change with its version.
+        raise ConnectionError(f"downloading {file} of {repo} failed ({error}): mend that and start "
+                              "again, finished files are kept") from error
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -125,8 +125,7 @@ def says_less(reference: str, answer: str) -> bool:
     number in it."""
     if not answer.startswith(r"\boxed"):
         return False
-    bases = set(BASE.findall(answer)) - set(BASE.findall(reference))
-    if bases - {"10"}:
+    if set(BASE.findall(answer)) - {"10", *BASE.findall(reference)}:
         return True
     reference_is_value = not re.search(r"[<>\[(:]|\\[gln]eq?\b|\{\\text", reference)
     return reference_is_value and NO_VALUE.search(answer) is not None
@@ -150,7 +149,7 @@ CLAUSE_END = re.compile(r"\n|[.!?](?!\d)|\b(?:because|since|as)\b")
 def read_integer(text: str) -> int | None:
     r"""The integer from 0 to 999 that `text` is: 073, 73.0, m+n=73, 73\text{ cm}^2 are 73. None for all else: a sum, a
     range or "at least 73" is no integer."""
-    words = " ".join(re.sub(r"\\text|[{}]", " ", _last_with_digit(NAMED, plain(text))).split())
+    words = " ".join(re.sub(r"\\text|[{}]", " ", _last_with_digit(NAMED.split(plain(text)))).split())
     number = INTEGER.fullmatch(words)
     return int(number[1]) if number and not HEDGE.search(words) else None
 
@@ -164,16 +163,12 @@ def answer_integer(answer: str) -> int | None:
         return values.pop() if len(values) == 1 else None
     text = NOT_BUT.sub("", re.sub(r"\\[()\[\]]|[$*#]|</?\w+>", " ", answer[-TAIL:]))
     stated = STATED.findall(text)
-    clause = stated[-1] if stated else _last_with_digit(re.compile(r"[\n,]"), text)
+    clause = stated[-1] if stated else _last_with_digit(re.split(r"[\n,]", text))
     return read_integer(CLAUSE_END.split(clause.strip())[0])
 
 
-def _last_with_digit(separator: re.Pattern, text: str) -> str:
-    """The last of the parts of `text` that has a digit."""
-    for part in reversed(separator.split(text)):
-        if re.search(r"\d", part):
-            return part
-    return ""
+def _last_with_digit(parts: list[str]) -> str:
+    return next((part for part in reversed(parts) if re.search(r"\d", part)), "")
 
 
 # Letters
@@ -224,8 +219,5 @@ def answer_letter(answer: str) -> str | None:
 
 
 def _letters(places: re.Pattern, text: str) -> list[str]:
-    letters = []
-    for place in places.finditer(text):
-        if not NO_CHOICE.match(text, place.end()):
-            letters.append(place[place.lastindex].upper())
-    return letters
+    given = [place for place in places.finditer(text) if not NO_CHOICE.match(text, place.end())]
+    return [place[place.lastindex].upper() for place in given]

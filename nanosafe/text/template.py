@@ -21,14 +21,10 @@ def answer(request: list) -> str:
     """[source, messages, variables, date] -> the text of the template `source`, on that day at midnight."""
     source, messages, variables, date = request
     now = datetime.fromisoformat(date)
-    variables = {
-        "messages": [_with_reasoning(message) for message in messages],
-        "tools": None,
-        "documents": None,
-        "strftime_now": lambda format: now.strftime(format),
-    } | variables
+    messages = [_with_reasoning(message) for message in messages]
+    seen = {"messages": messages, "tools": None, "documents": None, "strftime_now": now.strftime}
     pieces, size = [], 0
-    for piece in _compile(source).generate(variables):
+    for piece in _compile(source).generate(seen | variables):
         pieces.append(piece)
         size += len(piece)
         if size > MAX_CHARACTERS:
@@ -62,8 +58,7 @@ class _Generation(Extension):
 
     def parse(self, parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Namespace(Namespace):

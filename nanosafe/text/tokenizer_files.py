@@ -97,21 +97,16 @@ def _read_template(path: Path) -> str | None:
 
 def special_ids(tokenizer: tokenizers.Tokenizer) -> set[int]:
     """The ids of special tokens, without the tags of a thought: graders tell thought from answer by them."""
-    ids = set()
-    for token_id, token in tokenizer.get_added_tokens_decoder().items():
-        if token.special and token.content not in (THINK, END_THINK):
-            ids.add(token_id)
-    return ids
+    tokens = tokenizer.get_added_tokens_decoder().items()
+    return {i for i, token in tokens if token.special and token.content not in (THINK, END_THINK)}
 
 
 def control_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern:
     """What finds the added tokens in a text, but for the tags of a thought and single characters."""
-    texts = set()
-    for token in tokenizer.get_added_tokens_decoder().values():
-        text = token.content.strip()
-        if len(text) > 1 and text not in (THINK, END_THINK):
-            texts.add(re.escape(text))
-    return re.compile("|".join(sorted(texts)) or "(?!)")  # (?!) is found nowhere
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    texts = {token.content.strip() for token in tokens} - {THINK, END_THINK}
+    longer = [re.escape(text) for text in sorted(texts) if len(text) > 1]
+    return re.compile("|".join(longer) or "(?!)")  # (?!) is found nowhere
 
 
 # The fields of tokenizer_config.json and special_tokens_map.json. Each function reads one form, and
