@@ -22,6 +22,12 @@ BETWEEN_BOXES = re.compile(
     r"|(?<![a-zA-Z0-9])(?:and|or|[a-zA-Z]|\d{1,2})(?![a-zA-Z0-9]))*", re.DOTALL)
 
 
+class Box(NamedTuple):
+    start: int  # of \boxed{
+    content: int  # where that begins
+    end: int  # of the content, where its closing brace is
+
+
 class Boxes(NamedTuple):
     """The last boxes of an answer, which together are one answer or a hedge."""
 
@@ -35,12 +41,12 @@ def last_boxes(answer: str) -> Boxes | None:
     There is nothing to read if one is empty, if they are longer than LONGEST, or if the last is never closed, for that
     takes back what stood before it. None if there is no box, or a "final answer is" follows it.
     """
-    opened, boxes, last = [], [], -1  # boxes: (start, start of the content, its end)
+    opened, boxes, last = [], [], -1
     for token in BRACES.finditer(answer):
         if token[0] == "}":
-            start = opened.pop() if opened else None
-            if start and start[0] != "{":
-                boxes.append((start.start(), start.end(), token.start()))
+            opening = opened.pop() if opened else None
+            if opening and opening[0] != "{":
+                boxes.append(Box(opening.start(), opening.end(), token.start()))
         elif token[0].endswith("{") and token[0] != r"\{":
             opened.append(token)
             if token[0] != "{":
@@ -48,14 +54,14 @@ def last_boxes(answer: str) -> Boxes | None:
     boxes.sort()  # a box in a box counts as the last
     if last < 0 or re.search("final answer is", answer[last:], re.IGNORECASE):
         return None
-    if not boxes or boxes[-1][0] != last:
+    if not boxes or boxes[-1].start != last:
         return Boxes([], len(answer))
     first = len(boxes) - 1
-    while first and BETWEEN_BOXES.fullmatch(answer, boxes[first - 1][2] + 1, boxes[first][0]):
+    while first and BETWEEN_BOXES.fullmatch(answer, boxes[first - 1].end + 1, boxes[first].start):
         first -= 1
-    contents = list(dict.fromkeys(answer[begin:end] for _, begin, end in boxes[first:]))
+    contents = list(dict.fromkeys(answer[box.content : box.end] for box in boxes[first:]))
     readable = all(map(str.strip, contents)) and len("".join(contents)) <= LONGEST
-    return Boxes(contents if readable else [], boxes[-1][2] + 1)
+    return Boxes(contents if readable else [], boxes[-1].end + 1)
 
 
 # Maths
@@ -92,8 +98,8 @@ NO_VALUE = re.compile(
 BASE = re.compile(r"\d_\{?(\w+)")
 
 
-def plain(text: str) -> str:
-    """A formula in the form that the table above gives it."""
+def plain_formula(text: str) -> str:
+    """A formula in the form that the tables above give it."""
     text = text.translate(SIGNS)
     for written, read in PLAIN:
         text = written.sub(read, text)
@@ -108,7 +114,7 @@ def answer_formula(answer: str) -> str | None:
         return answer[-TAIL:].translate(SIGNS) or None
     if not boxes.contents:
         return None
-    formula = plain(", ".join(boxes.contents))
+    formula = plain_formula(", ".join(boxes.contents))
     return rf"\boxed{{{formula}}}"
 
 
@@ -120,9 +126,9 @@ def reference_formula(reference: str) -> str | None:
     return answer_formula(reference)
 
 
-def says_less(reference: str, answer: str) -> bool:
-    """Whether a boxed answer is no value where the reference is one, or has another base: math-verify would take the
-    number in it."""
+def differs_in_form(reference: str, answer: str) -> bool:
+    """Whether a boxed answer is no value where the reference is one, or has another base; math-verify would compare
+    the number in it and nothing else."""
     if not answer.startswith(r"\boxed"):
         return False
     if set(BASE.findall(answer)) - {"10", *BASE.findall(reference)}:
@@ -142,14 +148,14 @@ INTEGER = re.compile(
     r"(?:[A-Za-z]{2,} )*\(?\+?0*(\d{1,3})(?:\.0*)?\)?(?:(?: \(?[A-Za-z]{2,}\.?\)?)+(?: ?\^[23])?)?")
 # Where an answer without a box says its number.
 STATED = re.compile(r"\banswer(?:\s+is\s*:?|\s*:|\s+-\s|\s*\n)(?=([^,;(]{1,100}))", re.IGNORECASE)
-# Where the clause with the number ends.
-CLAUSE_END = re.compile(r"\n|[.!?](?!\d)|\b(?:because|since|as)\b")
+CLAUSE_END = re.compile(r"\n|[.!?](?!\d)|\b(?:because|since|as)\b")  # behind the number
 
 
 def read_integer(text: str) -> int | None:
     r"""The integer from 0 to 999 that `text` is: 073, 73.0, m+n=73, 73\text{ cm}^2 are 73. None for all else: a sum, a
     range or "at least 73" is no integer."""
-    words = " ".join(re.sub(r"\\text|[{}]", " ", _last_with_digit(NAMED.split(plain(text)))).split())
+    value = _last_with_digit(NAMED.split(plain_formula(text)))
+    words = " ".join(re.sub(r"\\text|[{}]", " ", value).split())
     number = INTEGER.fullmatch(words)
     return int(number[1]) if number and not HEDGE.search(words) else None
 
@@ -208,7 +214,7 @@ def answer_letter(answer: str) -> str | None:
     if boxes is not None:
         if not boxes.contents:
             return None
-        # Boxes count like words in their place, the last of the answer but for what follows them.
+        # The boxes are said once more in words, which the patterns read, with what follows them.
         answer += f"\nThe answer is {', '.join(boxes.contents)}\n{answer[boxes.end :]}"
     answer = NOT_BUT.sub("", MARKS.sub("", answer))
     given = _letters(GIVEN, answer)

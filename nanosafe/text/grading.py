@@ -17,8 +17,8 @@ from nanosafe.text.answers import (
     answer_formula,
     answer_integer,
     answer_letter,
+    differs_in_form,
     reference_formula,
-    says_less,
 )
 from nanosafe.text.thoughts import split_thought
 
@@ -92,7 +92,7 @@ class MathGrader:
         """(reference, answer) -> whether they are equal; None if the reference cannot be read."""
         # Equal pairs are compared once, and those that are decided without math-verify not at all.
         verdicts = {pair: None if pair[0] is None else False for pair in pairs}
-        compared = [pair for pair in verdicts if None not in pair and not says_less(*pair)]
+        compared = [pair for pair in verdicts if None not in pair and not differs_in_form(*pair)]
         with ThreadPoolExecutor(len(self.workers)) as threads:
             verdicts |= zip(compared, threads.map(self._compare, compared), strict=True)
         return [verdicts[pair] for pair in pairs]

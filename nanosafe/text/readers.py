@@ -71,22 +71,7 @@ def as_pair(record: dict, source: str) -> Pair:
 
 def read_records(path: Path) -> list[tuple[dict, str]]:
     """The records of a file, at least one, each with its place. Raises ValueError naming the place."""
-    if path.suffix not in DATA_SUFFIXES:
-        raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
-    if path.suffix == ".parquet":
-        records = _read_parquet(path)
-    else:
-        try:
-            # Spreadsheets begin their CSV files with a byte order mark.
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-        if path.suffix == ".csv":
-            records = _parse_csv(path, text)
-        elif path.suffix == ".jsonl" or text.lstrip().startswith("{"):
-            records = _parse_json_lines(path, text)
-        else:
-            records = _parse_json_list(path, text)
+    records = _parse(path)
     if not records:
         raise ValueError(f"{path} holds no rows")
     for record, source in records:
@@ -95,26 +80,41 @@ def read_records(path: Path) -> list[tuple[dict, str]]:
     return records
 
 
-def _read_parquet(path: Path) -> list[tuple[dict, str]]:
+def _parse(path: Path) -> list[tuple[object, str]]:
+    if path.suffix not in DATA_SUFFIXES:
+        raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
+    if path.suffix == ".parquet":
+        return _numbered(path, _read_parquet(path))
     try:
-        import pyarrow.parquet  # optional
-    except ImportError:
-        raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
-    try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no parquet file ({error}): download it again") from None
-    return _numbered(path, records)
-
-
-def _parse_json_list(path: Path, text: str) -> list[tuple[dict, str]]:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a CSV file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+    if path.suffix == ".csv":
+        return _parse_csv(path, text)
+    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
+        return _parse_json_lines(path, text)
     records = _parse_json(text, str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path} must hold a JSON list of rows, or one JSON object per line")
     return _numbered(path, records)
 
 
-def _parse_json_lines(path: Path, text: str) -> list[tuple[dict, str]]:
+def _numbered(path: Path, records: list) -> list[tuple[object, str]]:
+    return [(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet  # optional
+    except ImportError:
+        raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no parquet file ({error}): download it again") from None
+
+
+def _parse_json_lines(path: Path, text: str) -> list[tuple[object, str]]:
     records = []
     # Not splitlines, because U+2028 may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
@@ -122,10 +122,6 @@ def _parse_json_lines(path: Path, text: str) -> list[tuple[dict, str]]:
             source = f"{path}, line {number}"
             records.append((_parse_json(line, source), source))
     return records
-
-
-def _numbered(path: Path, records: list) -> list[tuple[dict, str]]:
-    return [(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]
 
 
 def _parse_json(text: str, source: str) -> object:
