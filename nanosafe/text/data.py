@@ -88,9 +88,7 @@ def _errors_name(row: Row) -> Iterator[None]:
         raise ValueError(f"{row.source}: {error}") from None
 
 
-def encode_prompts(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[Prompt], str]:
+def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Prompt], str]:
     """The usable rows with the ids of their prompts, and in words what was dropped ("" if nothing was).
 
     Raises ValueError if no row is left, or naming the row with a token that has no embedding.
@@ -103,6 +101,7 @@ def encode_prompts(
         with _errors_name(row):
             ids = tokenizer.encode_chat(row.prompt, add_generation_prompt=True)
             tokenizer.check_embeddings(ids)
+        # A prompt that is cut would be another question, so it is left out.
         if len(ids) > max_tokens:
             long += 1
         else:
@@ -114,20 +113,18 @@ def encode_prompts(
     return kept, report if empty or long else ""
 
 
-def sft_documents(
-    row: Row, tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[Document], int]:
+def sft_documents(row: Row, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Document], int]:
     """A document for each assistant turn of a row: the conversation before it as prompt, the turn as response.
 
     A document over `max_tokens` loses its end, and one whose prompt leaves no room is left out. Returns the documents,
     and how many turns lost tokens or were left out. Raises ValueError naming a row without an assistant turn, with an
     empty one, or with a token that has no embedding.
     """
-    documents, shortened = [], 0
     turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError(f"{row.source}: no assistant turn to train on "
                          "(field 'response', or 'messages' with one)")
+    documents, shortened = [], 0
     for turn in turns:
         document = _sft_document(row, turn, tokenizer)
         room = max_tokens - len(document.prompt_ids)
@@ -151,6 +148,7 @@ def _sft_document(row: Row, turn: int, tokenizer: Tokenizer) -> Document:
         prompt_ids = tokenizer.encode_chat(row.messages[:turn], add_generation_prompt=True)
         if tokenizer.opens_thought(prompt_ids):
             text = continue_thought(text)
+        # A rollout ends with the same token, so the model learns to end its turn.
         response_ids = tokenizer.encode(text) + [tokenizer.turn_end]
         tokenizer.check_embeddings(prompt_ids + response_ids)
     return Document(prompt_ids, response_ids)

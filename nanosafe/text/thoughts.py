@@ -4,7 +4,8 @@ import re
 
 # Some tokenizers have the tags as special tokens, others as none at all.
 THINK, END_THINK = "<think>", "</think>"
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # of a message, in use elsewhere
+# Where the messages of other code bases have the thought, apart from the content.
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # An answer refuses if its opening declines ("I cannot ..."), disapproves of what is asked ("It is
 # not appropriate to") or only says what it is. Only the opening counts, because a helpful answer
