@@ -22,7 +22,7 @@ from nanosafe.io.hub import find_dataset
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, sft_documents, turn_end
+from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, sft_documents
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import local_microbatches, microbatches, pack, response_logprobs
 
@@ -172,7 +172,7 @@ def test_a_template_that_ends_turns_with_no_eos_is_an_error(tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     write_tokenizer(tmp_path, template, ["<|eos|>"], eos_token="<|eos|>")
     with pytest.raises(ValueError, match="generation_config.json"):
-        turn_end(load_tokenizer(tmp_path))
+        _ = load_tokenizer(tmp_path).turn_end
 
 
 def test_prompts_that_cannot_be_used_are_dropped_and_counted(tokenizers):
@@ -509,7 +509,7 @@ def test_hub_data_sets_by_name_revision_and_file(star1_hub):
     (["main/train.parquet", "socratic/train.parquet"], None),
 ])  # fmt: skip
 def test_a_file_is_chosen_by_the_word_train_and_otherwise_asked_for(files, chosen, monkeypatch):
-    monkeypatch.setattr(hub_files, "_hub_files", lambda repo, revision: ("commit", files))
+    monkeypatch.setattr(hub_files, "_list_data_files", lambda repo, revision: ("commit", files))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: name)
     if chosen:
         assert find_dataset("owner/name") == [Path(chosen)]
