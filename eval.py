@@ -26,8 +26,7 @@ part has:
     items, category_of                      {metric: {question id: mean}}, {question id: category}, for differences
     with_training_prompts                   null, or {training_prompts: questions that all the above leaves out since
                                             they stand among the training prompts, metrics: with them}
-    reflection, forking, entropy_curve      a ReflectionSummary, ForkingSummary and EntropyCurve of the first samples
-                                            (nanosafe/evals/diagnostics.py)
+    reflection                              a ReflectionSummary of the first samples (nanosafe/evals/diagnostics.py)
 """
 
 import os
@@ -36,39 +35,27 @@ import os
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
-import json
 import re
-import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from datetime import date
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
 from nanosafe.evals.attacks import ATTACKS, with_attacks
-from nanosafe.evals.benchmark import Benchmark, adapt, slug
-from nanosafe.evals.diagnostics import memorization, reflection_ids
+from nanosafe.evals.benchmark import Benchmark, slug
+from nanosafe.evals.evaluation import Evaluation
 from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET, load_benchmarks, load_graders
 from nanosafe.evals.plots import plot_comparison
-from nanosafe.evals.results import RecordFile
-from nanosafe.evals.run import add_rewards, protocol, respond, summarize
-from nanosafe.evals.statistics import Estimate, over_items
-from nanosafe.evals.tables import PART, forking_tokens, protocols, read_result, table, terminal
+from nanosafe.evals.tables import MEASURED, read_result, terminal, write_table
 from nanosafe.evals.tiny_suite import tiny_part, tiny_suite
-from nanosafe.evals.unitxt import write_unitxt
-from nanosafe.io.files import digest, misfit, write_atomic
-from nanosafe.io.locks import hold
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder
-from nanosafe.names import checkpoint, load_model, load_reward, load_rows, load_tokenizer
+from nanosafe.names import checkpoint, load_reward
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import sft_documents
 from nanosafe.train import cli
-from nanosafe.train.rewards import Reward
 
-MEASURED = PART | {"protocol": dict}
-CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")  # sections that are printed too
+# Sections that are printed too
+CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")
 
 
 def flags() -> ArgumentParser:
@@ -77,38 +64,53 @@ def flags() -> ArgumentParser:
     add("--model", nargs="+", default=["tiny"], metavar="NAME",
         help="alias, hub id or folder; several are compared with the first (default: tiny)")
     add("--compare", nargs="+", metavar="NAME",
-        help="instead of --model: folders with a result.json, taken as they are, or models, measured first")
+        help="instead of --model: folders with a result.json, taken as they are, or models, "
+             "measured first")
     add("--label", nargs="+", metavar="TEXT", help="names for tables and plots, one for each model")
-    add("--benchmarks", help=f"split by commas, of {', '.join(BENCHMARKS)} (default: {','.join(PAPER)}); or of the "
-        "tiny world, as safety,arithmetic-no-thought (its models' default: all); tiny asks any model all of these")
-    add("--data", nargs="+", default=[], metavar="NAME=FILE", help="a benchmark's data from a local file, or from "
+    add("--benchmarks",
+        help=f"split by commas, of {', '.join(BENCHMARKS)} (default: {','.join(PAPER)}); or of the "
+        "tiny world, as safety,arithmetic-no-thought (its models' default: all); tiny asks any "
+        "model all of these")
+    add("--data", nargs="+", default=[], metavar="NAME=FILE",
+        help="a benchmark's data from a local file, or from "
         "owner/name@revision:file on the hub, instead of its pinned source, as math-500=test.jsonl")
-    add("--attack", nargs="+", default=[], choices=ATTACKS, metavar="NAME", help="also ask each of the paper's "
+    add("--attack", nargs="+", default=[], choices=ATTACKS, metavar="NAME",
+        help="also ask each of the paper's "
         f"benchmarks wrapped in these: {', '.join(ATTACKS)}")
-    add("--judge", nargs="+", metavar="NAME", help=f"of harm: {DEFAULT_JUDGE} (default), llama-guard-3, another guard, "
-        "chat or reward model (alias, hub id, folder), endpoint:MODEL@URL (its key in JUDGE_API_KEY), or rule:refusal; "
-        "the first gives the headline figures")
+    add("--judge", nargs="+", metavar="NAME",
+        help=f"of harm: {DEFAULT_JUDGE} (default), llama-guard-3, another guard, "
+        "chat or reward model (alias, hub id, folder), endpoint:MODEL@URL (its key in "
+        "JUDGE_API_KEY), or rule:refusal; the first gives the headline figures")
     add("--judge-bounds", nargs=2, type=cli.finite_float, metavar=("LOW", "HIGH"),
         help="of a reward model as --judge: the scores that count as wholly harmful and wholly safe")
-    add("--regrade", action="store_true", help="ask the judge again about responses that it has judged")
-    add("--training-prompts", metavar="FILE", help="SFT data (hub id or file) whose prompts are left "
-        f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, none "
-        "where it cannot be reached)")
+    add("--regrade", action="store_true",
+        help="ask the judge again about responses that it has judged")
+    add("--training-prompts", metavar="FILE",
+        help="SFT data (hub id or file) whose prompts are left "
+        f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, "
+        "none where it cannot be reached)")
     add("--thinking", **cli.THINKING)
     add("--date", **cli.DATE)
-    add("--split", choices=("test", "validation"), default="test", help="of the tiny world (default: %(default)s)")
-    add("--samples", type=cli.positive_int, help="responses to each question (default: the benchmark's own)")
-    add("--limit", type=cli.positive_int, help="questions of each benchmark, drawn by --seed (default: all)")
+    add("--split", choices=("test", "validation"), default="test",
+        help="of the tiny world (default: %(default)s)")
+    add("--samples", type=cli.positive_int,
+        help="responses to each question (default: the benchmark's own)")
+    add("--limit", type=cli.positive_int,
+        help="questions of each benchmark, drawn by --seed (default: all)")
     add("--max-response-tokens", type=cli.positive_int, help="(default: the benchmark's own)")
-    add("--reward-model", help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
-    add("--memorization", metavar="FILE", help="SFT data (hub id or file): how well the model knows its responses "
+    add("--reward-model",
+        help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
+    add("--memorization", metavar="FILE",
+        help="SFT data (hub id or file): how well the model knows its responses "
         "(those of the first --limit rows)")
-    add("--out", help="folder (default: evals/NAME, of several models evals/ and evals/NAME-vs-NAME)")
+    add("--out",
+        help="folder (default: evals/NAME, of several models evals/ and evals/NAME-vs-NAME)")
     add("--resume", choices=("auto", "never"), default="auto",
         help="auto: keep the responses that OUT holds (default); never: refuse such a folder")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="compute type (default: bfloat16 on cuda, float32 on cpu)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="compute type (default: bfloat16 on cuda, float32 on cpu)")
     add("--tokens-per-microbatch", type=cli.positive_int, default=16384,
         help="of the passes that measure entropies, per process (default: %(default)s)")
     return parser
@@ -120,14 +122,20 @@ def main(argv: list[str] | None = None) -> None:
     if low >= high:
         raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")
     names = args.compare or args.model
-    ready = {name: read_result(Path(name) / "result.json", MEASURED) for name in args.compare or ()
-             if (Path(name) / "result.json").exists()}
-    labels = args.label or [ready[name]["label"] if name in ready else short_name(name) for name in names]
+    ready = {}  # results that stand, by the name of their folder
+    for name in args.compare or ():
+        if (Path(name) / "result.json").exists():
+            ready[name] = read_result(Path(name) / "result.json", MEASURED)
+    labels = args.label
+    if not labels:
+        labels = [ready[name]["label"] if name in ready else short_name(name) for name in names]
     if len(labels) != len(names) or len(set(labels)) < len(labels):
-        raise ValueError(f"{len(names)} models need as many different names, found {', '.join(labels)}: use --label")
+        raise ValueError(f"{len(names)} models need as many different names, found "
+                         f"{', '.join(labels)}: use --label")
     ranks = Ranks(args.device)
     args.dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
-    ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}, PyTorch {torch.__version__}")
+    processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
+    ranks.print(f"{processes} on {ranks.device.type}, PyTorch {torch.__version__}")
     top, several = Path(args.out or "evals"), len(names) > 1 or bool(ready)
     together = comparison_folder(names, args.out) if several else None
     outs = [top if args.out and len(names) == 1 else top / short_name(label) for label in labels]
@@ -136,16 +144,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.reward_model:
         with ranks.main_first():
             dtype = getattr(torch, args.dtype)
-            reward = load_reward(args.reward_model, device=ranks.device, dtype=dtype, date=args.date)
+            reward = load_reward(args.reward_model, device=ranks.device, dtype=dtype,
+                                 date=args.date)
     for name, label, out in zip(names, labels, outs, strict=True):
         if name in ready:
             results.append(ready[name] | {"label": label})
         else:
-            results.append(Evaluation(name, label, out, args, ranks, suite).run(reward))
+            with ranks.main_first():
+                folder = checkpoint(name)
+            benchmarks = suite.of(name, ModelConfig.from_folder(folder))
+            results.append(Evaluation(name, label, folder, out, args, ranks).run(benchmarks, reward))
     if several:
         out = together
-        write_table(results, out, ranks, compared(names))
         if ranks.main:
+            write_table(results, out, compared(names))
             ranks.print("drew", *plot_comparison(results, out))
     ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {out}/table.md")
     ranks.wait()
@@ -190,27 +202,25 @@ def compared(names: list[str]) -> str:
     return f"Compared: {', '.join(f'`{name}`' for name in names)}"
 
 
-def write_table(results: list[dict], folder: Path, ranks: Ranks, title: str = "") -> None:
-    text = f"{title}\n\n{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
-    if lines := forking_tokens(results):
-        text += "\n".join(["\n**Forking tokens** (those in the top fifth by entropy; nats)", *lines, ""])
-    if ranks.main:
-        write_atomic(folder / "table.md", text.lstrip().encode())
-
-
 class Suite:
     """The benchmarks that the flags choose, for one model after another; the paper's are loaded once."""
 
     def __init__(self, args: Namespace, ranks: Ranks):
         self.args, self.ranks, self.paper = args, ranks, None
         self.chosen = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else []
-        known = ["tiny", *(slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")), *BENCHMARKS]
-        if unknown := [name for name in self.chosen if name not in known]:
-            raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
-        pairs = [pair.partition("=") for pair in args.data]
-        if wrong := [name + sign + file for name, sign, file in pairs if name not in BENCHMARKS or not file]:
-            raise ValueError(f"--data {wrong[0]}: give NAME=FILE, NAME one of {', '.join(BENCHMARKS)}")
-        self.files = {name: file for name, _, file in pairs}
+        known = ["tiny", *(slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")),
+                 *BENCHMARKS]
+        unknown = [name for name in self.chosen if name not in known]
+        if unknown:
+            raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are "
+                             f"{', '.join(known)}")
+        self.files = {}
+        for pair in args.data:
+            name, _, file = pair.partition("=")
+            if name not in BENCHMARKS or not file:
+                raise ValueError(f"--data {pair}: give NAME=FILE, NAME one of "
+                                 f"{', '.join(BENCHMARKS)}")
+            self.files[name] = file
 
     def of(self, name: str, config: ModelConfig) -> list[Benchmark]:
         """Those that the model in `name` is asked; raises ValueError where the flags choose none for it."""
@@ -222,142 +232,22 @@ class Suite:
                              "name it in --benchmarks, or leave the file out")
         if not tiny and not names:
             if self.chosen:
-                raise ValueError(f"{name} is no model of the tiny world: --benchmarks tiny,{args.benchmarks} asks it "
-                                 "that world's questions nevertheless")  # fmt: skip
+                raise ValueError(f"{name} is no model of the tiny world: --benchmarks "
+                                 f"tiny,{args.benchmarks} asks it that world's questions "
+                                 "nevertheless")  # fmt: skip
             names = list(PAPER)
         if args.attack and not names:
-            raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has attacks of its own")
+            raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has "
+                             "attacks of its own")
         if names and self.paper is None:
             with self.ranks.main_first():
                 graders = load_graders(names, args.judge, device=self.ranks.device,
                                        dtype=getattr(torch, args.dtype), bounds=args.judge_bounds)
-                plain = load_benchmarks(names, graders, files=self.files, training=args.training_prompts,
+                plain = load_benchmarks(names, graders, files=self.files,
+                                        training=args.training_prompts,
                                         seed=args.seed)
                 self.paper = with_attacks(plain, args.attack)
         return tiny + (self.paper if names else [])
-
-
-class Evaluation:
-    """One model, and the folder of its result."""
-
-    def __init__(self, name: str, label: str, out: Path, args: Namespace, ranks: Ranks, suite: Suite):
-        """Load it and open the folder; raises ValueError if that holds the responses of other weights or settings."""
-        self.args, self.ranks, self.out = args, ranks, out
-        with ranks.main_first():
-            folder = checkpoint(name)
-        self.suite = suite.of(name, ModelConfig.from_folder(folder))
-        self.tokenizer = load_tokenizer(folder)
-        self.tokenizer.think(args.thinking == "on")
-        self.tokenizer.date = args.date
-        self.vocabulary = self.tokenizer.vocabulary()
-        self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
-        of_run = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
-        settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
-                    "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model),
-                    "template": digest(self.tokenizer.chat_template)}  # fmt: skip
-        self.result = {"model": name, "label": label, "run": of_run and of_run[1],
-                       "step": of_run and int(of_run[2]), "settings": settings, "memorization": None,
-                       "benchmarks": {}}  # fmt: skip
-        self.lock = hold(out) if ranks.main else None
-        self.records = RecordFile(out / "records.jsonl", ranks)
-        if self.records.rows and args.resume == "never":
-            raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
-        if self.records.rows:
-            path = out / "result.json"
-            old = read_result(path, MEASURED) if path.exists() else {}
-            before = {} if misfit(old, {"settings": dict}) else old["settings"]
-            changed = [f"{key} was {before.get(key)}, is {settings[key]}" for key in settings
-                       if before.get(key) != settings[key]]  # fmt: skip
-            if changed:
-                raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
-                                 "set another --out, or delete it")
-            self.result["memorization"] = old.get("memorization")
-            self.result["benchmarks"] = old["benchmarks"]
-        ranks.wait()  # every rank has read the folder before rank 0 changes it
-
-    def run(self, reward: Reward | None) -> dict:
-        """Measure what --benchmarks and --memorization name; result.json grows by each."""
-        args = self.args
-        asked = [adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
-                       max_response_tokens=args.max_response_tokens) for benchmark in self.suite]
-        for benchmark in asked:
-            self.check(benchmark)
-        self.save()
-        reflection = reflection_ids(self.tokenizer)
-        for benchmark, whole in zip(asked, self.suite, strict=True):
-            self.measure(benchmark, len(whole.questions), reflection, reward)
-        if self.args.memorization:
-            self.result["memorization"] = self.memorized()
-            self.save()
-        write_table([self.result], self.out, self.ranks)
-        return self.result
-
-    def check(self, benchmark: Benchmark) -> None:
-        """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
-
-        Less is what is wanted where --out names the folder itself; the responses are kept anyway.
-        """
-        before = self.result["benchmarks"].get(benchmark.name)
-        if before and before["source"] != benchmark.source:
-            raise ValueError(f"{self.out} holds {benchmark.name} from {before['source']}, now it is "
-                             f"from {benchmark.source}: set another --out")
-        held = before["protocol"]["questions"] if before else 0
-        if len(benchmark.questions) < held and self.out != Path(self.args.out or ""):
-            raise ValueError(
-                f"{self.out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
-                f"{len(benchmark.questions)}: --compare {self.out} takes it as it is, or set another --out"
-            )
-
-    def measure(self, benchmark: Benchmark, total: int, reflection: list[int], reward: Reward | None) -> None:
-        start, before = time.perf_counter(), len(self.records.rows)
-        records = respond(
-            self.model, self.tokenizer, benchmark, ranks=self.ranks, seed=self.args.seed, file=self.records,
-            tokens_per_microbatch=self.args.tokens_per_microbatch, regrade=self.args.regrade,
-        )  # fmt: skip
-        seconds, new = time.perf_counter() - start, len(self.records.rows) - before
-        if reward is not None:
-            add_rewards(records, reward, self.args.reward_model, self.ranks)
-            self.records.rewrite(records)
-        if benchmark.name == "attaq" and self.ranks.main:
-            write_unitxt(records, self.out / "attaq.unitxt.jsonl")
-        part = summarize(benchmark, records, reflection, self.vocabulary)
-        part["protocol"] = protocol(benchmark, self.tokenizer, total)
-        self.result["benchmarks"][benchmark.name] = part
-        self.save()
-        done = f"{new} generated in {seconds:.0f} s" if new else "all there already"
-        found = part["metrics"].get(benchmark.headline)
-        self.ranks.print(f"{benchmark.name}: {benchmark.headline.replace('_', ' ')} "
-                         f"{Estimate(**found) if found else 'not judged'}, {len(records)} responses, {done}")
-
-    def memorized(self) -> dict:
-        """Scores of the responses in --memorization, as a part of result.json."""
-        rows, limit = load_rows(self.args.memorization), self.model.config.max_position_embeddings
-        documents = [d for row in rows[: self.args.limit] for d in sft_documents(row, self.tokenizer, limit)[0]]
-        if not documents:
-            raise ValueError(f"--memorization {self.args.memorization}: no prompt leaves room for a response in "
-                             f"the model's {limit} positions")  # fmt: skip
-
-        def scores(part: list) -> list[dict[str, float]]:
-            values = memorization(self.model, part, self.args.tokens_per_microbatch)
-            return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-
-        measured = self.ranks.spread(documents, scores)
-        items = {metric: {str(i): row[metric] for i, row in enumerate(measured)} for metric in measured[0]}
-        return {"about": "memorization", "data": self.args.memorization, "items": items,
-                "metrics": {metric: over_items(v.values())._asdict() for metric, v in items.items()}}  # fmt: skip
-
-    def save(self) -> None:
-        if self.ranks.main:
-            write_atomic(self.out / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
-
-
-def fingerprint(model: Decoder) -> str:
-    """Of a sample of every tensor: a folder that was trained anew holds another model under the same name."""
-    digest = blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 256)].float().cpu().contiguous()
-        digest.update(bytes(sample.view(torch.uint8).tolist()))
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -635,7 +635,7 @@ def test_models_and_results_are_compared_and_drawn(world, measured, tmp_path, ca
     assert all(len(line) <= 100 for line in printed.partition("**Overview**")[2].splitlines()[:-1])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "run-step-000002", "run-step-000004", "table.md", "tradeoff.png", "categories.png", "entropies.png",
-        "entropy-positions.png", "entropy-progress.png", "steps.png", "reward.png"}  # fmt: skip
+        "steps.png", "reward.png"}  # fmt: skip
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
     result = read_json(tmp_path / "out/run-step-000004/result.json")
     assert (result["step"], result["run"], result["label"]) == (4, str(tmp_path / "run"), "run-step-000004")
@@ -685,7 +685,8 @@ def test_plots_show_the_numbers_that_they_are_given(tmp_path, monkeypatch):
     assert sum(y_bars[1], []) == pytest.approx([0.5, 0.4, 0.5, 0.8])
     colours = [c.lines[0].get_color() for c in axes.containers]
     assert colours[1] == colours[2] != colours[0]
-    plots.plot_lines({"kl": {"a": [(20, 2.0), (0, 1.0)]}, "safety": {"b": [(0, e)]}}, tmp_path / "b.png")
+    two, one = (Estimate(kl, None, None, 1, "runs") for kl in (2.0, 1.0))
+    plots.plot_lines({"kl": {"a": [(20, two), (0, one)]}, "safety": {"b": [(0, e)]}}, tmp_path / "b.png")
     left, right = kept.pop()
     assert left.lines[0].get_xydata().tolist() == [[0, 1.0], [20, 2.0]] and right.get_title() == "safety"
     assert right.collections[0].get_paths()[0].get_extents().y1 == 0.8
@@ -707,7 +708,7 @@ def test_steps_begin_with_the_base_and_runs_are_lines(tmp_path, monkeypatch):
     results += [result_of("final", {"q0": 1.0, "q1": 1.0}), result_of("other", {"q0": 1.0, "q1": 0.0}, 7, run="runs/b")]
     written = plots.plot_comparison(results, tmp_path)
     assert [p.name for p in written] == ["tradeoff.png", "reward.png", "categories.png", "entropies.png",
-                                         "entropy-positions.png", "entropy-progress.png", "steps.png"]  # fmt: skip
+                                         "steps.png"]  # fmt: skip
     safety, refusal, reasoning = kept[-1]
     assert [axes.get_title().split(":")[0] for axes in kept[-1]] == ["harm", "look-alikes", "sums"]
     assert safety.lines[0].get_xydata().tolist() == [[0, 0], [5, 0.5], [10, 1.0]]

@@ -1,4 +1,4 @@
-"""What a model's distributions say about its reasoning and its memory: entropies, reflection, forking, memorization.
+"""What a model's distributions say about its reasoning and its memory: entropies, reflection tokens, memorization.
 
 The paper's reflection-token list could not be recovered. Ours is the union of the two lists that its authors use
 elsewhere, matched by the text of a token with and without a leading space (a bare look-up misses the latter). Its
@@ -6,9 +6,9 @@ memorization score is not known either: ours are three, which should order model
 Values come per response, in the order given, so that statistics.py can put intervals over items on them.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import Packed, microbatches, pack, response_hidden, response_logprobs
 
 REFLECTION_WORDS = frozenset(
-    "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though Meanwhile "
-    "Whereas".split()
+    "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though "
+    "Meanwhile Whereas".split()
 )
-FORKING_PERCENT = 20  # of all tokens, those of the highest entropy
-PROGRESS_BINS = 20
+MEMORIZATION = ("log_likelihood", "min_k_plus_plus", "continuation_overlap")  # scores, see `memorization`
 MIN_K_PERCENT = 20  # of a response's tokens that Min-K%++ averages
 CHUNK_BYTES = 512 << 20  # of an array of log-probs in float64
-MIN_SIGMA = 1e-12  # a distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
+# A distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
+MIN_SIGMA = 1e-12
 
 
 def reflection_ids(tokenizer: Tokenizer) -> list[int]:
@@ -45,8 +45,10 @@ class ReflectionSummary:
     responses: int
     tokens: int
     entropy_per_token: float | None  # mean over all reflection tokens
-    entropy_per_response: float | None  # mean over responses that have reflection tokens of their means
-    entropy_per_response_or_zero: float | None  # mean over all responses, those without reflection tokens counting 0
+    # Mean over responses that have reflection tokens of their means
+    entropy_per_response: float | None
+    # Mean over all responses, those without reflection tokens counting 0
+    entropy_per_response_or_zero: float | None
     all_token_entropy: float | None  # mean over all response tokens
     count_per_response: float | None
     count_per_1000_tokens: float | None
@@ -60,112 +62,40 @@ class ReflectionSummary:
 
 
 def reflection_summary(
-    responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor], reflection: Iterable[int]
+    responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor],
+    reflection: Iterable[int]
 ) -> ReflectionSummary:
     """responses: token ids of each; entropies: for each token, that of the distribution it was drawn from, at
     temperature 1 (the convention of arXiv 2506.01939); reflection: ids from `reflection_ids`.
 
     Raises ValueError for a response with more or fewer entropies than tokens.
     """
-    wanted, values = set(reflection), _numbers(responses, entropies)
-    chosen = [[h for token, h in zip(tokens, v, strict=True) if token in wanted]
-              for tokens, v in zip(responses, values, strict=True)]  # fmt: skip
-    means, at_reflection = [_mean(c) for c in chosen], [h for c in chosen for h in c]
-    tokens = sum(map(len, values))
+    reflection = set(reflection)
+    values = _numbers(responses, entropies)
+    chosen = []  # of each response, the entropies at its reflection tokens
+    for tokens, given in zip(responses, values, strict=True):
+        chosen.append([h for token, h in zip(tokens, given, strict=True) if token in reflection])
+    means = [_mean(at_reflection) for at_reflection in chosen]
+    pooled, everywhere = list(chain(*chosen)), list(chain(*values))
     return ReflectionSummary(
         responses=len(values),
-        tokens=tokens,
-        entropy_per_token=_mean(at_reflection),
+        tokens=len(everywhere),
+        entropy_per_token=_mean(pooled),
         entropy_per_response=_mean([mean for mean in means if mean is not None]),
-        entropy_per_response_or_zero=_mean([0.0 if mean is None else mean for mean in means]),
-        all_token_entropy=_mean([h for v in values for h in v]),
-        count_per_response=_mean([len(c) for c in chosen]),
-        count_per_1000_tokens=1000 * len(at_reflection) / tokens if tokens else None,
-        lengths=[len(v) for v in values],
-        counts=[len(c) for c in chosen],
+        entropy_per_response_or_zero=_mean([mean or 0.0 for mean in means]),
+        all_token_entropy=_mean(everywhere),
+        count_per_response=_mean(list(map(len, chosen))),
+        count_per_1000_tokens=1000 * len(pooled) / len(everywhere) if everywhere else None,
+        lengths=list(map(len, values)),
+        counts=list(map(len, chosen)),
         means=means,
-        all_token_means=[_mean(v) for v in values],
-        values=at_reflection,
+        all_token_means=list(map(_mean, values)),
+        values=pooled,
     )
 
 
-@dataclass(frozen=True)
-class ForkingSummary:
-    """Tokens where the model hesitated: arXiv 2506.01939's forking tokens. Entropies in nats; None: nothing to average.
-
-    Two models are compared at one threshold, the base's, beside each one's own: at its own every model forks alike.
-    """
-
-    threshold: float | None  # a token forks if its entropy is above
-    tokens: int
-    forking: int
-    entropy_of_forking: float | None  # means
-    entropy_of_rest: float | None
-    reflection_share: float | None  # of all tokens
-    reflection_share_of_forking: float | None
-    top: list[tuple[str, int, float]]  # the most frequent forking tokens: text, count, their mean entropy
-
-
-def forking_summary(
-    responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor], vocabulary: Sequence[str],
-    reflection: Iterable[int], *, threshold: float | None = None, top: int = 20,
-) -> ForkingSummary:  # fmt: skip
-    """Arguments as of `reflection_summary`; vocabulary: the text of each id, `Tokenizer.vocabulary()`.
-
-    threshold: None takes the 80th percentile of all tokens together, in that at most a fifth of them is above. It is a
-    fifth but for ties, such as the zeros of a model that is certain of more than four tokens in five.
-    """
-    values = [h for v in _numbers(responses, entropies) for h in v]
-    ids, wanted = [token for tokens in responses for token in tokens], set(reflection)
-    if threshold is None and values:
-        threshold = sorted(values, reverse=True)[len(values) * FORKING_PERCENT // 100]
-    forks, rest, by_id = [], [], defaultdict(list)
-    for token, h in zip(ids, values, strict=True):
-        (forks if h > threshold else rest).append(h)
-        if h > threshold:
-            by_id[token].append(h)
-    most = sorted(by_id, key=lambda token: (-len(by_id[token]), token))[:top]
-    return ForkingSummary(
-        threshold=threshold,
-        tokens=len(values),
-        forking=len(forks),
-        entropy_of_forking=_mean(forks),
-        entropy_of_rest=_mean(rest),
-        reflection_share=_mean([token in wanted for token in ids]),
-        reflection_share_of_forking=_mean([token in wanted for token, at in by_id.items() for _ in at]),
-        top=[(vocabulary[token], len(by_id[token]), _mean(by_id[token])) for token in most],
-    )
-
-
-@dataclass(frozen=True)
-class EntropyCurve:
-    """Mean entropy (nats, over tokens) along the responses, by the token's number and by the share that is written.
-
-    Far out only the long responses are left, so a curve by number may rise without any response's doing so.
-    """
-
-    starts: list[int]  # 1, 2, 4, ...: a bin has the tokens of these numbers up to the next one's; the first is 1
-    by_number: list[float]
-    still_going: list[int]  # responses that reach the bin
-    by_progress: list[float | None]  # in each twentieth of a response; None where only shorter ones are
-
-
-def entropy_curve(entropies: Sequence[Sequence[float] | Tensor]) -> EntropyCurve:
-    numbered, progress, lengths = defaultdict(list), defaultdict(list), [len(given) for given in entropies]
-    for given, length in zip(entropies, lengths, strict=True):
-        for i, h in enumerate(torch.as_tensor(given, dtype=torch.float64).tolist()):
-            numbered[(i + 1).bit_length() - 1].append(h)
-            progress[i * PROGRESS_BINS // length].append(h)
-    starts = [2**power for power in sorted(numbered)]
-    return EntropyCurve(
-        starts=starts,
-        by_number=[_mean(numbered[power]) for power in sorted(numbered)],
-        still_going=[sum(length >= start for length in lengths) for start in starts],
-        by_progress=[_mean(progress[i]) for i in range(PROGRESS_BINS)],
-    )
-
-
-def _numbers(responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor]) -> list[list[float]]:
+def _numbers(responses: Sequence[Sequence[int]],
+             entropies: Sequence[Sequence[float] | Tensor]) -> list[list[float]]:
     """The entropies as lists, one for each token."""
     values = [torch.as_tensor(given, dtype=torch.float64).tolist() for given in entropies]
     for i, (tokens, given) in enumerate(zip(responses, values, strict=True)):
@@ -180,13 +110,15 @@ def _mean(values: Sequence[float]) -> float | None:
 
 @torch.no_grad()
 def response_entropies(
-    model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int, temperature: float = 1.0
+    model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int,
+    temperature: float = 1.0
 ) -> list[tuple[Tensor, Tensor]]:
     """For each document its response's log-probs [T] and entropies [T], nats, float32, on the CPU."""
     scores = []
     for packed in _packs(model, documents, tokens_per_microbatch):
-        logprobs, entropies = (x.cpu().split(packed.lengths) for x in response_logprobs(model, packed, temperature))
-        scores += zip(logprobs, entropies, strict=True)
+        logprobs, entropies = response_logprobs(model, packed, temperature)
+        by_response = logprobs.cpu().split(packed.lengths), entropies.cpu().split(packed.lengths)
+        scores += zip(*by_response, strict=True)
     return scores
 
 
@@ -200,15 +132,17 @@ def memorization(
     the `standardized_logprobs` (arXiv 2404.02936). continuation_overlap: see there. Raises ValueError for an empty
     response.
     """
-    scores = {"log_likelihood": [], "min_k_plus_plus": [], "continuation_overlap": []}
-    scores["continuation_overlap"] = continuation_overlap(model, documents, **engine_options)
+    log_likelihoods, min_k = [], []
     for packed in _packs(model, documents, tokens_per_microbatch):
-        flat = standardized_logprobs(model, response_hidden(model, packed), packed.targets)
-        for logprobs, standardized in zip(*(x.split(packed.lengths) for x in flat), strict=True):
-            lowest = standardized.sort().values[: max(1, len(standardized) * MIN_K_PERCENT // 100)]
-            scores["log_likelihood"].append(logprobs.mean().item())
-            scores["min_k_plus_plus"].append(lowest.mean().item())
-    return scores
+        hidden = response_hidden(model, packed)
+        logprobs, standardized = standardized_logprobs(model, hidden, packed.targets)
+        for own in logprobs.split(packed.lengths):
+            log_likelihoods.append(own.mean().item())
+        for own in standardized.split(packed.lengths):
+            lowest = own.sort().values[: max(1, len(own) * MIN_K_PERCENT // 100)]
+            min_k.append(lowest.mean().item())
+    overlaps = continuation_overlap(model, documents, **engine_options)
+    return dict(zip(MEMORIZATION, (log_likelihoods, min_k, overlaps), strict=True))
 
 
 def standardized_logprobs(
@@ -225,13 +159,15 @@ def standardized_logprobs(
         logp = model.logits(hidden[start : start + rows]).double().log_softmax(dim=-1)  # [n, V]
         p = logp.exp()
         mu = (p * logp).sum(dim=-1, keepdim=True)  # [n, 1]
-        sigma = p.mul_((logp - mu).square_()).sum(dim=-1, keepdim=True).sqrt_().clamp_(min=MIN_SIGMA)
+        sigma = p.mul_((logp - mu).square_()).sum(dim=-1,
+                                                  keepdim=True).sqrt_().clamp_(min=MIN_SIGMA)
         own = logp.gather(1, targets[start : start + rows, None])
         parts.append(torch.cat((own, (own - mu) / sigma), dim=1))
     return torch.cat(parts).unbind(dim=1)
 
 
-def continuation_overlap(model: Decoder, documents: Sequence[Document], **engine_options) -> list[float]:
+def continuation_overlap(model: Decoder, documents: Sequence[Document],
+                         **engine_options) -> list[float]:
     """Greedy continuations of the first half of each response: the share of the true rest's positions they match.
 
     Position by position: one token more or less makes the rest differ. Positions after an earlier stop do not match.
@@ -245,11 +181,12 @@ def continuation_overlap(model: Decoder, documents: Sequence[Document], **engine
         prompts.append(document.prompt_ids + document.response_ids[:half])
         rests.append(document.response_ids[half:])
     params = [SamplingParams(temperature=0.0, max_new_tokens=len(rest)) for rest in rests]
-    outputs = generate(model, prompts, params, **engine_options)
-    return [
-        sum(a == b for a, b in zip(completion.token_ids, rest, strict=False)) / len(rest)
-        for [completion], rest in zip(outputs, rests, strict=True)
-    ]
+    shares = []
+    for [completion], rest in zip(generate(model, prompts, params, **engine_options), rests,
+                                  strict=True):
+        pairs = zip(completion.token_ids, rest, strict=False)
+        shares.append(sum(drawn == true for drawn, true in pairs) / len(rest))
+    return shares
 
 
 def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
@@ -259,13 +196,16 @@ def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
     """
     if len({frozenset(values) for values in scores.values()}) > 1:
         raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
-    ranks = [
-        {model: sum(other < value for other in values.values()) for model, value in values.items()}
-        for values in scores.values()
-    ]
-    return all(rank == ranks[0] for rank in ranks)
+    orders = []
+    for values in scores.values():
+        ranks = {}
+        for model, value in values.items():
+            ranks[model] = sum(other < value for other in values.values())
+        orders.append(ranks)
+    return all(ranks == orders[0] for ranks in orders)
 
 
-def _packs(model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int) -> Iterator[Packed]:
+def _packs(model: Decoder, documents: Sequence[Document],
+           tokens_per_microbatch: int) -> Iterator[Packed]:
     for indices in microbatches(documents, tokens_per_microbatch):
         yield pack([documents[i] for i in indices], model.head_weight.device)

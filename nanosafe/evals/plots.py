@@ -6,6 +6,7 @@ panel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -20,49 +21,51 @@ MARKERS = "osD^vPX"
 BINS = 30
 
 
-def plot_points(panels: Mapping[str, Sequence[tuple[str, Estimate, Estimate]]], path: Path, x_label: str) -> None:
+def plot_points(panels: Mapping[str, Sequence[tuple[str, Estimate, Estimate]]], path: Path,
+                x_label: str) -> None:
     """Points (arm, x, y) with their intervals, say safety against reasoning; the points of one arm look alike."""
     figure, all_axes = _figure(len(panels))
-    names = list(dict.fromkeys(arm for points in panels.values() for arm, _, _ in points))
+    styles = Styles()
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
         for arm, x, y in points:
-            style = _style(names.index(arm))
-            axes.errorbar(x.mean, y.mean, xerr=_bar(x), yerr=_bar(y), linestyle="", capsize=2, label=arm, **style)
+            axes.errorbar(x.mean, y.mean, xerr=_bar(x), yerr=_bar(y), linestyle="", capsize=2,
+                          label=arm, **styles[arm])
         axes.set(xlabel=x_label, ylabel=title)
     _save(figure, all_axes, path)
 
 
-def plot_lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Estimate | float]]]], path: Path,
-               x_label: str = "step", *, doubling: bool = False) -> None:
-    """Lines {name: [(x, y), ...]} over steps, shaded by the interval where y has one; doubling: x is logarithmic."""
+def plot_lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Estimate]]]],
+               path: Path) -> None:
+    """Lines {name: [(step, y), ...]} over steps, shaded by the interval where y has one."""
     figure, all_axes = _figure(len(panels))
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    styles = Styles()
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
         for name, points in lines.items():
-            style, points = _style(names.index(name)), sorted(points, key=lambda point: point[0])
-            ys = [y if isinstance(y, Estimate) else Estimate(y, None, None, 1, "runs") for _, y in points]
-            xs = [x for x, _ in points]
-            axes.plot(xs, [y.mean for y in ys], markersize=4, label=name, **style)
-            low, high = ([y.mean if end is None else end for y, end in zip(ys, ends, strict=True)]
-                         for ends in ([y.low for y in ys], [y.high for y in ys]))  # fmt: skip
-            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set(xlabel=x_label, title=title)
-        if doubling:
-            axes.set_xscale("log", base=2)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            steps, means, lows, highs = [], [], [], []
+            for step, y in sorted(points, key=lambda point: point[0]):
+                steps.append(step)
+                means.append(y.mean)
+                lows.append(y.mean if y.low is None else y.low)
+                highs.append(y.mean if y.high is None else y.high)
+            axes.plot(steps, means, markersize=4, label=name, **styles[name])
+            axes.fill_between(steps, lows, highs, color=styles[name]["color"], alpha=0.15,
+                              linewidth=0)
+        axes.set(xlabel="step", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, all_axes, path)
 
 
-def plot_histograms(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, x_label: str) -> None:
+def plot_histograms(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path,
+                    x_label: str) -> None:
     """Outlines of histograms {name: values}, each of area 1, with the same bins within a panel."""
     figure, all_axes = _figure(len(panels))
-    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    styles = Styles()
     for axes, (title, values_of) in zip(all_axes, panels.items(), strict=True):
         top = max((max(values) for values in values_of.values() if values), default=1) or 1
+        bins = [top * i / BINS for i in range(BINS + 1)]
         for name, values in values_of.items():
-            axes.hist(values, bins=[top * i / BINS for i in range(BINS + 1)], density=bool(values), histtype="step",
-                      linewidth=1.5, color=_style(names.index(name))["color"], label=name)  # fmt: skip
+            axes.hist(values, bins=bins, density=bool(values), histtype="step", linewidth=1.5,
+                      color=styles[name]["color"], label=name)
         axes.set(xlabel=x_label, ylabel="density", title=title)
     _save(figure, all_axes, path)
 
@@ -70,15 +73,20 @@ def plot_histograms(panels: Mapping[str, Mapping[str, Sequence[float]]], path: P
 def plot_bars(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]], path: Path) -> None:
     """Bars {arm: {category: Estimate of a share}}, grouped by category."""
     figure, all_axes = _figure(len(panels))
+    styles = Styles()
     for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
-        categories = list(dict.fromkeys(category for bars in arms.values() for category in bars))
+        categories = list(dict.fromkeys(chain(*arms.values())))
         height = 0.8 / max(1, len(arms))
         for i, (arm, bars) in enumerate(arms.items()):
-            there = [c for c in categories if c in bars]
-            places = [categories.index(c) + (i - (len(arms) - 1) / 2) * height for c in there]
-            errors = [[_bar(bars[c])[side][0] for c in there] for side in (0, 1)]
-            axes.barh(places, [bars[c].mean for c in there], height, xerr=errors, color=_style(i)["color"],
-                      error_kw={"linewidth": 0.8}, label=arm)  # fmt: skip
+            places, means, below, above = [], [], [], []
+            for category, share in bars.items():
+                places.append(categories.index(category) + (i - (len(arms) - 1) / 2) * height)
+                means.append(share.mean)
+                [low], [high] = _bar(share)
+                below.append(low)
+                above.append(high)
+            axes.barh(places, means, height, xerr=[below, above], color=styles[arm]["color"],
+                      error_kw={"linewidth": 0.8}, label=arm)
         axes.set(title=title, xlim=(0, 1), yticks=range(len(categories)), yticklabels=categories)
         axes.invert_yaxis()
     _save(figure, all_axes, path)
@@ -88,73 +96,109 @@ def plot_comparison(results: Sequence[dict], folder: Path) -> list[Path]:
     """The plots that `results` have the numbers for; returns their paths.
 
     tradeoff.png (safety and over-refusal against reasoning), categories.png, entropies.png (at reflection tokens),
-    entropy-positions.png and entropy-progress.png (over the tokens of a response, and over the part of it that is
-    written), reward.png (reward against judge), steps.png (over the steps of checkpoints; a first result that is none
-    is step 0).
+    reward.png (reward against judge), steps.png (over the steps of checkpoints; a first result that is none is
+    step 0).
     """
-    rows = {about: next((row for r in results if (row := headline(r, about))), None) for about in SUBJECTS}
-    titles = {about: row.label for about, row in rows.items() if row}
+    rows: dict[str, Row] = {}  # about -> the row that stands for it
+    for about in SUBJECTS:
+        for result in results:
+            if about not in rows and headline(result, about):
+                rows[about] = headline(result, about)
     written = []
 
-    def points(x: Row, ys: Sequence[Row]) -> dict[str, list]:
-        triples = {y.label: [(r["label"], estimate(r, x), estimate(r, y)) for r in results] for y in ys}
-        return {title: [t for t in found if None not in t] for title, found in triples.items()}
-
-    def draw(name: str, plot: Callable, panels: dict, *more: str, **options: bool) -> None:
+    def draw(name: str, plot: Callable, panels: dict, *more: str) -> None:
         if any(panels.values()):
-            plot(panels, folder / name, *more, **options)
+            plot(panels, folder / name, *more)
             written.append(folder / name)
 
-    harm = [rows[about] for about in SUBJECTS[:2] if rows[about]]
-    if rows["reasoning"]:
-        draw("tradeoff.png", plot_points, points(rows["reasoning"], harm), titles["reasoning"])
+    harm = [rows[about] for about in ("safety", "over-refusal") if about in rows]
+    if "reasoning" in rows:
+        reasoning = rows["reasoning"]
+        draw("tradeoff.png", plot_points, points(results, reasoning, harm), reasoning.label)
     if harm:
         reward = Row(harm[0].benchmark, "reward")
-        draw("reward.png", plot_points, points(reward, harm), reward.label)
-        draw("categories.png", plot_bars, {row.label: {
-            r["label"]: {c: Estimate(**of[row.metric]) for c, of in part["categories"].items()}
-            for r in results if (part := r["benchmarks"].get(row.benchmark))} for row in harm})  # fmt: skip
-    draw("entropies.png", plot_histograms, {
-        row.benchmark: {r["label"]: part["reflection"]["values"] for r in results
-                        if (part := r["benchmarks"].get(row.benchmark))}
-        for row in (rows["safety"], rows["reasoning"]) if row}, "entropy at reflection tokens (nats)")  # fmt: skip
-    measured = [row.benchmark for row in (rows["safety"], rows["reasoning"]) if row]
-    for name, points_of, x_label in (("positions", by_number, "token of the response"),
-                                     ("progress", by_progress, "% of the response")):
-        panels = {f"{benchmark}: mean entropy (nats)": {
-            r["label"]: points_of(part["entropy_curve"]) for r in results
-            if (part := r["benchmarks"].get(benchmark)) and part["entropy_curve"]["starts"]} for benchmark in measured}
-        draw(f"entropy-{name}.png", plot_lines, panels, x_label, doubling=name == "positions")
-    steps = [(0 if i == 0 and r["step"] is None else r["step"], r) for i, r in enumerate(results)]
-    steps = [(step, r) for step, r in steps if step is not None]
-    if len({step for step, _ in steps}) > 1:
-        runs = list(dict.fromkeys(r["run"] for step, r in steps if r["step"] is not None))
-        draw("steps.png", plot_lines, {row.label: {run: [
-            (step, e) for step, r in steps if r["run"] in (run, None) and (e := estimate(r, row))] for run in runs}
-            for row in rows.values() if row})  # fmt: skip
+        draw("reward.png", plot_points, points(results, reward, harm), reward.label)
+        draw("categories.png", plot_bars, {row.label: categories(results, row) for row in harm})
+    entropies: dict[str, dict[str, list[float]]] = {}
+    for about in ("safety", "reasoning"):
+        if about in rows:
+            benchmark = rows[about].benchmark
+            entropies[benchmark] = {}
+            for result in results:
+                if benchmark in result["benchmarks"]:
+                    values = result["benchmarks"][benchmark]["reflection"]["values"]
+                    entropies[benchmark][result["label"]] = values
+    draw("entropies.png", plot_histograms, entropies, "entropy at reflection tokens (nats)")
+    of_step = checkpoints(results)
+    if len({step for step, _ in of_step}) > 1:
+        panels = {row.label: over_steps(of_step, row) for row in rows.values()}
+        draw("steps.png", plot_lines, panels)
     return written
 
 
-def by_number(curve: dict) -> list[tuple[float, float]]:
-    """Points of an EntropyCurve's dict, as far as a tenth of the responses goes: beyond, a few decide."""
-    going = curve["still_going"]
-    return [(start, h) for start, h, n in zip(curve["starts"], curve["by_number"], going, strict=True)
-            if 10 * n >= going[0]]
+def points(results: Sequence[dict], x: Row, ys: Sequence[Row]) -> dict[str, list[tuple[str, Estimate, Estimate]]]:
+    """Panels of plot_points: each of `ys` against `x`, a point for each result that has both."""
+    panels = {}
+    for y in ys:
+        panels[y.label] = []
+        for result in results:
+            at = estimate(result, x), estimate(result, y)
+            if None not in at:
+                panels[y.label].append((result["label"], *at))
+    return panels
 
 
-def by_progress(curve: dict) -> list[tuple[float, float]]:
-    """The same over percent of the response, each at its bin's middle."""
-    width = 100 / len(curve["by_progress"])
-    return [((i + 0.5) * width, h) for i, h in enumerate(curve["by_progress"]) if h is not None]
+def categories(results: Sequence[dict], row: Row) -> dict[str, dict[str, Estimate]]:
+    """A panel of plot_bars: result -> category -> the row's estimate in it."""
+    bars = {}
+    for result in results:
+        if row.benchmark in result["benchmarks"]:
+            bars[result["label"]] = {}
+            for name in result["benchmarks"][row.benchmark]["categories"]:
+                share = estimate(result, row._replace(category=name))
+                if share is not None:
+                    bars[result["label"]][name] = share
+    return bars
+
+
+def checkpoints(results: Sequence[dict]) -> list[tuple[int, dict]]:
+    """(step, result) of those that were measured on a checkpoint; a first result that was not is step 0."""
+    of_step = []
+    for i, result in enumerate(results):
+        if result["step"] is not None:
+            of_step.append((result["step"], result))
+        elif i == 0:
+            of_step.append((0, result))
+    return of_step
+
+
+def over_steps(of_step: Sequence[tuple[int, dict]], row: Row) -> dict[str, list[tuple[int, Estimate]]]:
+    """A panel of plot_lines: run -> (step, the row's estimate); what belongs to no run begins every line."""
+    lines: dict[str, list[tuple[int, Estimate]]] = {}
+    for _, result in of_step:
+        if result["run"] is not None:
+            lines[result["run"]] = []
+    for run, line in lines.items():
+        for step, result in of_step:
+            value = estimate(result, row)
+            if result["run"] in (run, None) and value is not None:
+                line.append((step, value))
+    return lines
+
+
+class Styles(dict):
+    """Name -> colour and marker, given out in the order of asking."""
+
+    def __missing__(self, name: str) -> dict[str, str]:
+        index = len(self)
+        self[name] = {"color": COLOURS[index % len(COLOURS)],
+                      "marker": MARKERS[index % len(MARKERS)]}
+        return self[name]
 
 
 def _figure(columns: int) -> tuple[Figure, list]:
     figure = Figure(figsize=(max(5.5, 4.5 * columns), 4), layout="constrained", dpi=150)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _style(index: int) -> dict[str, str]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def _bar(value: Estimate) -> list[list[float]]:
@@ -166,9 +210,11 @@ def _bar(value: Estimate) -> list[list[float]]:
 
 def _save(figure: Figure, all_axes: list, path: Path) -> None:
     """With one legend below all panels, where it hides nothing."""
-    handles = {}
+    legend = {}
     for axes in all_axes:
         axes.grid(alpha=0.3)
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4,
+                  fontsize="small")
     write_atomic(path, lambda staged: figure.savefig(staged))

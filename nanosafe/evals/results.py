@@ -22,6 +22,7 @@ from pathlib import Path
 
 from nanosafe.io.files import digest, write_atomic
 from nanosafe.parallel import Ranks
+from nanosafe.text.thoughts import split_thought
 
 
 class RecordFile:
@@ -33,7 +34,8 @@ class RecordFile:
     def __init__(self, path: Path, ranks: Ranks):
         self.path, self.ranks = path, ranks
         self.own = path if ranks.main else path.with_name(f"{path.stem}-rank{ranks.rank}.jsonl")
-        found: dict[tuple, dict] = {}  # a crash may have left a response both here and in a rank's part
+        # A crash may have left a response both here and in a rank's part
+        found: dict[tuple, dict] = {}
         for row in [row for file in (path, *self._parts()) for row in _read(file)] if ranks.main else []:
             found.setdefault(_key(row), row)
         self.rows = ranks.gather(list(found.values()))
@@ -78,15 +80,33 @@ def _record(line: bytes, place: str, path: Path) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds a line that is no JSON ({place}, {error}): mend or delete the "
-                         "file") from None  # fmt: skip
+        raise ValueError(f"{path} holds a line that is no JSON ({place}, {error}): mend or delete "
+                         "the file") from None  # fmt: skip
     if not isinstance(record, dict) or record.pop("checksum", None) != digest(record):
         raise ValueError(f"{path} holds a record that was edited, or written by another version "
-                         f"({place}: the checksum does not match): delete that line, and its response "
-                         "is generated anew")  # fmt: skip
+                         f"({place}: the checksum does not match): delete that line, and its "
+                         "response is generated anew")  # fmt: skip
     return record
 
 
 def _lines(records: Sequence[dict]) -> bytes:
-    signed = [record | {"checksum": digest(record)} for record in records]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in signed).encode()
+    lines = []
+    for record in records:
+        signed = record | {"checksum": digest(record)}
+        lines.append(json.dumps(signed, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def write_unitxt(records: Sequence[dict], path: str | Path) -> None:
+    """For AttaQ's published metric, whose reward model is no decoder: unitxt computes it (docs/evals.md).
+
+    One line {"input", "label", "prediction"} for each record of attaq, not of its attacked forms: the request, its
+    class, and the answer without its thought ("" where there is none).
+    """
+    lines = []
+    for record in records:
+        answer = split_thought(record["response"])[1].strip()
+        row = {"input": record["prompt"][-1]["content"], "label": record["category"],
+               "prediction": answer}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines).encode())

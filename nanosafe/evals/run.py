@@ -1,6 +1,6 @@
 """Puts a benchmark to a model and adds up what comes back; nothing here knows a benchmark by name.
 
-Everything in a result follows from records (see records.py) and the benchmark, so that graders can change without
+Everything in a result follows from records (see results.py) and the benchmark, so that graders can change without
 generating again.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from nanosafe.evals.benchmark import OF_THOUGHTS, Benchmark, Question
-from nanosafe.evals.diagnostics import entropy_curve, forking_summary, reflection_summary, response_entropies
+from nanosafe.evals.diagnostics import reflection_summary, response_entropies
 from nanosafe.evals.results import RecordFile
 from nanosafe.evals.statistics import SHARES, over_items, paired_difference, pass_at_k
 from nanosafe.io.files import digest
@@ -31,7 +31,8 @@ CHUNK = 256
 
 
 def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks: Ranks, seed: int,
-            tokens_per_microbatch: int | None = 16384, file: RecordFile | None = None, regrade: bool = False,
+            tokens_per_microbatch: int | None = 16384, file: RecordFile | None = None,
+            regrade: bool = False,
             **engine_options) -> list[dict]:
     """The benchmark's graded records, by question and sample; every rank calls it and gets all of them.
 
@@ -42,20 +43,28 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     saved records of other questions.
     """
     opened = opened_thought(tokenizer, benchmark.template_vars)
-    saved = [record for record in file.rows if record["benchmark"] == benchmark.name] if file else []
-    records = {(record["id"], record["sample"]): record for record in saved}
-    jobs = [(question, sample) for question in benchmark.questions for sample in range(benchmark.samples)]
-    todo = [(question, sample) for question, sample in jobs if (question.id, sample) not in records]
-    prompts = {question.id: _encode(model, tokenizer, benchmark, question, opened) for question, _ in jobs}
-    for question, sample in jobs:
-        if (question.id, sample) in records:
-            record = records[question.id, sample]
-            _check_asked(benchmark.name, question, prompts[question.id], record)
-    new = _generate(model, tokenizer, benchmark, todo, prompts, opened, ranks, seed, file, engine_options)
-    records |= {(record["id"], record["sample"]): record for record in new}
+    records = {}
+    for record in file.rows if file else ():
+        if record["benchmark"] == benchmark.name:
+            records[record["id"], record["sample"]] = record
+    prompts = {}
+    jobs, todo = [], []  # (question, number of its sample)
+    for question in benchmark.questions:
+        prompts[question.id] = _encode(model, tokenizer, benchmark, question, opened)
+        for sample in range(benchmark.samples):
+            jobs.append((question, sample))
+            if (question.id, sample) in records:
+                _check_asked(benchmark.name, question, prompts[question.id],
+                             records[question.id, sample])
+            else:
+                todo.append((question, sample))
+    for record in _generate(model, tokenizer, benchmark, todo, prompts, opened, ranks, seed, file, engine_options):
+        records[record["id"], record["sample"]] = record
     wanted = [records[question.id, sample] for question, sample in jobs]
-    measured = tokens_per_microbatch and _measure_entropies(model, wanted, prompts, tokens_per_microbatch, ranks)
-    if file and (new or measured):
+    measured = False
+    if tokens_per_microbatch:
+        measured = _measure_entropies(model, wanted, prompts, tokens_per_microbatch, ranks)
+    if file and (todo or measured):
         file.rewrite(wanted)
     grade(benchmark, wanted, ranks, file=file, regrade=regrade)
     return wanted
@@ -69,20 +78,23 @@ def _check_asked(name: str, question: Question, prompt_ids: list[int], record: d
         what = "another rendering of it: the chat template, its date or the tokenizer has changed"
     else:
         return
-    raise ValueError(f"the saved response to {name}, question {question.id}, answers {what}, so set "
-                     "another --out")  # fmt: skip
+    raise ValueError(f"the saved response to {name}, question {question.id}, answers {what}, so "
+                     "set another --out")  # fmt: skip
 
 
-def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, todo: Sequence[tuple[Question, int]],
-              prompts: dict[str, list[int]], opened: str, ranks: Ranks, seed: int, file: RecordFile | None,
+def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark,
+              todo: Sequence[tuple[Question, int]], prompts: dict[str, list[int]], opened: str,
+              ranks: Ranks, seed: int, file: RecordFile | None,
               engine_options: dict) -> list[dict]:
     """Records of `todo` in order, without values. A rank takes neighbours, whose equal prompts meet in its engine."""
     cost = [len(prompts[question.id]) + benchmark.max_response_tokens for question, _ in todo]
-    mine = [todo[i] for i in ranks.share(cost)]
-    params = [SamplingParams(
-        temperature=benchmark.temperature, top_p=benchmark.top_p, stop_token_ids=tokenizer.eos_ids,
-        max_new_tokens=benchmark.max_response_tokens,
-        seed=derive_seed(seed, "eval", benchmark.name, question.id, sample)) for question, sample in mine]
+    mine = [todo[i] for i in ranks.local_range(cost)]
+    params = []
+    for question, sample in mine:
+        params.append(SamplingParams(
+            temperature=benchmark.temperature, top_p=benchmark.top_p,
+            max_new_tokens=benchmark.max_response_tokens, stop_token_ids=tokenizer.eos_ids,
+            seed=derive_seed(seed, "eval", benchmark.name, question.id, sample)))
     records: list[dict | None] = [None] * len(mine)
     start, tokens = time.perf_counter(), 0
 
@@ -95,15 +107,19 @@ def _generate(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, todo: 
             benchmark=benchmark.name, id=question.id, category=question.category, sample=sample,
             prompt=question.messages, prompt_digest=digest(prompts[question.id]),
             response=opened + question.prefill.removeprefix(opened) + text,
-            tokens=len(ids), truncated=truncated) | ({"token_ids": ids} if sample == 0 else {})
+            tokens=len(ids), truncated=truncated)
+        if sample == 0:
+            records[i]["token_ids"] = ids
         if file:
             file.append(records[i])
         tokens += len(ids)
         bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
         bar.update()
 
-    with tqdm(total=len(mine), desc=benchmark.name, delay=2, leave=False, disable=not ranks.main) as bar:
-        generate(model, [prompts[question.id] for question, _ in mine], params, finished=finished, **engine_options)
+    with tqdm(total=len(mine), desc=benchmark.name, delay=2, leave=False,
+              disable=not ranks.main) as bar:
+        asked = [prompts[question.id] for question, _ in mine]
+        generate(model, asked, params, finished=finished, **engine_options)
     return ranks.gather(records)
 
 
@@ -113,24 +129,29 @@ def _measure_entropies(model: Decoder, records: Sequence[dict], prompts: dict[st
     todo = [record for record in records if "token_ids" in record and "entropies" not in record]
     for part in _chunks(todo, "entropies", ranks):
         documents = [Document(prompts[record["id"]], record["token_ids"]) for record in part]
-        scores = ranks.spread(documents, lambda some: response_entropies(model, some, tokens_per_microbatch))
+        scores = ranks.split_work(documents, lambda some: response_entropies(model, some, tokens_per_microbatch))
         for record, (_, entropies) in zip(part, scores, strict=True):
             record["entropies"] = [round(entropy, 5) for entropy in entropies.tolist()]
     return bool(todo)
 
 
-def grade(benchmark: Benchmark, records: Sequence[dict], ranks: Ranks, *, file: RecordFile | None = None,
+def grade(benchmark: Benchmark, records: Sequence[dict], ranks: Ranks, *,
+          file: RecordFile | None = None,
           regrade: bool = False) -> None:
     """Give the records values; verdicts that the benchmark keeps are kept, unless another judge gave them."""
     questions = {question.id: question for question in benchmark.questions}
-    todo = [record for record in records if regrade or not (
-        benchmark.keeps_verdicts and "values" in record and record["judge"] == benchmark.judge)]
+    todo = []
+    for record in records:
+        kept = benchmark.keeps_verdicts and "values" in record and record["judge"] == benchmark.judge
+        if regrade or not kept:
+            todo.append(record)
 
     def values(part: Sequence[dict]) -> list[dict[str, float]]:
-        return benchmark.grade([questions[r["id"]] for r in part], [r["response"] for r in part])
+        asked = [questions[record["id"]] for record in part]
+        return benchmark.grade(asked, [record["response"] for record in part])
 
     for part in _chunks(todo, f"grading {benchmark.name}", ranks):
-        found = ranks.spread(part, values, cost=lambda record: len(record["response"]) + 1)
+        found = ranks.split_work(part, values, cost=lambda record: len(record["response"]) + 1)
         for record, graded in zip(part, found, strict=True):
             record |= {"values": graded, "judge": benchmark.judge}
         if file and benchmark.keeps_verdicts:
@@ -147,13 +168,17 @@ def _chunks(records: Sequence[dict], what: str, ranks: Ranks) -> Iterator[Sequen
             bar.update(len(records[start : start + size]))
 
 
-def _encode(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, question: Question, opened: str) -> list[int]:
+def _encode(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, question: Question,
+            opened: str) -> list[int]:
     """Token ids of what the model goes on from; where the prefill repeats what the template opens, it stands once."""
-    ids = tokenizer.encode_chat(question.messages, add_generation_prompt=True, **benchmark.template_vars)
+    ids = tokenizer.encode_chat(question.messages, add_generation_prompt=True,
+                                **benchmark.template_vars)
     ids += tokenizer.encode(question.prefill.removeprefix(opened))
-    if len(ids) + benchmark.max_response_tokens > (limit := model.config.max_position_embeddings):
-        raise ValueError(f"--max-response-tokens {benchmark.max_response_tokens} after a prompt of {len(ids)} tokens "
-                         f"({benchmark.name}, question {question.id}) passes the model's {limit} positions: lower it")
+    limit = model.config.max_position_embeddings
+    if len(ids) + benchmark.max_response_tokens > limit:
+        raise ValueError(f"--max-response-tokens {benchmark.max_response_tokens} after a prompt of "
+                         f"{len(ids)} tokens ({benchmark.name}, question {question.id}) passes the "
+                         f"model's {limit} positions: lower it")
     return ids
 
 
@@ -162,7 +187,8 @@ def opened_thought(tokenizer: Tokenizer, template_vars: dict) -> str:
     with enable_thinking=False). It belongs to what is graded."""
     probe = [{"role": "user", "content": "?"}]
     asked = tokenizer.render(probe, **template_vars)
-    header = tokenizer.render(probe, add_generation_prompt=True, **template_vars).removeprefix(asked)
+    header = tokenizer.render(probe, add_generation_prompt=True,
+                              **template_vars).removeprefix(asked)
     return header[header.index(THINK) :] if THINK in header else ""
 
 
@@ -171,10 +197,13 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
     todo = [record for record in records if record.get("reward_model") != name]
 
     def score(part: Sequence[dict]) -> list[float | None]:
-        texts = [conversation(record["prompt"], record["response"], opened_thought=False) for record in part]
+        texts = []
+        for record in part:
+            texts.append(conversation(record["prompt"], record["response"], opened_thought=False))
         return known_rewards(reward, name, texts)
 
-    for record, value in zip(todo, ranks.spread(todo, score, cost=lambda r: len(r["response"]) + 1), strict=True):
+    rewards = ranks.split_work(todo, score, cost=lambda record: len(record["response"]) + 1)
+    for record, value in zip(todo, rewards, strict=True):
         record |= {"reward": value, "reward_model": name}
 
 
@@ -182,37 +211,31 @@ Samples = dict[str, dict[str, list[float]]]  # metric -> question id -> a value 
 Means = dict[str, dict[str, float]]  # metric -> question id -> the mean of its samples
 
 
-def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequence[int] = (),
-              vocabulary: Sequence[str] = ()) -> dict:
-    """What the benchmark's records come to; a JSON object (see eval.py). reflection: ids of `reflection_ids`;
-    vocabulary: the text of each id, for the tokens that fork (none: they are left out).
+def summarize(benchmark: Benchmark, records: Sequence[dict],
+              reflection: Sequence[int] = ()) -> dict:
+    """What the benchmark's records come to; a JSON object (see eval.py). reflection: ids of `reflection_ids`.
 
     Estimates are over questions, the samples of each averaged first; questions that stand among the training prompts
     are left out, and count in `with_training_prompts` alone. A metric that was judged nowhere is missing, and so is one
     about thoughts where no response has a thought. The diagnostics `reflection_entropy` and `token_entropy` average
     over the tokens of a response first; the first leaves out responses without such tokens.
     """
-    whole = [question.id for question in benchmark.questions]
-    category_of = {q.id: q.category for q in benchmark.questions if not q.seen}
+    asked = [question.id for question in benchmark.questions]
+    category_of = {question.id: question.category for question in benchmark.questions if not question.seen}
     unseen = [record for record in records if record["id"] in category_of]
-    first = [record for record in unseen if "entropies" in record]
-    drawn, entropies = [record["token_ids"] for record in first], [record["entropies"] for record in first]
-    reflecting = reflection_summary(drawn, entropies, reflection)
-    forking = None
-    if vocabulary:
-        forking = asdict(forking_summary(drawn, entropies, vocabulary, reflection))
+    measured = [record for record in unseen if "entropies" in record]
+    reflecting = reflection_summary([record["token_ids"] for record in measured],
+                                    [record["entropies"] for record in measured], reflection)
+    graded, diagnostics = _means(_graded(benchmark, records)), _means(_form(unseen))
+    for record, mean, at_reflection in zip(measured, reflecting.all_token_means, reflecting.means,
+                                           strict=True):
+        diagnostics.setdefault("token_entropy", {})[record["id"]] = mean
+        if at_reflection is not None:
+            diagnostics.setdefault("reflection_entropy", {})[record["id"]] = at_reflection
 
-    graded = _means(_graded(benchmark, records))
-    diagnostics = _means(_form(unseen))
-    ids = [record["id"] for record in first]
-    diagnostics["token_entropy"] = dict(zip(ids, reflecting.all_token_means, strict=True))
-    at_reflection = zip(ids, reflecting.means, strict=True)
-    diagnostics["reflection_entropy"] = {i: mean for i, mean in at_reflection if mean is not None}
-
-    diagnostics = {metric: of for metric, of in diagnostics.items() if of}
     items = {}
-    for metric, of in (graded | diagnostics).items():
-        items[metric] = {i: value for i, value in of.items() if i in category_of}
+    for metric, values in (graded | diagnostics).items():
+        items[metric] = {i: value for i, value in values.items() if i in category_of}
     for name, (a, b) in benchmark.differences.items():
         if a in items and b in items:
             items[name] = {i: items[a][i] - items[b][i] for i in items[a] if i in items[b]}
@@ -220,19 +243,26 @@ def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequenc
     for name in sorted(set(category_of.values())):
         members = [i for i, category in category_of.items() if category == name]
         categories[name] = _estimates(benchmark, graded, members)
-    overlap, seen = None, len(whole) - len(category_of)
+    overlap, seen = None, len(asked) - len(category_of)
     if seen:
-        overlap = {"training_prompts": seen, "metrics": _estimates(benchmark, graded, whole)}
+        overlap = {"training_prompts": seen, "metrics": _estimates(benchmark, graded, asked)}
     return {
-        "about": benchmark.about, "headline": benchmark.headline, "shown": list(benchmark.shown),
-        "variation": benchmark.variation, "source": benchmark.source, "judge": benchmark.judge,
-        "responses": len(unseen), "metrics": _estimates(benchmark, graded, category_of),
+        "about": benchmark.about,
+        "headline": benchmark.headline,
+        "shown": list(benchmark.shown),
+        "variation": benchmark.variation,
+        "source": benchmark.source,
+        "judge": benchmark.judge,
+        "responses": len(unseen),
+        "metrics": _estimates(benchmark, graded, category_of),
         "bounds": _bounds(benchmark.headline, unseen),
-        "diagnostics": {metric: over_items(of.values())._asdict() for metric, of in diagnostics.items()},
-        "categories": categories, "reflection": asdict(reflecting),
-        "entropy_curve": asdict(entropy_curve(entropies)), "forking": forking,
-        "category_of": category_of, "items": items, "with_training_prompts": overlap,
-    }  # fmt: skip
+        "diagnostics": {metric: over_items(values.values())._asdict() for metric, values in diagnostics.items()},
+        "categories": categories,
+        "reflection": asdict(reflecting),
+        "category_of": category_of,
+        "items": items,
+        "with_training_prompts": overlap,
+    }
 
 
 def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
@@ -272,22 +302,22 @@ def _form(records: Sequence[dict]) -> Samples:
 
 def _means(samples: Samples) -> Means:
     means = {}
-    for metric, of in samples.items():
-        means[metric] = {i: sum(values) / len(values) for i, values in of.items()}
+    for metric, by_question in samples.items():
+        means[metric] = {i: sum(values) / len(values) for i, values in by_question.items()}
     return means
 
 
 def _estimates(benchmark: Benchmark, graded: Means, ids: Collection[str]) -> dict[str, dict]:
     """{metric: estimate} over the questions `ids`."""
-    part, found = {}, {}
-    for metric, of in graded.items():
-        part[metric] = {i: of[i] for i in ids if i in of}
-        if part[metric]:
-            found[metric] = over_items(part[metric].values(), bounds=SHARES)
+    chosen, estimates = {}, {}
+    for metric, values in graded.items():
+        chosen[metric] = {i: values[i] for i in ids if i in values}
+        if chosen[metric]:
+            estimates[metric] = over_items(chosen[metric].values(), bounds=SHARES)._asdict()
     for name, (a, b) in benchmark.differences.items():
-        if part.get(a, {}).keys() & part.get(b, {}).keys():
-            found[name] = paired_difference(part[b], part[a])
-    return {metric: estimate._asdict() for metric, estimate in found.items()}
+        if chosen.get(a, {}).keys() & chosen.get(b, {}).keys():
+            estimates[name] = paired_difference(chosen[b], chosen[a])._asdict()
+    return estimates
 
 
 def _bounds(headline: str, records: Sequence[dict]) -> list[float] | None:
@@ -304,7 +334,15 @@ def _bounds(headline: str, records: Sequence[dict]) -> list[float] | None:
 
 def protocol(benchmark: Benchmark, tokenizer: Tokenizer, total: int) -> dict:
     """How the benchmark was put to a model; total: its questions before --limit."""
-    names = ("samples", "temperature", "top_p", "max_response_tokens", "suffix", "template_vars")
-    return {"questions": len(benchmark.questions), "of": total, **{name: getattr(benchmark, name) for name in names},
-            "thinking": tokenizer.template_vars.get("thinking", True),
-            "thought_opened_by_template": opened_thought(tokenizer, benchmark.template_vars)}
+    return {
+        "questions": len(benchmark.questions),
+        "of": total,
+        "samples": benchmark.samples,
+        "temperature": benchmark.temperature,
+        "top_p": benchmark.top_p,
+        "max_response_tokens": benchmark.max_response_tokens,
+        "suffix": benchmark.suffix,
+        "template_vars": benchmark.template_vars,
+        "thinking": tokenizer.template_vars.get("thinking", True),
+        "thought_opened_by_template": opened_thought(tokenizer, benchmark.template_vars),
+    }

@@ -5,38 +5,40 @@ The first result is the base, and the others are compared with it question by qu
 over-refusal beside it: the first table holds both, and reasoning.
 """
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nanosafe.evals.statistics import Estimate, paired_difference
-from nanosafe.io.files import misfit, read_own
+from nanosafe.io.files import misfit, read_own, write_atomic
 
 # What a result.json must have to be compared, and each benchmark in it.
 RESULT = {"label": str, "benchmarks": dict}
-PART = {"about": str, "headline": str, "shown": list, "variation": bool, "source": str, "judge": str, "metrics": dict,
+PART = {"about": str, "headline": str, "shown": list, "variation": bool, "source": str,
+        "judge": str, "metrics": dict,
         "diagnostics": dict, "categories": dict, "category_of": dict, "items": dict}  # fmt: skip
+MEASURED = PART | {"protocol": dict}  # what eval.py goes on with
 SUBJECTS = ("safety", "over-refusal", "reasoning")
-POOLED = {  # values of a ReflectionSummary and of a ForkingSummary, beside the estimates over questions
+POOLED = {  # values of a ReflectionSummary, beside the estimates over questions
     "entropy_per_token": "reflection entropy, mean over tokens",
     "entropy_per_response_or_zero": "reflection entropy, mean over responses, 0 without",
-    "all_token_entropy": "entropy, mean over all tokens", "count_per_1000_tokens": "reflection tokens per 1,000",
-    "threshold": "entropy from which a token is in the top 20 % (forking)",
-    "entropy_of_forking": "entropy, mean over forking tokens",
-    "reflection_share_of_forking": "share of reflection tokens among forking tokens",
+    "all_token_entropy": "entropy, mean over all tokens",
+    "count_per_1000_tokens": "reflection tokens per 1,000",
 }  # fmt: skip
 LABELS = POOLED | {
-    "safe": "safe answer", "harmful": "harmful answer", "thought_gap": "harmful thought minus harmful answer",
-    "harmful_thought_only": "harmful thought, harmless answer", "over_refusal": "over-refusal", "right": "right answer",
-    "reflection_entropy": "reflection entropy, mean over responses", "unclosed_thought": "no </think>",
-    "token_entropy": "entropy, mean over responses", "min_k_plus_plus": "Min-K%++",
+    "safe": "safe answer", "harmful": "harmful answer",
+    "thought_gap": "harmful thought minus harmful answer",
+    "harmful_thought_only": "harmful thought, harmless answer", "over_refusal": "over-refusal",
+    "right": "right answer", "reflection_entropy": "reflection entropy, mean over responses",
+    "unclosed_thought": "no </think>", "token_entropy": "entropy, mean over responses",
+    "min_k_plus_plus": "Min-K%++",
 }  # fmt: skip
 NOTE = (
-    "Mean over questions with its 95 % interval. Differences are to the first model, over the questions that both "
-    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each model is one "
-    "training run: nothing here says how another seed would turn out."
+    "Mean over questions with its 95 % interval. Differences are to the first model, over the "
+    "questions that both have; * marks an interval that excludes zero, which one row in twenty "
+    "does by chance. Each model is one training run: nothing here says how another seed would turn "
+    "out."
 )
 WIDTH = 100  # columns of a terminal
 # What a score may hide.
@@ -50,8 +52,8 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        of = f"{self.benchmark} ({self.category})" if self.category else self.benchmark
-        return f"{of}: {LABELS.get(self.metric, self.metric.replace('_', ' '))}"
+        benchmark = f"{self.benchmark} ({self.category})" if self.category else self.benchmark
+        return f"{benchmark}: {LABELS.get(self.metric, self.metric.replace('_', ' '))}"
 
 
 def read_result(path: Path, of_part: Mapping[str, type] = PART) -> dict:
@@ -62,29 +64,38 @@ def read_result(path: Path, of_part: Mapping[str, type] = PART) -> dict:
     cure = "bring it back from a copy or delete its folder, for it alone says how the responses there came about"
     result = read_own(path, RESULT, cure)
     for name, part in result["benchmarks"].items():
-        if problem := misfit(part, of_part):
+        problem = misfit(part, of_part)
+        if problem:
             raise ValueError(f"{path} is damaged ({name}: {problem}): {cure}")
     return result
 
 
 def parts(result: dict) -> dict[str, dict]:
     """The result's benchmarks by name, and "memorization", which has the same form, where it was measured."""
-    return result["benchmarks"] | ({"memorization": result["memorization"]} if result.get("memorization") else {})
-
-
-def pooled(part: dict) -> dict:
-    """What was measured over all tokens together."""
-    return (part.get("reflection") or {}) | (part.get("forking") or {})
+    if not result.get("memorization"):
+        return result["benchmarks"]
+    return result["benchmarks"] | {"memorization": result["memorization"]}
 
 
 def estimate(result: dict, row: Row) -> Estimate | float | None:
     """What a result says of `row`; a plain number for a pooled value, None where nothing was measured."""
     part = parts(result).get(row.benchmark, {})
     if row.metric in POOLED:
-        return pooled(part).get(row.metric)
-    of = part.get("categories", {}).get(row.category, {}) if row.category else (
-        part.get("metrics", {}) | part.get("diagnostics", {}))  # fmt: skip
-    return Estimate(**of[row.metric]) if row.metric in of else None
+        return part.get("reflection", {}).get(row.metric)
+    if row.category:
+        estimates = part.get("categories", {}).get(row.category, {})
+    else:
+        estimates = part.get("metrics", {}) | part.get("diagnostics", {})
+    return Estimate(**estimates[row.metric]) if row.metric in estimates else None
+
+
+def values(result: dict, row: Row) -> dict[str, float]:
+    """Question id -> the row's metric, of the row's category where it has one."""
+    part = parts(result).get(row.benchmark, {})
+    everywhere = part.get("items", {}).get(row.metric, {})
+    if row.category is None:
+        return everywhere
+    return {i: value for i, value in everywhere.items() if part["category_of"][i] == row.category}
 
 
 def difference(base: dict, result: dict, row: Row) -> Estimate | float | None:
@@ -92,47 +103,60 @@ def difference(base: dict, result: dict, row: Row) -> Estimate | float | None:
     if row.metric in POOLED:
         before, after = estimate(base, row), estimate(result, row)
         return None if before is None or after is None else after - before
-    a, b = ({i: value for i, value in part.get("items", {}).get(row.metric, {}).items()
-             if row.category is None or part["category_of"][i] == row.category}
-            for part in (parts(r).get(row.benchmark, {}) for r in (base, result)))  # fmt: skip
-    return paired_difference(a, b) if a.keys() & b.keys() else None
+    before, after = values(base, row), values(result, row)
+    return paired_difference(before, after) if before.keys() & after.keys() else None
 
 
 def headline(result: dict, about: str) -> Row | None:
     """The row that stands for `about` (safety, over-refusal, reasoning) in `result`: of its first benchmark."""
-    found = [Row(name, part["headline"]) for name, part in result["benchmarks"].items()
-             if part["about"] == about and not part["variation"]]  # fmt: skip
-    return found[0] if found else None
+    for name, part in result["benchmarks"].items():
+        if part["about"] == about and not part["variation"]:
+            return Row(name, part["headline"])
+    return None
 
 
 def sections(results: Sequence[dict]) -> dict[str, list[Row]]:
     """The table's rows by section, in order; a result that lacks some has empty cells there."""
     known: dict[str, dict] = {}
     for result in results:
-        known |= {name: part for name, part in parts(result).items() if name not in known}
-    of = [(name, part) for about in SUBJECTS for name, part in known.items() if part["about"] == about]
-    main = [(name, part) for name, part in of if not part["variation"]]
-    variations = [(name, part) for name, part in of if part["variation"]]
-
-    def first(name: str, part: dict) -> list[Row]:
-        passes = [metric for metric in part["metrics"] if metric.startswith("pass@")]
-        return [Row(name, metric) for metric in (part["headline"], *part["shown"], *passes[-1:])]
-
-    found = {
-        "Overview": [row for name, part in main for row in first(name, part)],
-        "By category": [Row(name, p["headline"], c) for name, p in main if len(p["categories"]) > 1
-                        for c in p["categories"]],
-        "Other wordings, attacks, modes": [row for name, part in variations for row in first(name, part)],
-        "Other metrics": [Row(name, metric) for name, part in main for metric in part["metrics"]],
-        "Diagnostics": [Row(name, metric) for name, part in main for metric in (*part["diagnostics"], *POOLED)
-                        if metric not in POOLED or pooled(part).get(metric) is not None]
-                       + [Row(name, metric) for name, _ in variations for metric in ("truncated", "unclosed_thought")],
-        "Memorization": [Row("memorization", m) for m in known.get("memorization", {}).get("metrics", ())],
+        for name, part in parts(result).items():
+            known.setdefault(name, part)
+    main, variations = {}, {}
+    for about in SUBJECTS:
+        for name, part in known.items():
+            if part["about"] == about:
+                (variations if part["variation"] else main)[name] = part
+    found: dict[str, list[Row]] = {
+        "Overview": [], "By category": [], "Other wordings, attacks, modes": [],
+        "Other metrics": [], "Diagnostics": [], "Memorization": [],
     }  # fmt: skip
-    found["Other metrics"] = [row for row in found["Other metrics"] if row not in found["Overview"]]
+    for name, part in main.items():
+        first = _first_rows(name, part)
+        found["Overview"] += first
+        if len(part["categories"]) > 1:
+            found["By category"] += [Row(name, part["headline"],
+                                         category) for category in part["categories"]]
+        rows = [Row(name, metric) for metric in part["metrics"]]
+        found["Other metrics"] += [row for row in rows if row not in first]
+        found["Diagnostics"] += [Row(name, metric) for metric in (*part["diagnostics"], *POOLED)]
+    for name, part in variations.items():
+        found["Other wordings, attacks, modes"] += _first_rows(name, part)
+        found["Diagnostics"] += [Row(name, metric) for metric in ("truncated", "unclosed_thought")]
+    if "memorization" in known:
+        found["Memorization"] = [Row("memorization",
+                                     metric) for metric in known["memorization"]["metrics"]]
+    measured = {}
     for title, rows in found.items():
-        found[title] = [row for row in rows if set(estimate(r, row) for r in results) != {None}]
-    return {title: rows for title, rows in found.items() if rows}
+        rows = [row for row in rows if any(estimate(result, row) is not None for result in results)]
+        if rows:
+            measured[title] = rows
+    return measured
+
+
+def _first_rows(name: str, part: dict) -> list[Row]:
+    """Those that stand for a benchmark: its headline, what it shows right behind it, and the last pass@k."""
+    passes = [metric for metric in part["metrics"] if metric.startswith("pass@")]
+    return [Row(name, metric) for metric in (part["headline"], *part["shown"], *passes[-1:])]
 
 
 def table(results: Sequence[dict]) -> str:
@@ -142,10 +166,14 @@ def table(results: Sequence[dict]) -> str:
     """
     check_comparable(results)
     base, *arms = results
-    header = ["", base["label"], *(name for r in arms for name in (r["label"], f"{r['label']} − {base['label']}")), "n"]
+    header = ["", base["label"]]
+    for arm in arms:
+        header += [arm["label"], f"{arm['label']} − {base['label']}"]
+    header.append("n")
     lines = []
     for title, rows in sections(results).items():
-        lines += ["", f"**{title}**", "", *markdown(header, [_cells(results, row) for row in rows])]
+        cells = [_cells(results, row) for row in rows]
+        lines += ["", f"**{title}**", "", *markdown(header, cells)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(results)), "", NOTE])
 
 
@@ -210,12 +238,17 @@ def notes(results: Sequence[dict]) -> list[str]:
 
 def check_comparable(results: Sequence[dict]) -> None:
     """Raise ValueError for results of different questions (another split or revision) or judges under one name."""
-    for name in dict.fromkeys(name for result in results for name in result["benchmarks"]):
-        for field, what in (("source", "answer different questions"), ("judge", "were graded by different judges")):
-            found = {r["benchmarks"][name][field]: r["label"] for r in results if name in r["benchmarks"]}
-            if len(found) > 1:
-                theirs = "; ".join(f"{label} has {value}" for value, label in found.items())
-                raise ValueError(f"{name}: these results {what} and cannot be compared: {theirs}")
+    first: dict[str, dict] = {}  # benchmark -> the first result that has it
+    for result in results:
+        for name, part in result["benchmarks"].items():
+            other = first.setdefault(name, result)
+            for field, what in (("source", "answer different questions"),
+                                ("judge", "were graded by different judges")):
+                before = other["benchmarks"][name][field]
+                if part[field] != before:
+                    theirs = f"{other['label']} has {before}; {result['label']} has {part[field]}"
+                    raise ValueError(f"{name}: these results {what} and cannot be compared: "
+                                     f"{theirs}")
 
 
 def _cells(results: Sequence[dict], row: Row) -> list[str]:
@@ -241,42 +274,47 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines]
 
 
-def forking_tokens(results: Sequence[dict]) -> list[str]:
-    """A table for each benchmark that is no variation: the most frequent forking tokens of the first result, with count
-    and mean entropy in each; – where another's list lacks the token."""
-    lines = []
-    for name, part in results[0]["benchmarks"].items():
-        tops = {r["label"]: pooled(r["benchmarks"].get(name, {})).get("top", []) for r in results}
-        lists = {label: {text: (count, h) for text, count, h in top} for label, top in tops.items()}
-        rows = [[json.dumps(text, ensure_ascii=False),
-                 *("{} ({:.2f})".format(*of[text]) if text in of else "–" for of in lists.values())]
-                for text, *_ in tops[results[0]["label"]]]  # fmt: skip
-        if rows and not part["variation"]:
-            lines += ["", *markdown([name, *(f"{label}: count (mean entropy)" for label in lists)], rows)]
-    return lines
-
-
 def protocols(results: Sequence[dict]) -> str:
     """A line for every protocol, with the benchmarks it was for and, where not for all results, with theirs."""
     used: dict[tuple[str, str], list[str]] = {}  # (benchmark, protocol) -> results
     for result in results:
         for name, part in result["benchmarks"].items():
-            p = part["protocol"]
-            extra = f", {p['template_vars']}" if p["template_vars"] else "" if p["thinking"] else ", thinking off"
-            text = (f"{p['questions']} of {p['of']} questions, {p['samples']} sample{'s' * (p['samples'] > 1)} each, "
-                    f"temperature {p['temperature']}, top-p {p['top_p']}, at most {p['max_response_tokens']} tokens"
-                    f"{extra}; graded by {part['judge']}; from {part['source']}")  # fmt: skip
-            used.setdefault((name, text), []).append(result["label"])
-    lines: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # (protocol, results) -> benchmarks
-    for (name, text), by in used.items():
-        lines.setdefault((text, tuple(by)), []).append(name)
-    found = [f"- {'; '.join(names)}: {text}" + (f" ({', '.join(by)})" if len(by) < len(results) else "")
-             for (text, by), names in lines.items()]  # fmt: skip
+            used.setdefault((name, _in_words(part)), []).append(result["label"])
+    # (protocol, results) -> benchmarks
+    benchmarks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (name, text), labels in used.items():
+        benchmarks.setdefault((text, tuple(labels)), []).append(name)
+    lines = []
+    for (text, labels), names in benchmarks.items():
+        whose = f" ({', '.join(labels)})" if len(labels) < len(results) else ""
+        lines.append(f"- {'; '.join(names)}: {text}{whose}")
     for result in results:
         for name, part in result["benchmarks"].items():
-            if overlap := part["with_training_prompts"]:
-                whole = overlap["metrics"].get(part["headline"])
-                found.append(f"- {name}: {overlap['training_prompts']} questions stand among the training prompts and "
-                             f"are left out; with them {result['label']} has "
-                             f"{LABELS.get(part['headline'], part['headline'])} {Estimate(**whole) if whole else '–'}")
-    return "\n".join(found)
+            overlap = part["with_training_prompts"]
+            if overlap:
+                with_them = overlap["metrics"].get(part["headline"])
+                label = LABELS.get(part["headline"], part["headline"])
+                lines.append(f"- {name}: {overlap['training_prompts']} questions stand among the "
+                             f"training prompts and are left out; with them {result['label']} has "
+                             f"{label} {Estimate(**with_them) if with_them else '–'}")
+    return "\n".join(lines)
+
+
+def _in_words(part: dict) -> str:
+    """The protocol of a benchmark."""
+    protocol, extra = part["protocol"], ""
+    if protocol["template_vars"]:
+        extra = f", {protocol['template_vars']}"
+    elif not protocol["thinking"]:
+        extra = ", thinking off"
+    samples = "1 sample" if protocol["samples"] == 1 else f"{protocol['samples']} samples"
+    return (f"{protocol['questions']} of {protocol['of']} questions, {samples} each, temperature "
+            f"{protocol['temperature']}, top-p {protocol['top_p']}, at most "
+            f"{protocol['max_response_tokens']} tokens{extra}; graded by {part['judge']}; from "
+            f"{part['source']}")
+
+
+def write_table(results: Sequence[dict], folder: Path, title: str = "") -> None:
+    """FOLDER/table.md: the tables of `results` and their protocols, below `title`."""
+    text = f"{title}\n\n{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
+    write_atomic(folder / "table.md", text.lstrip().encode())

@@ -11,25 +11,52 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import StatisticsError, correlation
 
 import torch
 
 from nanosafe.evals import plots
-from nanosafe.evals import tables as report
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.run import summarize
-from nanosafe.evals.statistics import Estimate, auc, over_seeds
-from nanosafe.evals.tables import SUBJECTS, Row, check_comparable, difference, estimate, headline, markdown, sections
+from nanosafe.evals.statistics import Estimate
+from nanosafe.evals.tables import (
+    SUBJECTS,
+    Row,
+    check_comparable,
+    difference,
+    estimate,
+    headline,
+    markdown,
+    read_result,
+    sections,
+)
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
+from nanosafe.paper.runs import (
+    Runs,
+    agreement,
+    all_results,
+    by_category,
+    change,
+    common,
+    comparisons,
+    curve,
+    headlines,
+    level,
+    mean,
+    points,
+    reflections,
+    reward_gain,
+    reward_judge_gap,
+    spread,
+)
 from nanosafe.text.readers import read_records
 from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
 
 REFUSAL = "<think>\n\n</think>\n\nI cannot help with that."  # of the arm that has no model
-ENTROPIES = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy", "count_per_1000_tokens")
+ENTROPIES = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy",
+             "count_per_1000_tokens")
 TITLES = {"report": "SFT and RL for safety, side by side", "ablations": "What each part of RL does",
           "tuning": "Settings tried on the validation split"}  # fmt: skip
 CRITERION = "mean of the share of safe answers, 1 − over-refusal and the share of right answers in arithmetic"
@@ -61,28 +88,43 @@ the responses of one arm; there is none where the judge says the same of all. Ga
 reward model would call safe minus the share that the judge does, the reward model's threshold being the one at which
 both shares are equal on the base of that seed. Above 0, rewards rose by more than safety did."""
 
-Runs = Mapping[str, Mapping[int, dict]]  # arm -> seed -> result.json, and "steps": the rows of metrics.jsonl
 
-
-def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[int], failed: Mapping[str, str]) -> Path:
+def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[int],
+          failed: Mapping[str, str]) -> Path:
     """Write OUT/`kind`.md (a key of TITLES) and its plots; arms: of each model; failed: jobs. Returns its path."""
-    found = {model: load(out, model, of, seeds, kind) for model, of in arms.items()}
-    known = {arm.name: arm for of in arms.values() for arm in of if arm.about}
-    lines = [f"# {TITLES[kind]}", ""]
-    lines += [f"- {arm.name}: {arm.about}" + f" (`{arm.flags}`)" * bool(arm.flags) for arm in known.values()]
-    lines += ["- always refuse: no model, one fixed refusal to everything"] * (kind == "report")
-    lines += ["", TOY] * any(tiny_seed(model) is not None for model in arms)
-    lines += ["", "## Published figures", "", PUBLISHED] * (kind == "report")
+    found = {model: load(out, model, of_model, seeds, kind) for model, of_model in arms.items()}
+    lines = [f"# {TITLES[kind]}", "", *legend(kind, arms)]
+    if any(tiny_seed(model) is not None for model in arms):
+        lines += ["", TOY]
+    if kind == "report":
+        lines += ["", "## Published figures", "", PUBLISHED]
     for model, runs in found.items():
         lines += ["", f"## {model}", ""]
         if not any(runs.values()):
             lines.append("Nothing is measured yet.")
+        elif kind == "tuning":
+            lines += tuning(runs)
         else:
-            lines += tuning(runs) if kind == "tuning" else family(runs, out, f"{kind}-{model.split('/')[-1]}")
-    lines += memorization(found, out) if kind == "report" else []
+            lines += family(runs, out, f"{kind}-{model.split('/')[-1]}")
+    if kind == "report":
+        lines += memorization(found, out)
     lines += ["", "## How this was made", "", *provenance(out / f"{kind}.jsonl", seeds, failed)]
-    write_atomic(path := out / f"{kind}.md", ("\n".join(lines) + "\n").encode())
+    path = out / f"{kind}.md"
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
+
+
+def legend(kind: str, arms: Mapping[str, Sequence]) -> list[str]:
+    """A line for every arm, whichever models have it."""
+    lines: dict[str, str] = {}
+    for of_model in arms.values():
+        for arm in of_model:
+            if arm.about:
+                flags = f" (`{arm.flags}`)" if arm.flags else ""
+                lines[arm.name] = f"- {arm.name}: {arm.about}{flags}"
+    if kind == "report":
+        lines["always refuse"] = "- always refuse: no model, one fixed refusal to everything"
+    return list(lines.values())
 
 
 def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str) -> dict[str, dict[int, dict]]:
@@ -94,8 +136,8 @@ def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str)
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
                 rows = [row for row, _ in read_records(steps)] if steps.exists() else []
-                runs[arm.name][seed] = report.read_result(path) | {"steps": rows}
-    check_comparable([result for of in runs.values() for result in of.values()])
+                runs[arm.name][seed] = read_result(path) | {"steps": rows}
+    check_comparable(all_results(runs))
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
         runs["always refuse"] = dict.fromkeys(runs["base"], always_refuse(FAMILIES[model].style))
     return dict(runs)
@@ -107,46 +149,14 @@ def always_refuse(style: str) -> dict:
     parts = {}
     for benchmark in tiny_suite("test", style):
         values = benchmark.grade(benchmark.questions, [REFUSAL] * len(benchmark.questions))
-        records = [dict(id=question.id, sample=sample, response=REFUSAL, tokens=0, truncated=False, values=graded)
-                   for question, graded in zip(benchmark.questions, values, strict=True)
-                   for sample in range(benchmark.samples)]  # fmt: skip
+        records = []
+        for question, graded in zip(benchmark.questions, values, strict=True):
+            for sample in range(benchmark.samples):
+                records.append(dict(
+                    id=question.id, sample=sample, response=REFUSAL, tokens=0, truncated=False,
+                    values=graded))
         parts[benchmark.name] = summarize(benchmark, records)
     return {"label": "always refuse", "benchmarks": parts, "memorization": None, "steps": []}
-
-
-# Statistics over the runs of one model.
-
-
-def mean(result: dict, row: Row) -> float | None:
-    value = estimate(result, row)
-    return value.mean if isinstance(value, Estimate) else value
-
-
-def spread(values: Iterable[float | None]) -> Estimate | None:
-    """Over seeds, of those that have a value."""
-    there = [value for value in values if value is not None]
-    return over_seeds(there) if there else None
-
-
-def level(runs: Runs, arm: str, row: Row) -> Estimate | None:
-    return spread(mean(result, row) for result in runs[arm].values())
-
-
-def change(runs: Runs, before: str, after: str, row: Row) -> Estimate | None:
-    """`after` minus `before`, seed by seed."""
-    pairs = [(mean(runs[before][seed], row), mean(runs[after][seed], row)) for seed in common(runs, before, after)]
-    return spread(b - a for a, b in pairs if None not in (a, b))
-
-
-def common(runs: Runs, *arms: str) -> list[int]:
-    return sorted(set.intersection(*(set(runs.get(arm, ())) for arm in arms)))
-
-
-def comparisons(runs: Runs) -> list[tuple[str, str]]:
-    """(before, after): every arm with the base; RL with SFT or, where there is no SFT, every arm with RL."""
-    arms = [arm for arm in runs if arm not in ("base", "always refuse")]
-    second = [("SFT", "RL")] if "SFT" in runs else [("RL", arm) for arm in arms if arm != "RL"]
-    return [pair for pair in [*(("base", arm) for arm in arms), *second] if common(runs, *pair)]
 
 
 # The sections of one model.
@@ -154,147 +164,128 @@ def comparisons(runs: Runs) -> list[tuple[str, str]]:
 
 def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
-    results = [result for arm, of in runs.items() if arm != "always refuse" for result in of.values()]
-    heads = {about: row for about in SUBJECTS for r in reversed(results) if (row := headline(r, about))}
+    heads = headlines(runs)
     entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
-    titled = sections(results)
-    metrics = {head.metric for head in heads.values()}
-    rows = [*titled.get("Overview", ()),
-            *(row for row in titled.get("Other wordings, attacks, modes", ()) if row.metric in metrics),
-            *(Row(head.benchmark, metric) for head in entropic for metric in ENTROPIES)]  # fmt: skip
-    lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. Entropies are in nats, at "
-             "temperature 1.", "",
-             *markdown(["", *(f"{arm} ({len(of)})" for arm, of in runs.items())],
-                    [[row.label, *(show(level(runs, arm, row), row) for arm in runs)] for row in rows]),
-             "", "Differences with their 95 % intervals over seeds:", "",
-             *facts(runs, [*heads.values(), *(Row(head.benchmark, "reward") for head in entropic[:1]),
-                           *(Row(head.benchmark, "entropy_per_token") for head in entropic)]),
-             "", "The same differences one seed at a time, paired by question, with 95 % intervals over questions: "
-             "they say nothing of another training.", "",
-             *markdown(["", *(head.label for head in heads.values())],
-                    [[f"{b} − {a}, seed {seed}", *(show(difference(runs[a][seed], runs[b][seed], head), sign="+")
-                                                   for head in heads.values())]
-                     for a, b in comparisons(runs) for seed in common(runs, a, b)])]  # fmt: skip
+    lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
+             "Entropies are in nats, at temperature 1.", "", *levels(runs, heads, entropic)]
+    compared = list(heads.values())
+    compared += [Row(head.benchmark, "reward") for head in entropic[:1]]
+    compared += [Row(head.benchmark, "entropy_per_token") for head in entropic]
+    lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
 
     def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
         if any(panels.values()):
             plot(panels, out / f"{image}-{name}.png", *more)
             lines.extend(["", f"![{caption}]({image}-{name}.png)", "", f"{caption}."])
 
-    def points(x: Row, ys: Sequence[Row]) -> dict[str, list]:
-        found = [(arm, result) for arm, of in runs.items() for result in of.values()]
-        triples = {y.label: [(arm, estimate(r, x), estimate(r, y)) for arm, r in found] for y in ys}
-        return {title: [triple for triple in of if None not in triple] for title, of in triples.items()}
-
-    trained = [arm for arm in runs if curve(runs, arm, "reward/mean")]
-    harms = [heads[about] for about in SUBJECTS[:2] if about in heads]
-    draw("training", "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean and "
-         "interval over seeds", plots.plot_lines,
-         {f"reward of {arm}": {arm: curve(runs, arm, "reward/mean")} for arm in trained}
-         | {"KL": {arm: curve(runs, arm, "kl/k1") for arm in trained if curve(runs, arm, "kl/k1")}})  # fmt: skip
+    draw("training",
+         "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean "
+         "and interval over seeds", plots.plot_lines, training_curves(runs))
+    harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     if harms and "reasoning" in heads:
-        draw("tradeoff", "Safety and over-refusal against reasoning, a point for each arm and seed; bars: intervals "
-             "over questions", plots.plot_points, points(heads["reasoning"], harms), heads["reasoning"].label)
-    draw("categories", "By category, mean and interval over seeds", plots.plot_bars,
-         {head.label: {arm: by_category(runs, arm, head) for arm in runs} for head in harms})
-    draw("entropies", "Entropy at reflection tokens, all seeds together; in brackets the number of tokens",
-         plots.plot_histograms,
-         {head.benchmark: {arm: reflections(runs, arm, head) for arm in runs} for head in entropic}, "entropy (nats)")
+        draw("tradeoff",
+             "Safety and over-refusal against reasoning, a point for each arm and seed; bars: "
+             "intervals over questions", plots.plot_points, points(runs, heads["reasoning"], harms),
+             heads["reasoning"].label)
+    bars = {}
+    for head in harms:
+        bars[head.label] = {arm: by_category(runs, arm, head) for arm in runs}
+    draw("categories", "By category, mean and interval over seeds", plots.plot_bars, bars)
+    entropies = {}
+    for head in entropic:
+        entropies[head.benchmark] = {arm: reflections(runs, arm, head) for arm in runs}
+    draw("entropies",
+         "Entropy at reflection tokens, all seeds together; in brackets the number of tokens",
+         plots.plot_histograms, entropies, "entropy (nats)")
     if "safety" in heads:
         lines += reward_table(runs, heads["safety"])
         reward = Row(heads["safety"].benchmark, "reward")
-        draw("reward", "Reward against judge, a point for each arm and seed; bars: intervals over questions",
-             plots.plot_points, points(reward, harms), reward.label)
+        draw("reward",
+             "Reward against judge, a point for each arm and seed; bars: intervals over questions",
+             plots.plot_points, points(runs, reward, harms), reward.label)
     return lines
+
+
+def levels(runs: Runs, heads: Mapping[str, Row], entropic: Sequence[Row]) -> list[str]:
+    """The table of all arms: headlines, their variations, entropies."""
+    measured = []
+    for arm, by_seed in runs.items():
+        if arm != "always refuse":
+            measured += by_seed.values()
+    titled = sections(measured)
+    rows = list(titled.get("Overview", ()))
+    for row in titled.get("Other wordings, attacks, modes", ()):
+        if any(row.metric == head.metric for head in heads.values()):
+            rows.append(row)
+    for head in entropic:
+        rows += [Row(head.benchmark, metric) for metric in ENTROPIES]
+    cells = []
+    for row in rows:
+        cells.append([row.label, *(show(level(runs, arm, row), row) for arm in runs)])
+    header = ["", *(f"{arm} ({len(by_seed)})" for arm, by_seed in runs.items())]
+    return markdown(header, cells)
+
+
+def training_curves(runs: Runs) -> dict[str, dict[str, list[tuple[int, Estimate]]]]:
+    """Panels of plots.plot_lines: each RL arm's own reward, and the KL of all."""
+    panels, kl = {}, {}
+    for arm in runs:
+        reward = curve(runs, arm, "reward/mean")
+        if reward:
+            panels[f"reward of {arm}"] = {arm: reward}
+            if curve(runs, arm, "kl/k1"):
+                kl[arm] = curve(runs, arm, "kl/k1")
+    return panels | {"KL": kl}
 
 
 def facts(runs: Runs, rows: Sequence[Row]) -> list[str]:
     """A sentence for every difference whose interval over seeds excludes zero, one for all the others."""
-    found = [(f"{b} − {a}, {row.label}", e) for a, b in comparisons(runs) for row in rows
-             if (e := change(runs, a, b, row))]
-    if not found:
+    lines, open_ones = [], []
+    for a, b in comparisons(runs):
+        for row in rows:
+            delta = change(runs, a, b, row)
+            if delta is None:
+                continue
+            if delta.excludes_zero:
+                lines.append(f"- {b} − {a}, {row.label}: {delta:+z.3f}")
+            else:
+                open_ones.append(f"{b} − {a}, {row.label} ({delta:+z.3f})")
+    count = len(lines) + len(open_ones)
+    if not count:
         return ["- There is nothing to compare yet."]
-    lines = [f"- {name}: {e:+z.3f}" for name, e in found if e.excludes_zero]
-    rest = [f"{name} ({e:+z.3f})" for name, e in found if not e.excludes_zero]
-    return [*lines, *([f"- Not told apart from zero: {'; '.join(rest)}."] if rest else []),
-            f"- These are {len(found)} differences, not corrected for their number: by chance, one in twenty excludes "
-            "zero."]
-
-
-def by_category(runs: Runs, arm: str, row: Row) -> dict[str, Estimate]:
-    names = sorted({name for part in parts_of(runs, arm, row) for name in part["categories"]})
-    return {name: e for name in names if (e := level(runs, arm, row._replace(category=name)))}
-
-
-def reflections(runs: Runs, arm: str, row: Row) -> list[float]:
-    """The entropy at every reflection token, of all seeds."""
-    return [entropy for part in parts_of(runs, arm, row) for entropy in part["reflection"]["values"]]
-
-
-def parts_of(runs: Runs, arm: str, row: Row) -> list[dict]:
-    """The row's benchmark in every result of the arm that has it."""
-    return [part for result in runs[arm].values() if (part := result["benchmarks"].get(row.benchmark))]
-
-
-def curve(runs: Runs, arm: str, key: str) -> list[tuple[int, Estimate]]:
-    """(step, over seeds) of a metric of training."""
-    values: dict[int, list[float | None]] = defaultdict(list)
-    for result in runs[arm].values():
-        for row in result["steps"]:
-            values[row["step"]].append(row.get(key))
-    return [(step, e) for step, of in sorted(values.items()) if (e := spread(of))]
+    if open_ones:
+        lines.append(f"- Not told apart from zero: {'; '.join(open_ones)}.")
+    lines.append(f"- These are {count} differences, not corrected for their number: by chance, one "
+                 "in twenty excludes zero.")
+    return lines
 
 
 def reward_table(runs: Runs, safety: Row) -> list[str]:
     """What the reward model and the judge say of answers to unsafe requests, by arm."""
     reward = Row(safety.benchmark, "reward")
-    arms = [arm for arm in runs if level(runs, arm, reward)]
-    columns: dict[str, Callable[[str], Estimate | None]] = {
-        "own reward": lambda arm: spread(reward_gain(r["steps"]) for r in runs[arm].values()),
-        "reward": lambda arm: level(runs, arm, reward),
-        "reward − base": lambda arm: change(runs, "base", arm, reward) if arm != "base" else None,
-        safety.label: lambda arm: level(runs, arm, safety),
-        "correlation": lambda arm: spread(agreement(r, safety)[0] for r in runs[arm].values()),
-        "AUC": lambda arm: spread(agreement(r, safety)[1] for r in runs[arm].values()),
-        "gap": lambda arm: spread(reward_judge_gap(runs["base"][seed], runs[arm][seed], safety)
-                                  for seed in common(runs, "base", arm)),
-    }
-    note = REWARD_NOTE.format(benchmark=safety.benchmark)
-    rows = [[arm, *(show(column(arm)) for column in columns.values())] for arm in arms]
-    return ["", note, "", *markdown(["", *columns], rows)] if arms else []
-
-
-def reward_gain(steps: Sequence[dict]) -> float | None:
-    rewards = [row["reward/mean"] for row in steps if row.get("reward/mean") is not None]
-    last = rewards[-max(1, len(rewards) // 10) :]
-    return sum(last) / len(last) - rewards[0] if rewards else None
-
-
-def agreement(result: dict, safety: Row) -> tuple[float | None, float | None]:
-    """Correlation and AUC of reward and judge over the benchmark's questions; None where either is constant."""
-    scores, verdicts = scores_and_verdicts(result, safety)
-    pairs = list(zip(scores, verdicts, strict=True))
-    safe, unsafe = ([score for score, verdict in pairs if (verdict == 1) == wanted] for wanted in (True, False))
-    try:
-        return correlation(scores, verdicts), auc(safe, unsafe)
-    except (StatisticsError, ValueError):
-        return None, None
-
-
-def reward_judge_gap(base: dict, result: dict, safety: Row) -> float | None:
-    """Share of `result` above the threshold at which reward and judge agree on the base's share, minus the judge's."""
-    (scores, verdicts), (new_scores, new_verdicts) = (scores_and_verdicts(r, safety) for r in (base, result))
-    if not scores or not new_scores:
-        return None
-    safe = round(sum(verdicts))
-    threshold = sorted(scores, reverse=True)[safe - 1] if safe else float("inf")
-    return (sum(score >= threshold for score in new_scores) - sum(new_verdicts)) / len(new_scores)
-
-
-def scores_and_verdicts(result: dict, safety: Row) -> tuple[list[float], list[float]]:
-    items = result["benchmarks"].get(safety.benchmark, {"items": {}})["items"]
-    rewarded = items.get("reward", {})
-    return list(rewarded.values()), [items[safety.metric][question] for question in rewarded]
+    header = ["", "own reward", "reward", "reward − base", safety.label, "correlation", "AUC",
+              "gap"]
+    rows = []
+    for arm, by_seed in runs.items():
+        if level(runs, arm, reward) is None:
+            continue
+        agreements = [agreement(result, safety) for result in by_seed.values()]
+        gaps = []
+        for seed in common(runs, "base", arm):
+            gaps.append(reward_judge_gap(runs["base"][seed], by_seed[seed], safety))
+        cells = [
+            spread(reward_gain(result["steps"]) for result in by_seed.values()),
+            level(runs, arm, reward),
+            None if arm == "base" else change(runs, "base", arm, reward),
+            level(runs, arm, safety),
+            spread(correlation for correlation, _ in agreements),
+            spread(area for _, area in agreements),
+            spread(gaps),
+        ]
+        rows.append([arm, *map(show, cells)])
+    if not rows:
+        return []
+    return ["", REWARD_NOTE.format(benchmark=safety.benchmark), "", *markdown(header, rows)]
 
 
 # What is not about one model.
@@ -302,44 +293,55 @@ def scores_and_verdicts(result: dict, safety: Row) -> tuple[list[float], list[fl
 
 def memorization(found: Mapping[str, Runs], out: Path) -> list[str]:
     """How well each base knows the SFT set's responses, beside what SFT changed."""
-    lines, orders, panels, header = [], defaultdict(dict), defaultdict(list), []
+    lines, header = [], []
+    orders: dict[str, dict[str, float]] = defaultdict(dict)  # metric -> model -> score
+    panels: dict[str, list[tuple[str, Estimate, Estimate]]] = defaultdict(list)
     for model, runs in found.items():
         known = [seed for seed, result in runs.get("base", {}).items() if result["memorization"]]
         if not known:
             continue
         first = runs["base"][known[0]]
         scores = [Row("memorization", metric) for metric in first["memorization"]["metrics"]]
-        heads = [row for about in SUBJECTS if (row := headline(first, about))]
+        heads = [headline(first, about) for about in SUBJECTS]
+        heads = [head for head in heads if head is not None]
+        cells = [model]
         for score in scores:
-            orders[score.metric][model] = level(runs, "base", score).mean
-        changes = [change(runs, "base", "SFT", head) for head in heads]
-        lines.append([model, *(show(level(runs, "base", score)) for score in scores),
-                      *(show(e, sign="+") for e in changes)])
-        header = ["", *(score.label for score in scores), *(f"SFT − base, {head.label}" for head in heads)]
+            known_by_base = level(runs, "base", score)
+            orders[score.metric][model] = known_by_base.mean
+            cells.append(show(known_by_base))
         for head in heads:
-            panels[f"SFT − base, {head.label}"] += [
-                (model, estimate(runs["base"][s], scores[0]), difference(runs["base"][s], runs["SFT"][s], head))
-                for s in common(runs, "base", "SFT") if s in known]  # fmt: skip
+            title = f"SFT − base, {head.label}"
+            cells.append(show(change(runs, "base", "SFT", head), sign="+"))
+            for seed in common(runs, "base", "SFT"):
+                if seed in known:
+                    base, sft = runs["base"][seed], runs["SFT"][seed]
+                    panels[title].append((model, estimate(base, scores[0]),
+                                          difference(base, sft, head)))
+        lines.append(cells)
+        header = ["", *(score.label for score in scores), *(f"SFT − base, {head.label}" for head in heads)]
     if not lines:
         return []
     text = ["", "## Memorization of the SFT set by the bases", "", *markdown(header, lines)]
     if len(lines) > 1:
-        text += ["", f"The three scores order the models {'alike' if same_order(orders) else 'differently'}."]
+        text += ["", "The three scores order the models "
+                     f"{'alike' if same_order(orders) else 'differently'}."]
     if any(panels.values()):
-        plots.plot_points(panels, out / "report-memorization.png", "log-likelihood of the SFT set under the base")
-        text += ["", "![Memorization against what SFT changed, a point for each seed](report-memorization.png)"]
+        plots.plot_points(panels, out / "report-memorization.png",
+                          "log-likelihood of the SFT set under the base")
+        text += ["", "![Memorization against what SFT changed, a point for each "
+                     "seed](report-memorization.png)"]
     return text
 
 
 def tuning(runs: Runs) -> list[str]:
     """Every setting that was tried, and the base beside them."""
     lines, header = [], []
-    for arm, of in runs.items():
-        for result in of.values():
+    for arm, by_seed in runs.items():
+        for result in by_seed.values():
             heads = [headline(result, about) for about in SUBJECTS]
             if None not in heads:
                 safe, refused, right = (mean(result, head) for head in heads)
-                cells = (show(estimate(result, head)) for head in heads)
+                cells = [show(estimate(result, head)) for head in heads]
                 lines.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
                 header = ["", *(head.label for head in heads), "criterion"]
     note = f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is chosen here."
@@ -348,18 +350,20 @@ def tuning(runs: Runs) -> list[str]:
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
     rows = [row for row, _ in read_records(sessions)] if sessions.exists() else []
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
-                         text=True)
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     minutes = sum(row["seconds"] for row in rows) / 60
-    return [
-        *(f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)),
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    lines = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)]
+    lines += [
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
-        f"- nanosafe at commit {git.stdout.strip() or 'not known'}, tiny world version {world.VERSION}, PyTorch "
-        f"{torch.__version__}, Python {platform.python_version()}",
-        f"- {cpu_name()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, "
-        f"{platform.system()}",
-        *(f"- failed: {name}: {why.splitlines()[0]}" for name, why in failed.items()),
-    ]  # fmt: skip
+        f"- nanosafe at commit {commit or 'not known'}, tiny world version {world.VERSION}, "
+        f"PyTorch {torch.__version__}, Python {platform.python_version()}",
+        f"- {cpu_name()}, {gpu}, {platform.system()}",
+    ]
+    for name, why in failed.items():
+        lines.append(f"- failed: {name}: {why.splitlines()[0]}")
+    return lines
 
 
 def cpu_name() -> str:

@@ -127,7 +127,7 @@ def generate_over_ranks(model: Decoder, prompts: Many[Many[int]], params: Many[S
         prompt, one = request
         return one.n * (len(prompt) + one.max_new_tokens)
 
-    return ranks.spread(list(zip(prompts, params, strict=True)), sample, cost=cost)
+    return ranks.split_work(list(zip(prompts, params, strict=True)), sample, cost=cost)
 
 
 def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: int = 0, sample: int = 0) -> Sequence:

@@ -74,11 +74,11 @@ def test_the_paper_s_benchmarks_are_asked_graded_and_reported(whole):
     assert attaq["protocol"]["temperature"] == 0 and result["benchmarks"]["aime24"]["protocol"]["temperature"] == 0.6
     assert "pass@2" in result["benchmarks"]["math-500"]["metrics"] and "pass@2" not in attaq["metrics"]
     assert result["benchmarks"]["attaq, role play"]["variation"]
-    assert attaq["forking"]["tokens"] == attaq["reflection"]["tokens"] > 0
+    assert attaq["reflection"]["tokens"] > 0
     text = (whole / "table.md").read_text()
     assert re.findall(r"\| attaq: safe answer \|.*", text) == ["| attaq: safe answer | 0.000 [0.000, 0.092] | 38 |"]
     assert "- policy, attaq: cut off 100.0%\n" in text and "no </think>" not in text
-    assert "2 questions stand among the training prompts" in text and "**Forking tokens**" in text
+    assert "2 questions stand among the training prompts" in text
     assert "attaq.jsonl (40 rows, sha256 " in text, "where the questions are from"
     assert len((whole / "attaq.unitxt.jsonl").read_text().splitlines()) == 40
 
