@@ -99,7 +99,7 @@ def decode_steps(model: Decoder, B: int, context: int):
             graph = engine.runner.capture(B)
             batch, step = graph.batch, graph.replay
         else:
-            batch = InputBatch.of([], engine.cache, B, width).to(engine.runner.device)
+            batch = InputBatch([], engine.cache, engine.runner.device, B, width)
             step = partial(engine.runner.advance, batch)
     batch.tables.copy_(torch.arange(batch.tables.numel(), device=engine.runner.device).view_as(batch.tables))
     batch.temperature.fill_(1.0)

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,19 +55,12 @@ def choose_runner(model: Decoder, options: EngineOptions) -> type[PagedRunner]:
     return PagedRunner
 
 
-class CacheSize(NamedTuple):
-    max_batch: int
-    blocks: int
-    block_size: int
-    table_width: int  # blocks of the longest sequence
-
-
-def cache_size(model: Decoder, options: EngineOptions, runner: type[PagedRunner]) -> CacheSize:
-    """How many rows and blocks fit into memory; raises ValueError where the longest sequence alone does not."""
-    config, dtype = model.config, model.head_weight.dtype
+def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]) -> tuple[KVCache, int]:
+    """The cache, and how many sequences decode together; raises ValueError where the longest alone does not fit."""
+    config, device, dtype = model.config, model.head_weight.device, model.head_weight.dtype
     cache_bytes = options.cache_bytes
     if cache_bytes is None:
-        cache_bytes = int(free_memory(model.head_weight.device) * runner.memory_share)
+        cache_bytes = int(free_memory(device) * runner.memory_share)
     max_batch = min(options.max_batch or runner.max_batch, options.requests or sys.maxsize)
     slot_bytes = KVCache.bytes_per_slot(config, dtype)
     if slot_bytes:
@@ -84,7 +76,8 @@ def cache_size(model: Decoder, options: EngineOptions, runner: type[PagedRunner]
             f"a sequence of {options.max_tokens} tokens needs {needed / 2**20:,.1f} MiB of cache, but only "
             f"{cache_bytes / 2**20:,.1f} may be used: ask for fewer new tokens, or raise cache_bytes"
         )
-    return CacheSize(max_batch, blocks, block_size, table_width)
+    slots = max_batch if slot_bytes else 0
+    return KVCache(config, blocks, block_size, device, dtype, slots), max_batch
 
 
 class Engine:
@@ -97,16 +90,16 @@ class Engine:
         """The options are the fields of EngineOptions."""
         options = EngineOptions(**options)
         runner = choose_runner(model, options)
-        device, dtype, config = model.head_weight.device, model.head_weight.dtype, model.config
+        device, config = model.head_weight.device, model.config
         pack = options.pack and device.type == "cpu"
         view = packed_view(model, free_memory(device)) if pack else model
-        max_batch, blocks, block_size, self.table_width = cache_size(model, options, runner)
-        recurrent = config.attention_layers < config.num_hidden_layers
-        slots = max_batch if recurrent else 0
-        self.cache = KVCache(config, blocks, block_size, device, dtype, slots)
+        self.cache, max_batch = make_cache(model, options, runner)
+        pool = BlockPool(self.cache.scratch, self.cache.block_size)
+        self.table_width = pool.blocks_for(options.max_tokens)  # blocks of the longest sequence
         self.runner = runner(view, self.cache, self.table_width, options.banned_token_ids)
         prefill_tokens = options.prefill_tokens or default_prefill_tokens(config, device.type)
-        self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, prefill_tokens, recurrent)
+        recurrent = config.attention_layers < config.num_hidden_layers
+        self.scheduler = Scheduler(pool, max_batch, prefill_tokens, recurrent)
 
     def add(self, sequence: Sequence) -> None:
         if sequence.longest > self.table_width * self.cache.block_size:
@@ -140,9 +133,9 @@ class Engine:
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Sequence]:
         # Those with nothing in the cache first, as Prefill wants them; neighbours of equal length attend as one batch.
         chunks.sort(key=lambda chunk: (chunk[0].cached > 0, chunk[1]))
-        ready, hidden = self.runner.prefill(chunks)
+        ready, batch = self.runner.prefill(chunks)
         if ready:
-            self._append(ready, *self.runner.draw_first(ready, hidden))
+            self._append(ready, [batch.tokens], [batch.logprobs])
         return ready
 
     def _decode(self) -> list[Sequence]:
@@ -152,13 +145,19 @@ class Engine:
         self.scheduler.grow(steps)  # may preempt some of the running ones
         self.runner.arrange(self.scheduler)
         sequences = sorted(running, key=lambda s: s.blocks[0])
-        self._append(sequences, *self.runner.decode(sequences, steps))
+        batch, step = self.runner.prepare_decode(sequences)
+        tokens, logprobs = [], []
+        for _ in range(steps):
+            step()
+            tokens.append(batch.tokens.clone())
+            logprobs.append(batch.logprobs.clone())
+        self._append(sequences, tokens, logprobs)
         return sequences
 
-    def _append(self, sequences: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
-        """Write down what was drawn, [B, steps] each; what a sequence drew after its end is dropped."""
+    def _append(self, sequences: list[Sequence], tokens: list[Tensor], logprobs: list[Tensor]) -> None:
+        """Write down what was drawn, one tensor [B] for each step; what a sequence drew after its end is dropped."""
         # Rows beyond the sequences only filled the batch up.
-        rows = zip(sequences, tokens.tolist(), logprobs.tolist(), strict=False)
+        rows = zip(sequences, torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=False)
         for sequence, row_tokens, row_logprobs in rows:
             for token, logprob in zip(row_tokens, row_logprobs, strict=True):
                 if not math.isfinite(logprob):

@@ -1,9 +1,8 @@
 """Decoding by CUDA graphs: one launch a step instead of hundreds.
 
-A graph has a fixed number of rows and the addresses of its tensors, so there is one for each of a ladder of batch
-sizes, captured when it is first needed; rows without a sequence run idle. The host looks at what was drawn only every
-few steps. A graph holds the cache's addresses, so it ends with the engine: its memory must go back before training
-goes on.
+A graph has a fixed number of rows, so there is one for each of a ladder of batch sizes, captured when it is first
+needed; rows without a sequence run idle. The host looks at what was drawn only every few steps. Graphs hold the cache's
+addresses, so they end with the engine: its memory must go back before training goes on.
 """
 
 from collections.abc import Callable
@@ -32,9 +31,7 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(self.graph, pool=memory_pool, stream=side):
             step(batch)
-
-    def replay(self) -> None:
-        self.graph.replay()
+        self.replay = self.graph.replay
 
 
 @cache
@@ -53,18 +50,17 @@ class GraphRunner(PagedRunner):
         super().__init__(*arguments)
         self.graphs: dict[int, DecodeGraph] = {}
         self.memory_pool = torch.cuda.graph_pool_handle()
-        # Whom the last graph decoded, and how many blocks they had.
-        self.decoded: list[Sequence] = []
-        self.decoded_blocks = 0
+        self.decoded: list[Sequence] = []  # by the last graph
+        self.decoded_blocks = 0  # how many they had
 
-    def prepare(self, sequences: list[Sequence]) -> tuple[InputBatch, Callable[[], None]]:
+    def prepare_decode(self, sequences: list[Sequence]) -> tuple[InputBatch, Callable[[], None]]:
         size = graph_size(len(sequences))
         if size not in self.graphs:
             self.graphs[size] = self.capture(size)
         batch, width = self.graphs[size].batch, most_blocks(sequences)
         blocks = sum(len(s.blocks) for s in sequences)
         if sequences != self.decoded:
-            batch.copy_(InputBatch.of(sequences, self.cache, size, width))
+            batch.copy_(InputBatch(sequences, self.cache, torch.device("cpu"), size, width))
         elif blocks != self.decoded_blocks:  # All else is as the last replay left it.
             batch.copy_tables_(block_tables(sequences, self.cache, width))
         self.decoded, self.decoded_blocks = sequences, blocks
@@ -72,7 +68,7 @@ class GraphRunner(PagedRunner):
 
     def capture(self, size: int) -> DecodeGraph:
         """A decode step of `size` rows, idle until they are filled."""
-        idle = InputBatch.of([], self.cache, size, self.table_width).to(self.device)
+        idle = InputBatch([], self.cache, self.device, size, self.table_width)
         return DecodeGraph(self.advance, idle, self.memory_pool)
 
 

@@ -23,15 +23,7 @@ class InputBatch:
     What belongs together lies together: so it takes four copies to a device, not one for each column.
     """
 
-    def __init__(self, integers: Tensor, floats: Tensor, top_p: Tensor, tables: Tensor):
-        self.integers, self.floats = integers, floats  # [6, B] int64 and [3, B] float32, the columns below
-        self.top_p, self.tables = top_p, tables  # [B] float64, [B, M] int32 block tables
-        # The last token and its position; then the number of the token to be drawn, with its log-prob to come.
-        self.tokens, self.positions, self.slots, self.steps, self.seeds, self.top_k = integers.unbind()
-        self.temperature, self.min_p, self.logprobs = floats.unbind()
-
-    @classmethod
-    def of(cls, sequences: list[Sequence], cache: KVCache, size: int, width: int) -> "InputBatch":
+    def __init__(self, sequences: list[Sequence], cache: KVCache, device: torch.device, size: int, width: int):
         """Of `sequences`, filled up to `size` rows, and to `width` blocks each, that use scratch memory alone."""
         idle = Sequence([0], 1, frozenset(), seed=0, temperature=0.0, slot=cache.scratch_slot)
         rows = sequences + [idle] * (size - len(sequences))
@@ -40,14 +32,13 @@ class InputBatch:
             last = (s.token_ids or s.prompt)[-1]
             integers.append((last, len(s) - 1, s.slot, len(s.token_ids), s.seed, s.top_k))
             floats.append((s.temperature, s.min_p, 0.0))
-        top_p = torch.tensor([s.top_p for s in rows], dtype=torch.float64)
-        tables = block_tables(rows, cache, width)
-        return cls(torch.tensor(integers).T.contiguous(), torch.tensor(floats).T.contiguous(), top_p, tables)
-
-    def to(self, device: torch.device) -> "InputBatch":
-        if device.type == "cpu":
-            return self
-        return InputBatch(*(x.to(device) for x in (self.integers, self.floats, self.top_p, self.tables)))
+        self.integers = torch.tensor(integers).T.contiguous().to(device)  # [6, B]
+        self.floats = torch.tensor(floats).T.contiguous().to(device)  # [3, B]
+        self.top_p = torch.tensor([s.top_p for s in rows], dtype=torch.float64).to(device)  # [B]
+        self.tables = block_tables(rows, cache, width).to(device)  # [B, M]
+        # The last token and its position; and the number of the token to be drawn, whose log-prob is to come.
+        self.tokens, self.positions, self.slots, self.steps, self.seeds, self.top_k = self.integers.unbind()
+        self.temperature, self.min_p, self.logprobs = self.floats.unbind()
 
     def copy_(self, other: "InputBatch") -> None:
         """Take the values of a batch of as many rows."""
@@ -74,18 +65,19 @@ class PagedRunner:
     """Runs a model over the pages of its cache."""
 
     steps_per_look = 1  # decode steps between two looks of the host at what was drawn
-    max_batch = 64  # what an engine does unless it is told otherwise
-    memory_share = 0.5  # of free memory, for the cache; zeroed pages of a host count only once they are written
+    # What an engine does unless it is told otherwise.
+    max_batch = 64
+    memory_share = 0.5  # of free memory, for the cache; a host's zeroed pages count only once they are written
     block_size: int | None = None  # None: a block is as long as the longest sequence
 
     def __init__(self, model: Decoder, cache: KVCache, table_width: int, banned_token_ids: Iterable[int] = ()):
         """table_width: blocks of the longest sequence; banned_token_ids: never drawn."""
-        self.model, self.cache, self.table_width, self.device = model, cache, table_width, cache.values.device
+        self.model, self.cache, self.table_width = model, cache, table_width
+        self.device = cache.values.device
         self.banned = torch.tensor(sorted(banned_token_ids), dtype=torch.long, device=self.device)
 
-    def prefill(self, chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], Tensor]:
-        """Compute so many tokens of each sequence. Returns the sequences that have no other left, and the hidden
-        states of their last tokens."""
+    def prefill(self, chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], InputBatch | None]:
+        """Compute so many tokens of each sequence. Those that have no other left draw, and are returned."""
         backend = Prefill(self.cache, [Chunk(s.blocks, s.cached, count, s.slot) for s, count in chunks])
         tokens, ready, last = [], [], []
         for sequence, count in chunks:
@@ -95,38 +87,25 @@ class PagedRunner:
                 ready.append(sequence)
                 last.append(len(tokens) - 1)
         hidden = self.model.hidden(torch.tensor(tokens, device=self.device), backend.positions, backend)
-        return ready, hidden[torch.tensor(last, dtype=torch.long, device=self.device)]
+        if not ready:
+            return [], None
+        batch = self.new_batch(ready)
+        self.draw(batch, hidden[torch.tensor(last, device=self.device)])
+        return ready, batch
 
-    def draw_first(self, sequences: list[Sequence], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs [B, 1] drawn from hidden states [B, D] of the last tokens of sequences."""
-        batch = self.batch_of(sequences)
-        self.draw(batch, hidden)
-        return batch.tokens[:, None], batch.logprobs[:, None]
-
-    def decode(self, sequences: list[Sequence], steps: int) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs [B, steps] that the sequences draw next; rows beyond theirs fill the batch up."""
-        batch, step = self.prepare(sequences)
-        tokens, logprobs = [], []
-        for _ in range(steps):
-            step()
-            tokens.append(batch.tokens.clone())
-            logprobs.append(batch.logprobs.clone())
-        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
-
-    def prepare(self, sequences: list[Sequence]) -> tuple[InputBatch, Callable[[], None]]:
-        """The batch of the sequences, and what does one decode step of it."""
-        batch = self.batch_of(sequences)
+    def prepare_decode(self, sequences: list[Sequence]) -> tuple[InputBatch, Callable[[], None]]:
+        """The batch of the sequences, whose rows are the first ones, and what does one decode step of it in place."""
+        batch = self.new_batch(sequences)
         return batch, partial(self.advance, batch)
 
-    def batch_of(self, sequences: list[Sequence]) -> InputBatch:
-        batch = InputBatch.of(sequences, self.cache, len(sequences), most_blocks(sequences))
-        return batch.to(self.device)
+    def new_batch(self, sequences: list[Sequence]) -> InputBatch:
+        return InputBatch(sequences, self.cache, self.device, len(sequences), most_blocks(sequences))
 
     def advance(self, batch: InputBatch) -> None:
-        """One decode step, in place and without a look at any value on CUDA."""
-        self.draw(batch, self.model.hidden(batch.tokens, batch.positions, self.backend(batch)))
+        """One decode step, without a look at any value on CUDA."""
+        self.draw(batch, self.model.hidden(batch.tokens, batch.positions, self.decode_backend(batch)))
 
-    def backend(self, batch: InputBatch) -> AttentionBackend:
+    def decode_backend(self, batch: InputBatch) -> AttentionBackend:
         return PagedDecode(self.cache, batch.tables, batch.positions, batch.slots)
 
     def draw(self, batch: InputBatch, hidden: Tensor) -> None:
@@ -142,7 +121,7 @@ class PagedRunner:
         batch.steps += 1
 
     def arrange(self, scheduler: Scheduler) -> None:
-        """Move the running sequences to where `backend` wants them."""
+        """Move the running sequences to where `decode_backend` wants them."""
 
 
 class SlotRunner(PagedRunner):
@@ -153,5 +132,5 @@ class SlotRunner(PagedRunner):
         for source, target, positions in scheduler.compact():
             self.cache.copy(source, target, positions)
 
-    def backend(self, batch: InputBatch) -> AttentionBackend:
+    def decode_backend(self, batch: InputBatch) -> AttentionBackend:
         return SlotDecode(self.cache, batch.positions, batch.slots)

@@ -1,15 +1,14 @@
 """Who runs, and in which blocks of the cache: plain data, without a tensor.
 
 A `Sequence` is one completion in the making. `BlockPool` counts who holds which cache block. `Scheduler` admits waiting
-sequences while rows and blocks last, says what is prefilled, and takes blocks back: when they run out, the youngest
-sequence is preempted. It gives its blocks back, waits, and is computed anew later.
+sequences while rows and blocks last, and says what is prefilled. When blocks run out, the youngest sequence is
+preempted: it gives its blocks back, waits, and is computed anew later.
 """
 
 import heapq
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 SHORTEST_SHARED = 16  # tokens; a shorter common prefix is not worth waiting for or copying
 
@@ -37,7 +36,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that are not in the cache. A sequence decodes with 1: the last token drawn was never computed."""
+        """Tokens not in the cache: 1 when it is ready to decode, for the last token drawn was never computed."""
         return len(self) - self.cached
 
     @property
@@ -82,14 +81,6 @@ Copy = tuple[int, int, int]  # source block, target block, how many positions
 Begin = tuple[int, int | None]  # a slot, and the slot whose state it begins with (None: an empty state)
 
 
-class SharedPrefix(NamedTuple):
-    """What a waiting sequence has in common with running ones."""
-
-    donor: Sequence | None  # the one that has most of it in the cache
-    cached: int  # tokens that the donor has there
-    coming: int  # tokens that some running sequence will have there after its prefill
-
-
 class Scheduler:
     """Who runs: first come, first served, in at most `max_batch` rows and the blocks of the pool.
 
@@ -98,7 +89,8 @@ class Scheduler:
     """
 
     def __init__(self, pool: BlockPool, max_batch: int, prefill_tokens: int, recurrent: bool = False):
-        self.pool, self.max_batch, self.prefill_tokens, self.recurrent = pool, max_batch, prefill_tokens, recurrent
+        self.pool, self.max_batch = pool, max_batch
+        self.prefill_tokens, self.recurrent = prefill_tokens, recurrent
         self.slots = BlockPool(max_batch, 1)  # of states
         self.begins: list[Begin] = []  # to be done, in order, before a step
         self.waiting: deque[Sequence] = deque()
@@ -114,10 +106,11 @@ class Scheduler:
         copies, held_back = [], []
         while self.waiting and len(self.running) + len(held_back) < self.max_batch:
             sequence = self.waiting.popleft()
-            donor, cached, coming = self._shared_prefix(sequence)
-            if coming - cached >= SHORTEST_SHARED:
+            shared_prefix = self._find_donor(sequence)
+            if shared_prefix is None:
                 held_back.append(sequence)
                 continue
+            donor, cached = shared_prefix
             shared, rest = divmod(cached, self.pool.block_size)
             needed = self.pool.blocks_for(len(sequence)) - shared
             # One block more for every sequence that may still grow, or the new one would soon be preempted.
@@ -136,16 +129,16 @@ class Scheduler:
         self.waiting.extendleft(reversed(held_back))
         return copies
 
-    def _shared_prefix(self, sequence: Sequence) -> SharedPrefix:
+    def _find_donor(self, sequence: Sequence) -> tuple[Sequence | None, int] | None:
+        """The running sequence with the most cached tokens of a common prefix, and how many; None: wait for more."""
         donor, cached, coming = None, 0, 0
         for other in self.running:
             if other.prompt[:SHORTEST_SHARED] != sequence.prompt[:SHORTEST_SHARED]:
                 continue
             # One token is always left to compute: its hidden state draws the next.
             common = min(common_prefix(sequence.prompt, other.prompt), len(sequence) - 1)
-            too_far = self.recurrent and other.cached > common  # The other's state is of more than the common tokens.
-            if common < SHORTEST_SHARED or too_far:
-                continue
+            if common < SHORTEST_SHARED or self.recurrent and other.cached > common:
+                continue  # The prefix is too short, or the other's state is of more than it.
             end = len(other) - 1 if self.recurrent else common  # where the other's prefill can be taken over
             if end <= common:
                 coming = max(coming, end)
@@ -153,7 +146,7 @@ class Scheduler:
                 donor, cached = other, min(common, other.cached)
                 if cached == len(sequence) - 1:
                     break
-        return SharedPrefix(donor, cached, coming)
+        return None if coming - cached >= SHORTEST_SHARED else (donor, cached)
 
     def prefill(self) -> list[tuple[Sequence, int]]:
         """Running sequences that are not ready to decode, each with how many tokens to compute now.
@@ -174,7 +167,8 @@ class Scheduler:
     def grow(self, steps: int) -> None:
         """Give every running sequence blocks for `steps` more tokens; where none is free, the youngest is preempted."""
         for sequence in list(self.running):
-            while sequence in self.running and len(sequence.blocks) < self.pool.blocks_for(sequence.cached + steps):
+            needed = self.pool.blocks_for(sequence.cached + steps)
+            while sequence in self.running and len(sequence.blocks) < needed:
                 if self.pool.free:
                     sequence.blocks.append(self.pool.take())
                 else:

@@ -58,10 +58,10 @@ def events(monkeypatch) -> Counter:
             counts["partial copies"] += len(copies)
             return copies
 
-        def _shared_prefix(self, sequence):
-            shared = super()._shared_prefix(sequence)
-            counts["held back"] += shared.coming - shared.cached >= SHORTEST_SHARED
-            return shared
+        def _find_donor(self, sequence):
+            shared_prefix = super()._find_donor(sequence)
+            counts["held back"] += shared_prefix is None
+            return shared_prefix
 
         def prefill(self):
             chunks = super().prefill()
@@ -445,7 +445,7 @@ def test_what_was_drawn_after_the_end_is_dropped():
     running = Engine(models("qwen3")[1], max_tokens=20)
     stopped, full, going = (Sequence([5, 6], n, frozenset([9]), seed=0) for n in (10, 3, 10))
     drawn = torch.tensor([[7, 9, 7], [7, 7, 7], [8, 7, 1], [0, 0, 0]])  # the last row fills the batch up
-    running._append([stopped, full, going], drawn, drawn / -8.0)
+    running._append([stopped, full, going], list(drawn.T), list(drawn.T / -8.0))
     assert [s.token_ids for s in (stopped, full, going)] == [[7, 9], [7, 7, 7], [8, 7, 1]]
     assert stopped.logprobs == [-7 / 8, -9 / 8] and going.logprobs == [-1.0, -7 / 8, -1 / 8]
     assert [s.finish_reason for s in (stopped, full, going)] == ["stop", "length", None]
@@ -471,7 +471,7 @@ def test_rows_are_filled_up_to_the_next_size_of_a_graph(decode_by_graphs):
     decode_by_graphs(running)
     shared.blocks = [3]
     for count, size in ((1, 1), (3, 4), (8, 8), (9, 16), (16, 16), (17, 32), (33, 48)):
-        batch, _ = running.runner.prepare([shared] * count)
+        batch, _ = running.runner.prepare_decode([shared] * count)
         assert batch.tokens.tolist() == [6] * count + [0] * (size - count)
         assert batch.tables[:, 0].tolist() == [3] * count + [running.cache.scratch] * (size - count)
 
