@@ -81,9 +81,9 @@ def test_hash_has_the_published_values_of_murmurhash3():
 def test_noise_equals_the_pure_python_hash():
     seeds, steps = [1, 2**31 + 5, 2**63 - 1, SEED], [0, 1, 4095, 2**20]
     tokens = [0, 1, 2, 127, *range(128, 256), 9999, 151_935]  # a whole block, so owners too
-    ours = noise_of(seeds, steps, tokens)
-    assert ours.dtype == torch.float32
-    for row, seed, step in zip(ours, seeds, steps, strict=True):
+    noise = noise_of(seeds, steps, tokens)
+    assert noise.dtype == torch.float32
+    for row, seed, step in zip(noise, seeds, steps, strict=True):
         assert row.tolist() == pytest.approx([python_noise(seed, step, token) for token in tokens], abs=5e-6)
         keys = noise_keys(torch.tensor(seed), torch.tensor(step))
         assert row[4:132].max() == -first_ring(keys, torch.tensor(1))[0].log()

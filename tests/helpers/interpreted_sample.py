@@ -71,11 +71,11 @@ def telling_seeds(scores: torch.Tensor, kept: torch.Tensor) -> list[int]:
     inside = kept[ranks].isfinite()
     count = int(inside.sum())
     assert inside[:count].all()
-    found = []
+    telling = []
     for last in (count - 1, count)[: 1 if count == len(scores) else 2]:
         candidates = torch.full_like(scores, -torch.inf).index_copy(0, ranks[: last + 1], scores[ranks[: last + 1]])
-        found.append(int(seeds[(candidates + noise).argmax(dim=1) == ranks[last]][0]))
-    return found
+        telling.append(int(seeds[(candidates + noise).argmax(dim=1) == ranks[last]][0]))
+    return telling
 
 
 def check_edge(scores: torch.Tensor, **filters) -> None:

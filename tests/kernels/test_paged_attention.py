@@ -34,9 +34,9 @@ def paged_case(lengths, *, group=2, block_size=3, head_dim=8, kv_heads=2, shared
         blocks = prefix_blocks + [free.pop() for _ in range(count - shared)]
         tables[row, :count] = torch.tensor(blocks)
         for place, block in enumerate(blocks):
-            part = slice(place * block_size, min((place + 1) * block_size, length))
+            positions = slice(place * block_size, min((place + 1) * block_size, length))
             for pool, x in ((keys, k), (values, v)):
-                pool[block, :, : part.stop - part.start] = x[:, part]
+                pool[block, :, : positions.stop - positions.start] = x[:, positions]
         for head in range(q.shape[1]):
             scores = k[head // group].double() @ q[row, head].double() * SCALE
             weights = (scores - scores.max()).exp()

@@ -135,25 +135,25 @@ def test_two_turns_through_a_pipe_remember_what_was_said(checkpoints):
 
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves(checkpoints):
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command(checkpoints["endless"]), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"})
-    os.close(theirs)
+    terminal, program_end = pty.openpty()
+    process = subprocess.Popen(command(checkpoints["endless"]), cwd=ROOT, stdin=program_end, stdout=program_end,
+                               stderr=program_end, env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"})
+    os.close(program_end)
     seen = ""
 
     def wait_for(text: str) -> str:
         """What the terminal shows up to `text`, from where the last call ended."""
         nonlocal seen
         while text not in seen:
-            assert select.select([ours], [], [], 60)[0], f"no {text!r} after {seen[-300:]!r}"
-            seen += os.read(ours, 1 << 16).decode(errors="replace")
+            assert select.select([terminal], [], [], 60)[0], f"no {text!r} after {seen[-300:]!r}"
+            seen += os.read(terminal, 1 << 16).decode(errors="replace")
         before, _, seen = seen.partition(text)
         return before + text
 
     try:
         for _ in range(2):  # the second answer shows that the first left the engine
             wait_for("> ")
-            os.write(ours, b"Hi\n")
+            os.write(terminal, b"Hi\n")
             wait_for(f"{DIM}<think>{THOUGHT}{NORMAL}{ANSWER}{DIM}<think>")
             process.send_signal(signal.SIGINT)
             rest = wait_for("stopped")
@@ -166,7 +166,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves(checkpoints):
     finally:
         process.kill()
         process.wait()
-        os.close(ours)
+        os.close(terminal)
 
 
 @pytest.mark.parametrize(("name", "opening"), [("scripted", "<think>"), ("opened", "<think>\n")])

@@ -417,8 +417,8 @@ def test_banned_tokens_are_never_drawn_and_the_rest_is_renormalised():
                 with torch.no_grad():
                     logits = reference(torch.tensor([prompt + one.token_ids])).logits[0, len(prompt) - 1 : -1]
                 rest = (logits[:, kept].double() / (temperature or 1)).log_softmax(-1)
-                found = [(kept == token).nonzero().item() for token in one.token_ids]
-                expected = rest[range(len(found)), found]
+                places = [(kept == token).nonzero().item() for token in one.token_ids]
+                expected = rest[range(len(places)), places]
                 assert one.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
                 ranks = (rest > expected[:, None]).sum(1).tolist()
                 assert max(ranks) < (1 if temperature == 0 else top_k or 97), "filters act on what is left"
