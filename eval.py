@@ -9,25 +9,10 @@
     torchrun --nproc_per_node=2 eval.py --model tiny
 
 A model of the tiny world is asked that world's questions, any other the paper's benchmarks. OUT holds records.jsonl
-(every response with its grades, see nanosafe/evals/results.py), result.json and table.md; of several models each has
-its own folder in OUT, and the comparison is OUT's table.md and plots. A response is kept as soon as it ends: the same
-command goes on where it was stopped, and a complete one only grades again (a model's verdicts only with --regrade).
-
-result.json: model, label, step and run (of a checkpoint in a run folder, else null), settings (with a fingerprint of
-the weights), memorization (null, or a part) and benchmarks, {name: part}. An estimate is {mean, low, high, n, over}. A
-part has:
-
-    about, headline, shown, variation, source, judge    of the benchmark (nanosafe/evals/benchmark.py)
-    protocol, responses                     how it was sampled and judged; number of responses
-    metrics, diagnostics                    {metric: estimate} of the grader (and pass@k), and of the responses' form
-    bounds                                  null, or the headline's mean if every response without a verdict counted 0,
-                                            and if it counted 1
-    categories                              {category: {metric: estimate}}
-    items, category_of                      {metric: {question id: mean}}, {question id: category}, for differences
-    with_training_prompts                   null, or {training_prompts: questions that all the above leaves out since
-                                            they stand among the training prompts, metrics: with them}
-    reflection, forking, entropy_curve      a ReflectionSummary, ForkingSummary and EntropyCurve of the first samples
-                                            (nanosafe/evals/diagnostics.py)
+(every response with its grades, see nanosafe/evals/records.py), result.json (what every question came to, see
+nanosafe/evals/results.py) and table.md; of several models each has its own folder in OUT, and the comparison is OUT's
+table.md and plots. A response is kept as soon as it ends: the same command goes on where it was stopped, and a complete
+one only grades again (a model's verdicts only with --regrade).
 """
 
 import os
@@ -36,38 +21,39 @@ import os
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
-import json
 import re
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
-from nanosafe.evals.attacks import ATTACKS, with_attacks
-from nanosafe.evals.benchmark import Benchmark, adapt, slug
+from nanosafe.evals.attacks import ATTACKS
+from nanosafe.evals.benchmark import Benchmark, adapt
+from nanosafe.evals.choice import choose_benchmarks, paper_loader, read_choice
 from nanosafe.evals.diagnostics import memorization, reflection_ids
-from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET, load_benchmarks, load_graders
+from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET
 from nanosafe.evals.plots import plot_comparison
-from nanosafe.evals.results import RecordFile
-from nanosafe.evals.run import add_rewards, protocol, respond, summarize
-from nanosafe.evals.statistics import Estimate, over_items
-from nanosafe.evals.tables import PART, forking_tokens, protocols, read_result, table, terminal
-from nanosafe.evals.tiny_suite import tiny_part, tiny_suite
-from nanosafe.evals.unitxt import write_unitxt
-from nanosafe.io.files import digest, misfit, write_atomic
+from nanosafe.evals.records import RecordFile, write_unitxt
+from nanosafe.evals.results import MEMORIZATION, BenchmarkResult, Metric, Result, estimate, read_result, write_result
+from nanosafe.evals.run import add_rewards, protocol, respond
+from nanosafe.evals.scores import summarize, summarize_memorization
+from nanosafe.evals.tables import protocols, table, terminal
+from nanosafe.io.files import digest, write_atomic
 from nanosafe.io.locks import hold
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import checkpoint, load_model, load_reward, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import sft_documents
+from nanosafe.text.data import Document, sft_documents
+from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli
 from nanosafe.train.rewards import Reward
 
-MEASURED = PART | {"protocol": dict}
 CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")  # sections that are printed too
 
 
@@ -114,35 +100,50 @@ def flags() -> ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all models of a command have in common."""
+
+    args: Namespace
+    ranks: Ranks
+    load_paper: Callable[[], list[Benchmark]]
+    reward: Reward | None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     low, high = args.judge_bounds or (0.0, 1.0)
     if low >= high:
         raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")
-    names = args.compare or args.model
-    ready = {name: read_result(Path(name) / "result.json", MEASURED) for name in args.compare or ()
-             if (Path(name) / "result.json").exists()}
-    labels = args.label or [ready[name]["label"] if name in ready else short_name(name) for name in names]
+    read_choice(args)
+    names, measured = args.compare or args.model, {}
+    for name in args.compare or ():
+        if (Path(name) / "result.json").exists():
+            measured[name] = read_result(Path(name) / "result.json")
+    labels = args.label or [measured[name].label if name in measured else short_name(name) for name in names]
     if len(labels) != len(names) or len(set(labels)) < len(labels):
         raise ValueError(f"{len(names)} models need as many different names, found {', '.join(labels)}: use --label")
     ranks = Ranks(args.device)
     args.dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
-    ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}, PyTorch {torch.__version__}")
-    top, several = Path(args.out or "evals"), len(names) > 1 or bool(ready)
-    together = comparison_folder(names, args.out) if several else None
+    processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
+    ranks.print(f"{processes} on {ranks.device.type}, PyTorch {torch.__version__}")
+    top, is_comparison = Path(args.out or "evals"), len(names) > 1 or bool(measured)
+    if is_comparison:
+        together = comparison_folder(names, args.out)
     outs = [top if args.out and len(names) == 1 else top / short_name(label) for label in labels]
-    args.date = comparison_date(args.date, [*map(Path, ready), *outs], ranks)
-    reward, results, suite = None, [], Suite(args, ranks)
+    args.date = comparison_date(args.date, [*map(Path, measured), *outs], ranks)
+    reward, results = None, []
     if args.reward_model:
         with ranks.main_first():
             dtype = getattr(torch, args.dtype)
             reward = load_reward(args.reward_model, device=ranks.device, dtype=dtype, date=args.date)
+    shared = Shared(args, ranks, paper_loader(args, ranks), reward)
     for name, label, out in zip(names, labels, outs, strict=True):
-        if name in ready:
-            results.append(ready[name] | {"label": label})
+        if name in measured:
+            results.append(replace(measured[name], label=label))
         else:
-            results.append(Evaluation(name, label, out, args, ranks, suite).run(reward))
-    if several:
+            results.append(evaluate(name, label, out, shared))
+    if is_comparison:
         out = together
         write_table(results, out, ranks, compared(names))
         if ranks.main:
@@ -152,29 +153,144 @@ def main(argv: list[str] | None = None) -> None:
     ranks.close()
 
 
-def comparison_date(given: str | None, folders: list[Path], ranks: Ranks) -> str:
+def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
+    """Measure one model; out/result.json grows by each benchmark."""
+    args, ranks = shared.args, shared.ranks
+    with ranks.main_first():
+        folder = checkpoint(name)
+    benchmarks = choose_benchmarks(name, ModelConfig.from_folder(folder), args, shared.load_paper)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.think(args.thinking == "on")
+    tokenizer.date = args.date
+    model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
+    settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
+                "max_response_tokens": args.max_response_tokens, "weights": fingerprint(model),
+                "template": digest(tokenizer.chat_template)}  # fmt: skip
+    result = Result(label, {}, model=name, settings=settings)
+    if of_run := re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder)):
+        result.run, result.step = of_run[1], int(of_run[2])
+    lock = hold(out) if ranks.main else None
+    records = RecordFile(out / "records.jsonl", ranks)
+    if records.rows:
+        result.benchmarks = kept_benchmarks(out, settings, args.resume)
+    ranks.wait()  # every rank has read the folder before rank 0 changes it
+    adapted = []
+    for benchmark in benchmarks:
+        adapted.append(adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
+                             max_response_tokens=args.max_response_tokens))
+        check_kept(out, adapted[-1], result.benchmarks.get(benchmark.name), args)
+    save(result, out, ranks)
+    reflection = reflection_ids(tokenizer)
+    for benchmark, complete in zip(adapted, benchmarks, strict=True):
+        start, before = time.perf_counter(), len(records.rows)
+        graded = respond(model, tokenizer, benchmark, ranks=ranks, seed=args.seed, file=records, regrade=args.regrade,
+                         tokens_per_microbatch=args.tokens_per_microbatch)
+        seconds, new = time.perf_counter() - start, len(records.rows) - before
+        if shared.reward is not None:
+            add_rewards(graded, shared.reward, args.reward_model, ranks)
+            records.rewrite(graded)
+        if benchmark.name == "attaq" and ranks.main:
+            write_unitxt(graded, out / "attaq.unitxt.jsonl")
+        summary = summarize(benchmark, graded, reflection)
+        summary.protocol = protocol(benchmark, tokenizer, len(complete.questions))
+        result.benchmarks[benchmark.name] = summary
+        save(result, out, ranks)
+        done = f"{new} generated in {seconds:.0f} s" if new else "all there already"
+        value = estimate(result, Metric(benchmark.name, benchmark.headline)) or "not judged"
+        ranks.print(f"{benchmark.name}: {benchmark.headline.replace('_', ' ')} {value}, "
+                    f"{len(graded)} responses, {done}")
+    if args.memorization:
+        result.benchmarks[MEMORIZATION] = measure_memorization(model, tokenizer, args, ranks)
+        save(result, out, ranks)
+    write_table([result], out, ranks)
+    if lock:
+        lock.close()
+    return result
+
+
+def save(result: Result, out: Path, ranks: Ranks) -> None:
+    if ranks.main:
+        write_result(out / "result.json", result)
+
+
+def kept_benchmarks(out: Path, settings: dict, resume: str) -> Mapping[str, BenchmarkResult]:
+    """What a folder with responses holds already; raises ValueError if they are of other weights or settings."""
+    if resume == "never":
+        raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
+    before, benchmarks = {}, {}
+    if (out / "result.json").exists():
+        kept = read_result(out / "result.json")
+        before, benchmarks = kept.settings, kept.benchmarks
+    changed = []
+    for key, value in settings.items():
+        if before.get(key) != value:
+            changed.append(f"{key} was {before.get(key)}, is {value}")
+    if changed:
+        raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
+                         "set another --out, or delete it")
+    return benchmarks
+
+
+def check_kept(out: Path, benchmark: Benchmark, kept: BenchmarkResult | None, args: Namespace) -> None:
+    """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
+
+    Less is what is wanted where --out names the folder itself; the responses are kept anyway.
+    """
+    if kept is None:
+        return
+    if kept.source != benchmark.source:
+        raise ValueError(f"{out} holds {benchmark.name} from {kept.source}, now it is from {benchmark.source}: "
+                         "set another --out")
+    held = kept.protocol["questions"]
+    if len(benchmark.questions) < held and out != Path(args.out or ""):
+        raise ValueError(f"{out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
+                         f"{len(benchmark.questions)}: --compare {out} takes it as it is, or set another --out")
+
+
+def measure_memorization(model: Decoder, tokenizer: Tokenizer, args: Namespace, ranks: Ranks) -> BenchmarkResult:
+    """How well the model knows the responses of --memorization."""
+    limit, documents = model.config.max_position_embeddings, []
+    for row in load_rows(args.memorization)[: args.limit]:
+        documents += sft_documents(row, tokenizer, limit)[0]
+    if not documents:
+        raise ValueError(f"--memorization {args.memorization}: no prompt leaves room for a response in "
+                         f"the model's {limit} positions")
+
+    def measure(part: Sequence[Document]) -> list[dict[str, float]]:
+        columns = memorization(model, part, args.tokens_per_microbatch)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    return summarize_memorization(args.memorization, ranks.spread(documents, measure))
+
+
+def write_table(results: Sequence[Result], folder: Path, ranks: Ranks, title: str = "") -> None:
+    text = f"{title}\n\n{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
+    if ranks.main:
+        write_atomic(folder / "table.md", text.lstrip().encode())
+
+
+def comparison_date(given: str | None, folders: Sequence[Path], ranks: Ranks) -> str:
     """The day that templates of a comparison write: `given`, a measured result's, or today."""
-    files = [folder / "result.json" for folder in folders if (folder / "result.json").exists()]
-    found = set()
-    for file in files:
-        settings = read_result(file, MEASURED).get("settings")
-        if isinstance(settings, dict) and settings.get("date"):
-            found.add(settings["date"])
-    if len(found) > 1:
-        days = ", ".join(sorted(found))
-        ranks.print(f"warning: asked on different days ({days}), which some chat templates write")
-    return given or ranks.gather([*sorted(found), date.today().isoformat()])[0]
+    days = set()
+    for folder in folders:
+        if (folder / "result.json").exists():
+            days.add(read_result(folder / "result.json").settings.get("date"))
+    days = sorted(days - {None})
+    if len(days) > 1:
+        ranks.print(f"warning: asked on different days ({', '.join(days)}), which some chat templates write")
+    return given or ranks.gather([*days, date.today().isoformat()])[0]
 
 
 def short_name(model: str) -> str:
     """A name for folders and tables: the last part, with the run's for its final/ and checkpoints/."""
-    *parents, last = [part for part in model.split("/") if part not in ("", ".", "..", "checkpoints")] or [model]
-    belongs = parents and re.fullmatch(r"final|step-\d+", last)
-    return re.sub(r"[@/:\\]", "-", f"{parents[-1]}-{last}" if belongs else last)
+    parts = [part for part in model.split("/") if part not in ("", ".", "..", "checkpoints")] or [model]
+    if len(parts) > 1 and re.fullmatch(r"final|step-\d+", parts[-1]):
+        parts = ["-".join(parts[-2:])]
+    return re.sub(r"[@/:\\]", "-", parts[-1])
 
 
-def comparison_folder(names: list[str], out: str | None) -> Path:
-    """Of the table and plots of several models: `out`, or one in evals/ that is named after them.
+def comparison_folder(names: Sequence[str], out: str | None) -> Path:
+    """The folder of several models' table and plots: `out`, or one in evals/ that is named after them.
 
     Raises ValueError for one that holds another table.
     """
@@ -185,170 +301,10 @@ def comparison_folder(names: list[str], out: str | None) -> Path:
     return folder
 
 
-def compared(names: list[str]) -> str:
+def compared(names: Sequence[str]) -> str:
     """The line by which a table says whose it is."""
-    return f"Compared: {', '.join(f'`{name}`' for name in names)}"
-
-
-def write_table(results: list[dict], folder: Path, ranks: Ranks, title: str = "") -> None:
-    text = f"{title}\n\n{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
-    if lines := forking_tokens(results):
-        text += "\n".join(["\n**Forking tokens** (those in the top fifth by entropy; nats)", *lines, ""])
-    if ranks.main:
-        write_atomic(folder / "table.md", text.lstrip().encode())
-
-
-class Suite:
-    """The benchmarks that the flags choose, for one model after another; the paper's are loaded once."""
-
-    def __init__(self, args: Namespace, ranks: Ranks):
-        self.args, self.ranks, self.paper = args, ranks, None
-        self.chosen = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else []
-        known = ["tiny", *(slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")), *BENCHMARKS]
-        if unknown := [name for name in self.chosen if name not in known]:
-            raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
-        pairs = [pair.partition("=") for pair in args.data]
-        if wrong := [name + sign + file for name, sign, file in pairs if name not in BENCHMARKS or not file]:
-            raise ValueError(f"--data {wrong[0]}: give NAME=FILE, NAME one of {', '.join(BENCHMARKS)}")
-        self.files = {name: file for name, _, file in pairs}
-
-    def of(self, name: str, config: ModelConfig) -> list[Benchmark]:
-        """Those that the model in `name` is asked; raises ValueError where the flags choose none for it."""
-        args, tiny = self.args, tiny_part(config, self.chosen, self.args.split)
-        names = [one for one in self.chosen if one in BENCHMARKS]
-        unused = sorted(self.files.keys() - set(names or PAPER))
-        if unused or self.files and tiny and not names:
-            raise ValueError(f"--data {' '.join(unused or self.files)}: {name} is not asked that: "
-                             "name it in --benchmarks, or leave the file out")
-        if not tiny and not names:
-            if self.chosen:
-                raise ValueError(f"{name} is no model of the tiny world: --benchmarks tiny,{args.benchmarks} asks it "
-                                 "that world's questions nevertheless")  # fmt: skip
-            names = list(PAPER)
-        if args.attack and not names:
-            raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has attacks of its own")
-        if names and self.paper is None:
-            with self.ranks.main_first():
-                graders = load_graders(names, args.judge, device=self.ranks.device,
-                                       dtype=getattr(torch, args.dtype), bounds=args.judge_bounds)
-                plain = load_benchmarks(names, graders, files=self.files, training=args.training_prompts,
-                                        seed=args.seed)
-                self.paper = with_attacks(plain, args.attack)
-        return tiny + (self.paper if names else [])
-
-
-class Evaluation:
-    """One model, and the folder of its result."""
-
-    def __init__(self, name: str, label: str, out: Path, args: Namespace, ranks: Ranks, suite: Suite):
-        """Load it and open the folder; raises ValueError if that holds the responses of other weights or settings."""
-        self.args, self.ranks, self.out = args, ranks, out
-        with ranks.main_first():
-            folder = checkpoint(name)
-        self.suite = suite.of(name, ModelConfig.from_folder(folder))
-        self.tokenizer = load_tokenizer(folder)
-        self.tokenizer.think(args.thinking == "on")
-        self.tokenizer.date = args.date
-        self.vocabulary = self.tokenizer.vocabulary()
-        self.model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
-        of_run = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder))
-        settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
-                    "max_response_tokens": args.max_response_tokens, "weights": fingerprint(self.model),
-                    "template": digest(self.tokenizer.chat_template)}  # fmt: skip
-        self.result = {"model": name, "label": label, "run": of_run and of_run[1],
-                       "step": of_run and int(of_run[2]), "settings": settings, "memorization": None,
-                       "benchmarks": {}}  # fmt: skip
-        self.lock = hold(out) if ranks.main else None
-        self.records = RecordFile(out / "records.jsonl", ranks)
-        if self.records.rows and args.resume == "never":
-            raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
-        if self.records.rows:
-            path = out / "result.json"
-            old = read_result(path, MEASURED) if path.exists() else {}
-            before = {} if misfit(old, {"settings": dict}) else old["settings"]
-            changed = [f"{key} was {before.get(key)}, is {settings[key]}" for key in settings
-                       if before.get(key) != settings[key]]  # fmt: skip
-            if changed:
-                raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
-                                 "set another --out, or delete it")
-            self.result["memorization"] = old.get("memorization")
-            self.result["benchmarks"] = old["benchmarks"]
-        ranks.wait()  # every rank has read the folder before rank 0 changes it
-
-    def run(self, reward: Reward | None) -> dict:
-        """Measure what --benchmarks and --memorization name; result.json grows by each."""
-        args = self.args
-        asked = [adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
-                       max_response_tokens=args.max_response_tokens) for benchmark in self.suite]
-        for benchmark in asked:
-            self.check(benchmark)
-        self.save()
-        reflection = reflection_ids(self.tokenizer)
-        for benchmark, whole in zip(asked, self.suite, strict=True):
-            self.measure(benchmark, len(whole.questions), reflection, reward)
-        if self.args.memorization:
-            self.result["memorization"] = self.memorized()
-            self.save()
-        write_table([self.result], self.out, self.ranks)
-        return self.result
-
-    def check(self, benchmark: Benchmark) -> None:
-        """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
-
-        Less is what is wanted where --out names the folder itself; the responses are kept anyway.
-        """
-        before = self.result["benchmarks"].get(benchmark.name)
-        if before and before["source"] != benchmark.source:
-            raise ValueError(f"{self.out} holds {benchmark.name} from {before['source']}, now it is "
-                             f"from {benchmark.source}: set another --out")
-        held = before["protocol"]["questions"] if before else 0
-        if len(benchmark.questions) < held and self.out != Path(self.args.out or ""):
-            raise ValueError(
-                f"{self.out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
-                f"{len(benchmark.questions)}: --compare {self.out} takes it as it is, or set another --out"
-            )
-
-    def measure(self, benchmark: Benchmark, total: int, reflection: list[int], reward: Reward | None) -> None:
-        start, before = time.perf_counter(), len(self.records.rows)
-        records = respond(
-            self.model, self.tokenizer, benchmark, ranks=self.ranks, seed=self.args.seed, file=self.records,
-            tokens_per_microbatch=self.args.tokens_per_microbatch, regrade=self.args.regrade,
-        )  # fmt: skip
-        seconds, new = time.perf_counter() - start, len(self.records.rows) - before
-        if reward is not None:
-            add_rewards(records, reward, self.args.reward_model, self.ranks)
-            self.records.rewrite(records)
-        if benchmark.name == "attaq" and self.ranks.main:
-            write_unitxt(records, self.out / "attaq.unitxt.jsonl")
-        part = summarize(benchmark, records, reflection, self.vocabulary)
-        part["protocol"] = protocol(benchmark, self.tokenizer, total)
-        self.result["benchmarks"][benchmark.name] = part
-        self.save()
-        done = f"{new} generated in {seconds:.0f} s" if new else "all there already"
-        found = part["metrics"].get(benchmark.headline)
-        self.ranks.print(f"{benchmark.name}: {benchmark.headline.replace('_', ' ')} "
-                         f"{Estimate(**found) if found else 'not judged'}, {len(records)} responses, {done}")
-
-    def memorized(self) -> dict:
-        """Scores of the responses in --memorization, as a part of result.json."""
-        rows, limit = load_rows(self.args.memorization), self.model.config.max_position_embeddings
-        documents = [d for row in rows[: self.args.limit] for d in sft_documents(row, self.tokenizer, limit)[0]]
-        if not documents:
-            raise ValueError(f"--memorization {self.args.memorization}: no prompt leaves room for a response in "
-                             f"the model's {limit} positions")  # fmt: skip
-
-        def scores(part: list) -> list[dict[str, float]]:
-            values = memorization(self.model, part, self.args.tokens_per_microbatch)
-            return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-
-        measured = self.ranks.spread(documents, scores)
-        items = {metric: {str(i): row[metric] for i, row in enumerate(measured)} for metric in measured[0]}
-        return {"about": "memorization", "data": self.args.memorization, "items": items,
-                "metrics": {metric: over_items(v.values())._asdict() for metric, v in items.items()}}  # fmt: skip
-
-    def save(self) -> None:
-        if self.ranks.main:
-            write_atomic(self.out / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
+    quoted = [f"`{name}`" for name in names]
+    return f"Compared: {', '.join(quoted)}"
 
 
 def fingerprint(model: Decoder) -> str:

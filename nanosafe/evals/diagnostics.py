@@ -1,4 +1,4 @@
-"""What a model's distributions say about its reasoning and its memory: entropies, reflection, forking, memorization.
+"""What a model's distributions say about its reasoning and its memory: entropies, reflection, memorization.
 
 The paper's reflection-token list could not be recovered. Ours is the union of the two lists that its authors use
 elsewhere, matched by the text of a token with and without a leading space (a bare look-up misses the latter). Its
@@ -6,7 +6,6 @@ memorization score is not known either: ours are three, which should order model
 Values come per response, in the order given, so that statistics.py can put intervals over items on them.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ REFLECTION_WORDS = frozenset(
     "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though Meanwhile "
     "Whereas".split()
 )
-FORKING_PERCENT = 20  # of all tokens, those of the highest entropy
-PROGRESS_BINS = 20
 MIN_K_PERCENT = 20  # of a response's tokens that Min-K%++ averages
 CHUNK_BYTES = 512 << 20  # of an array of log-probs in float64
 MIN_SIGMA = 1e-12  # a distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
@@ -37,141 +34,46 @@ def reflection_ids(tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(frozen=True)
 class ReflectionSummary:
-    """Entropies (nats) where reflection tokens were drawn, over responses; None where there is nothing to average.
+    """Entropies (nats) where reflection tokens were drawn; None where there is nothing to average.
 
     A short refusal lowers entropies by itself, so the mean over all tokens belongs beside those at reflection tokens.
     """
 
-    responses: int
-    tokens: int
     entropy_per_token: float | None  # mean over all reflection tokens
-    entropy_per_response: float | None  # mean over responses that have reflection tokens of their means
     entropy_per_response_or_zero: float | None  # mean over all responses, those without reflection tokens counting 0
     all_token_entropy: float | None  # mean over all response tokens
-    count_per_response: float | None
     count_per_1000_tokens: float | None
-    # one entry per response, in order
-    lengths: list[int]
-    counts: list[int]  # reflection tokens
-    means: list[float | None]  # entropy at the response's reflection tokens
+    # One entry per response, in order: the mean entropy at its reflection tokens, and at all of its tokens.
+    means: list[float | None]
     all_token_means: list[float | None]
-    # one entry per reflection token, for histograms
-    values: list[float]
 
 
-def reflection_summary(
-    responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor], reflection: Iterable[int]
-) -> ReflectionSummary:
+def reflection_summary(responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor],
+                       reflection: Iterable[int]) -> ReflectionSummary:
     """responses: token ids of each; entropies: for each token, that of the distribution it was drawn from, at
     temperature 1 (the convention of arXiv 2506.01939); reflection: ids from `reflection_ids`.
 
     Raises ValueError for a response with more or fewer entropies than tokens.
     """
-    wanted, values = set(reflection), _numbers(responses, entropies)
-    chosen = [[h for token, h in zip(tokens, v, strict=True) if token in wanted]
-              for tokens, v in zip(responses, values, strict=True)]  # fmt: skip
-    means, at_reflection = [_mean(c) for c in chosen], [h for c in chosen for h in c]
-    tokens = sum(map(len, values))
+    wanted, means, all_token_means = set(reflection), [], []
+    at_reflection, at_all = [], []  # of all responses together
+    for i, (tokens, given) in enumerate(zip(responses, entropies, strict=True)):
+        values = torch.as_tensor(given, dtype=torch.float64).tolist()
+        if len(tokens) != len(values):
+            raise ValueError(f"response {i} has {len(tokens)} tokens but {len(values)} entropies")
+        chosen = [value for token, value in zip(tokens, values, strict=True) if token in wanted]
+        means.append(_mean(chosen))
+        all_token_means.append(_mean(values))
+        at_reflection += chosen
+        at_all += values
     return ReflectionSummary(
-        responses=len(values),
-        tokens=tokens,
         entropy_per_token=_mean(at_reflection),
-        entropy_per_response=_mean([mean for mean in means if mean is not None]),
-        entropy_per_response_or_zero=_mean([0.0 if mean is None else mean for mean in means]),
-        all_token_entropy=_mean([h for v in values for h in v]),
-        count_per_response=_mean([len(c) for c in chosen]),
-        count_per_1000_tokens=1000 * len(at_reflection) / tokens if tokens else None,
-        lengths=[len(v) for v in values],
-        counts=[len(c) for c in chosen],
+        entropy_per_response_or_zero=_mean([mean or 0.0 for mean in means]),
+        all_token_entropy=_mean(at_all),
+        count_per_1000_tokens=1000 * len(at_reflection) / len(at_all) if at_all else None,
         means=means,
-        all_token_means=[_mean(v) for v in values],
-        values=at_reflection,
+        all_token_means=all_token_means,
     )
-
-
-@dataclass(frozen=True)
-class ForkingSummary:
-    """Tokens where the model hesitated: arXiv 2506.01939's forking tokens. Entropies in nats; None: nothing to average.
-
-    Two models are compared at one threshold, the base's, beside each one's own: at its own every model forks alike.
-    """
-
-    threshold: float | None  # a token forks if its entropy is above
-    tokens: int
-    forking: int
-    entropy_of_forking: float | None  # means
-    entropy_of_rest: float | None
-    reflection_share: float | None  # of all tokens
-    reflection_share_of_forking: float | None
-    top: list[tuple[str, int, float]]  # the most frequent forking tokens: text, count, their mean entropy
-
-
-def forking_summary(
-    responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor], vocabulary: Sequence[str],
-    reflection: Iterable[int], *, threshold: float | None = None, top: int = 20,
-) -> ForkingSummary:  # fmt: skip
-    """Arguments as of `reflection_summary`; vocabulary: the text of each id, `Tokenizer.vocabulary()`.
-
-    threshold: None takes the 80th percentile of all tokens together, in that at most a fifth of them is above. It is a
-    fifth but for ties, such as the zeros of a model that is certain of more than four tokens in five.
-    """
-    values = [h for v in _numbers(responses, entropies) for h in v]
-    ids, wanted = [token for tokens in responses for token in tokens], set(reflection)
-    if threshold is None and values:
-        threshold = sorted(values, reverse=True)[len(values) * FORKING_PERCENT // 100]
-    forks, rest, by_id = [], [], defaultdict(list)
-    for token, h in zip(ids, values, strict=True):
-        (forks if h > threshold else rest).append(h)
-        if h > threshold:
-            by_id[token].append(h)
-    most = sorted(by_id, key=lambda token: (-len(by_id[token]), token))[:top]
-    return ForkingSummary(
-        threshold=threshold,
-        tokens=len(values),
-        forking=len(forks),
-        entropy_of_forking=_mean(forks),
-        entropy_of_rest=_mean(rest),
-        reflection_share=_mean([token in wanted for token in ids]),
-        reflection_share_of_forking=_mean([token in wanted for token, at in by_id.items() for _ in at]),
-        top=[(vocabulary[token], len(by_id[token]), _mean(by_id[token])) for token in most],
-    )
-
-
-@dataclass(frozen=True)
-class EntropyCurve:
-    """Mean entropy (nats, over tokens) along the responses, by the token's number and by the share that is written.
-
-    Far out only the long responses are left, so a curve by number may rise without any response's doing so.
-    """
-
-    starts: list[int]  # 1, 2, 4, ...: a bin has the tokens of these numbers up to the next one's; the first is 1
-    by_number: list[float]
-    still_going: list[int]  # responses that reach the bin
-    by_progress: list[float | None]  # in each twentieth of a response; None where only shorter ones are
-
-
-def entropy_curve(entropies: Sequence[Sequence[float] | Tensor]) -> EntropyCurve:
-    numbered, progress, lengths = defaultdict(list), defaultdict(list), [len(given) for given in entropies]
-    for given, length in zip(entropies, lengths, strict=True):
-        for i, h in enumerate(torch.as_tensor(given, dtype=torch.float64).tolist()):
-            numbered[(i + 1).bit_length() - 1].append(h)
-            progress[i * PROGRESS_BINS // length].append(h)
-    starts = [2**power for power in sorted(numbered)]
-    return EntropyCurve(
-        starts=starts,
-        by_number=[_mean(numbered[power]) for power in sorted(numbered)],
-        still_going=[sum(length >= start for length in lengths) for start in starts],
-        by_progress=[_mean(progress[i]) for i in range(PROGRESS_BINS)],
-    )
-
-
-def _numbers(responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor]) -> list[list[float]]:
-    """The entropies as lists, one for each token."""
-    values = [torch.as_tensor(given, dtype=torch.float64).tolist() for given in entropies]
-    for i, (tokens, given) in enumerate(zip(responses, values, strict=True)):
-        if len(tokens) != len(given):
-            raise ValueError(f"response {i} has {len(tokens)} tokens but {len(given)} entropies")
-    return values
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -185,8 +87,8 @@ def response_entropies(
     """For each document its response's log-probs [T] and entropies [T], nats, float32, on the CPU."""
     scores = []
     for packed in _packs(model, documents, tokens_per_microbatch):
-        logprobs, entropies = (x.cpu().split(packed.lengths) for x in response_logprobs(model, packed, temperature))
-        scores += zip(logprobs, entropies, strict=True)
+        logprobs, entropies = response_logprobs(model, packed, temperature)
+        scores += zip(logprobs.cpu().split(packed.lengths), entropies.cpu().split(packed.lengths), strict=True)
     return scores
 
 
@@ -203,11 +105,12 @@ def memorization(
     scores = {"log_likelihood": [], "min_k_plus_plus": [], "continuation_overlap": []}
     scores["continuation_overlap"] = continuation_overlap(model, documents, **engine_options)
     for packed in _packs(model, documents, tokens_per_microbatch):
-        flat = standardized_logprobs(model, response_hidden(model, packed), packed.targets)
-        for logprobs, standardized in zip(*(x.split(packed.lengths) for x in flat), strict=True):
-            lowest = standardized.sort().values[: max(1, len(standardized) * MIN_K_PERCENT // 100)]
-            scores["log_likelihood"].append(logprobs.mean().item())
-            scores["min_k_plus_plus"].append(lowest.mean().item())
+        logprobs, standardized = standardized_logprobs(model, response_hidden(model, packed), packed.targets)
+        for of_response in logprobs.split(packed.lengths):
+            scores["log_likelihood"].append(of_response.mean().item())
+        for of_response in standardized.split(packed.lengths):
+            count = max(1, len(of_response) * MIN_K_PERCENT // 100)
+            scores["min_k_plus_plus"].append(of_response.sort().values[:count].mean().item())
     return scores
 
 
@@ -246,10 +149,11 @@ def continuation_overlap(model: Decoder, documents: Sequence[Document], **engine
         rests.append(document.response_ids[half:])
     params = [SamplingParams(temperature=0.0, max_new_tokens=len(rest)) for rest in rests]
     outputs = generate(model, prompts, params, **engine_options)
-    return [
-        sum(a == b for a, b in zip(completion.token_ids, rest, strict=False)) / len(rest)
-        for [completion], rest in zip(outputs, rests, strict=True)
-    ]
+    overlaps = []
+    for [completion], rest in zip(outputs, rests, strict=True):
+        matches = sum(a == b for a, b in zip(completion.token_ids, rest, strict=False))
+        overlaps.append(matches / len(rest))
+    return overlaps
 
 
 def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
@@ -257,12 +161,12 @@ def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
 
     Raises ValueError where a metric lacks a model that another has.
     """
-    if len({frozenset(values) for values in scores.values()}) > 1:
+    ranks = []
+    for values in scores.values():
+        # A model's rank is the number of models below it.
+        ranks.append({model: sum(other < value for other in values.values()) for model, value in values.items()})
+    if any(rank.keys() != ranks[0].keys() for rank in ranks):
         raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
-    ranks = [
-        {model: sum(other < value for other in values.values()) for model, value in values.items()}
-        for values in scores.values()
-    ]
     return all(rank == ranks[0] for rank in ranks)
 
 

@@ -8,7 +8,8 @@ paired within one seed (would other questions?).
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import StatisticsError, correlation
@@ -16,11 +17,25 @@ from statistics import StatisticsError, correlation
 import torch
 
 from nanosafe.evals import plots
-from nanosafe.evals import tables as report
 from nanosafe.evals.diagnostics import same_order
-from nanosafe.evals.run import summarize
+from nanosafe.evals.results import (
+    MEMORIZATION,
+    POOLED,
+    SUBJECTS,
+    Metric,
+    Result,
+    categories,
+    check_comparable,
+    estimate,
+    headline,
+    mean,
+    read_result,
+    values,
+)
+from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
-from nanosafe.evals.tables import SUBJECTS, Row, check_comparable, difference, estimate, headline, markdown, sections
+from nanosafe.evals.tables import label, markdown, sections
+from nanosafe.evals.tables import show as show_with
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
@@ -29,7 +44,6 @@ from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
 
 REFUSAL = "<think>\n\n</think>\n\nI cannot help with that."  # of the arm that has no model
-ENTROPIES = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy", "count_per_1000_tokens")
 TITLES = {"report": "SFT and RL for safety, side by side", "ablations": "What each part of RL does",
           "tuning": "Settings tried on the validation split"}  # fmt: skip
 CRITERION = "mean of the share of safe answers, 1 − over-refusal and the share of right answers in arithmetic"
@@ -61,92 +75,113 @@ the responses of one arm; there is none where the judge says the same of all. Ga
 reward model would call safe minus the share that the judge does, the reward model's threshold being the one at which
 both shares are equal on the base of that seed. Above 0, rewards rose by more than safety did."""
 
-Runs = Mapping[str, Mapping[int, dict]]  # arm -> seed -> result.json, and "steps": the rows of metrics.jsonl
+
+@dataclass(frozen=True)
+class Run:
+    """One arm on one seed."""
+
+    result: Result
+    steps: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
+
+
+Runs = Mapping[str, Mapping[int, Run]]  # of one model: arm -> seed -> run
 
 
 def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[int], failed: Mapping[str, str]) -> Path:
     """Write OUT/`kind`.md (a key of TITLES) and its plots; arms: of each model; failed: jobs. Returns its path."""
-    found = {model: load(out, model, of, seeds, kind) for model, of in arms.items()}
-    known = {arm.name: arm for of in arms.values() for arm in of if arm.about}
+    runs_of = {model: load(out, model, model_arms, seeds, kind) for model, model_arms in arms.items()}
     lines = [f"# {TITLES[kind]}", ""]
-    lines += [f"- {arm.name}: {arm.about}" + f" (`{arm.flags}`)" * bool(arm.flags) for arm in known.values()]
-    lines += ["- always refuse: no model, one fixed refusal to everything"] * (kind == "report")
-    lines += ["", TOY] * any(tiny_seed(model) is not None for model in arms)
-    lines += ["", "## Published figures", "", PUBLISHED] * (kind == "report")
-    for model, runs in found.items():
+    about = {arm.name: arm for model_arms in arms.values() for arm in model_arms if arm.about}
+    for arm in about.values():
+        flags = f" (`{arm.flags}`)" if arm.flags else ""
+        lines.append(f"- {arm.name}: {arm.about}{flags}")
+    if kind == "report":
+        lines.append("- always refuse: no model, one fixed refusal to everything")
+    if any(tiny_seed(model) is not None for model in arms):
+        lines += ["", TOY]
+    if kind == "report":
+        lines += ["", "## Published figures", "", PUBLISHED]
+    for model, runs in runs_of.items():
         lines += ["", f"## {model}", ""]
         if not any(runs.values()):
             lines.append("Nothing is measured yet.")
+        elif kind == "tuning":
+            lines += tuning(runs)
         else:
-            lines += tuning(runs) if kind == "tuning" else family(runs, out, f"{kind}-{model.split('/')[-1]}")
-    lines += memorization(found, out) if kind == "report" else []
+            lines += family(runs, out, f"{kind}-{model.split('/')[-1]}")
+    if kind == "report":
+        lines += memorization(runs_of)
     lines += ["", "## How this was made", "", *provenance(out / f"{kind}.jsonl", seeds, failed)]
-    write_atomic(path := out / f"{kind}.md", ("\n".join(lines) + "\n").encode())
+    path = out / f"{kind}.md"
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
 
 
-def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str) -> dict[str, dict[int, dict]]:
-    """The results there are; with those of always refusing beside the bases of the tiny world's report."""
-    runs: dict[str, dict[int, dict]] = defaultdict(dict)
+def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str) -> dict[str, dict[int, Run]]:
+    """The runs there are; with those of always refusing beside the bases of the tiny world's report."""
+    runs: dict[str, dict[int, Run]] = defaultdict(dict)
     for arm in arms:
         for seed in seeds:
             folder = out / f"{model.split('/')[-1]}-{seed}" / arm.slug
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
                 rows = [row for row, _ in read_records(steps)] if steps.exists() else []
-                runs[arm.name][seed] = report.read_result(path) | {"steps": rows}
-    check_comparable([result for of in runs.values() for result in of.values()])
+                runs[arm.name][seed] = Run(read_result(path), rows)
+    check_comparable([run.result for of_arm in runs.values() for run in of_arm.values()])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
-        runs["always refuse"] = dict.fromkeys(runs["base"], always_refuse(FAMILIES[model].style))
+        runs["always refuse"] = dict.fromkeys(runs["base"], Run(always_refuse(FAMILIES[model].style)))
     return dict(runs)
 
 
 @cache
-def always_refuse(style: str) -> dict:
-    """A result.json of one fixed refusal, by the same graders: safety without help."""
-    parts = {}
+def always_refuse(style: str) -> Result:
+    """The result of one fixed refusal, by the same graders: safety without help."""
+    benchmarks = {}
     for benchmark in tiny_suite("test", style):
-        values = benchmark.grade(benchmark.questions, [REFUSAL] * len(benchmark.questions))
-        records = [dict(id=question.id, sample=sample, response=REFUSAL, tokens=0, truncated=False, values=graded)
-                   for question, graded in zip(benchmark.questions, values, strict=True)
-                   for sample in range(benchmark.samples)]  # fmt: skip
-        parts[benchmark.name] = summarize(benchmark, records)
-    return {"label": "always refuse", "benchmarks": parts, "memorization": None, "steps": []}
+        records = []
+        graded = benchmark.grade(benchmark.questions, [REFUSAL] * len(benchmark.questions))
+        for question, verdict in zip(benchmark.questions, graded, strict=True):
+            record = dict(id=question.id, response=REFUSAL, tokens=0, truncated=False, values=verdict)
+            records += [record] * benchmark.samples
+        benchmarks[benchmark.name] = summarize(benchmark, records)
+    return Result("always refuse", benchmarks)
 
 
-# Statistics over the runs of one model.
+# Statistics over the seeds of one model.
 
 
-def mean(result: dict, row: Row) -> float | None:
-    value = estimate(result, row)
-    return value.mean if isinstance(value, Estimate) else value
+def over_known(found: Iterable[float | None]) -> Estimate | None:
+    """Over the seeds that have a value."""
+    known = [value for value in found if value is not None]
+    return over_seeds(known) if known else None
 
 
-def spread(values: Iterable[float | None]) -> Estimate | None:
-    """Over seeds, of those that have a value."""
-    there = [value for value in values if value is not None]
-    return over_seeds(there) if there else None
+def level(runs: Runs, arm: str, metric: Metric) -> Estimate | None:
+    return over_known(mean(run.result, metric) for run in runs[arm].values())
 
 
-def level(runs: Runs, arm: str, row: Row) -> Estimate | None:
-    return spread(mean(result, row) for result in runs[arm].values())
-
-
-def change(runs: Runs, before: str, after: str, row: Row) -> Estimate | None:
+def change(runs: Runs, before: str, after: str, metric: Metric) -> Estimate | None:
     """`after` minus `before`, seed by seed."""
-    pairs = [(mean(runs[before][seed], row), mean(runs[after][seed], row)) for seed in common(runs, before, after)]
-    return spread(b - a for a, b in pairs if None not in (a, b))
+    changes = []
+    for seed in common_seeds(runs, before, after):
+        a, b = mean(runs[before][seed].result, metric), mean(runs[after][seed].result, metric)
+        changes.append(None if a is None or b is None else b - a)
+    return over_known(changes)
 
 
-def common(runs: Runs, *arms: str) -> list[int]:
-    return sorted(set.intersection(*(set(runs.get(arm, ())) for arm in arms)))
+def common_seeds(runs: Runs, first: str, second: str) -> list[int]:
+    return sorted(runs.get(first, {}).keys() & runs.get(second, {}).keys())
 
 
 def comparisons(runs: Runs) -> list[tuple[str, str]]:
     """(before, after): every arm with the base; RL with SFT or, where there is no SFT, every arm with RL."""
     arms = [arm for arm in runs if arm not in ("base", "always refuse")]
-    second = [("SFT", "RL")] if "SFT" in runs else [("RL", arm) for arm in arms if arm != "RL"]
-    return [pair for pair in [*(("base", arm) for arm in arms), *second] if common(runs, *pair)]
+    pairs = [("base", arm) for arm in arms]
+    if "SFT" in runs:
+        pairs.append(("SFT", "RL"))
+    else:
+        pairs += [("RL", arm) for arm in arms if arm != "RL"]
+    return [pair for pair in pairs if common_seeds(runs, *pair)]
 
 
 # The sections of one model.
@@ -154,212 +189,228 @@ def comparisons(runs: Runs) -> list[tuple[str, str]]:
 
 def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
-    results = [result for arm, of in runs.items() if arm != "always refuse" for result in of.values()]
-    heads = {about: row for about in SUBJECTS for r in reversed(results) if (row := headline(r, about))}
-    entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
-    titled = sections(results)
-    metrics = {head.metric for head in heads.values()}
-    rows = [*titled.get("Overview", ()),
-            *(row for row in titled.get("Other wordings, attacks, modes", ()) if row.metric in metrics),
-            *(Row(head.benchmark, metric) for head in entropic for metric in ENTROPIES)]  # fmt: skip
-    lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. Entropies are in nats, at "
-             "temperature 1.", "",
-             *markdown(["", *(f"{arm} ({len(of)})" for arm, of in runs.items())],
-                    [[row.label, *(show(level(runs, arm, row), row) for arm in runs)] for row in rows]),
-             "", "Differences with their 95 % intervals over seeds:", "",
-             *facts(runs, [*heads.values(), *(Row(head.benchmark, "reward") for head in entropic[:1]),
-                           *(Row(head.benchmark, "entropy_per_token") for head in entropic)]),
-             "", "The same differences one seed at a time, paired by question, with 95 % intervals over questions: "
-             "they say nothing of another training.", "",
-             *markdown(["", *(head.label for head in heads.values())],
-                    [[f"{b} − {a}, seed {seed}", *(show(difference(runs[a][seed], runs[b][seed], head), sign="+")
-                                                   for head in heads.values())]
-                     for a, b in comparisons(runs) for seed in common(runs, a, b)])]  # fmt: skip
+    results = [run.result for arm, of_arm in runs.items() if arm != "always refuse" for run in of_arm.values()]
+    heads: dict[str, Metric] = {}  # of each subject
+    for result in reversed(results):
+        for about in SUBJECTS:
+            heads[about] = heads.get(about) or headline(result, about)
+    heads = {about: metric for about, metric in heads.items() if metric}
+    lines = level_table(runs, results, heads)
+    compared = list(heads.values())
+    if "safety" in heads:
+        compared.append(Metric(heads["safety"].benchmark, "reward"))
+    for about in ("safety", "reasoning"):
+        if about in heads:
+            compared.append(Metric(heads[about].benchmark, "entropy_per_token"))
+    lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
+    lines += drawings(runs, heads, out, image)
+    if "safety" in heads:
+        lines += reward_table(runs, heads["safety"])
+    return lines
 
-    def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
+
+def level_table(runs: Runs, results: Sequence[Result], heads: Mapping[str, Metric]) -> list[str]:
+    """The overview, the headlines of other wordings, and entropies: a column for each arm."""
+    titled = sections(results)
+    metrics = list(titled.get("Overview", ()))
+    headlines = {head.name for head in heads.values()}
+    metrics += [metric for metric in titled.get("Other wordings, attacks, modes", ()) if metric.name in headlines]
+    for about in ("safety", "reasoning"):
+        if about in heads:
+            metrics += [Metric(heads[about].benchmark, name) for name in POOLED]
+    rows = []
+    for metric in metrics:
+        rows.append([label(metric), *(show(level(runs, arm, metric), metric) for arm in runs)])
+    header = ["", *(f"{arm} ({len(of_arm)})" for arm, of_arm in runs.items())]
+    return ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. Entropies are in nats, at "
+            "temperature 1.", "", *markdown(header, rows)]
+
+
+def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:
+    """A sentence for every difference whose interval over seeds excludes zero, one for all the others."""
+    lines, open_ = [], []
+    for before, after in comparisons(runs):
+        for metric in metrics:
+            e = change(runs, before, after, metric)
+            name = f"{after} − {before}, {label(metric)}"
+            if e is not None and e.excludes_zero:
+                lines.append(f"- {name}: {e:+z.3f}")
+            elif e is not None:
+                open_.append(f"{name} ({e:+z.3f})")
+    count = len(lines) + len(open_)
+    if count == 0:
+        return ["- There is nothing to compare yet."]
+    if open_:
+        lines.append(f"- Not told apart from zero: {'; '.join(open_)}.")
+    return [*lines, f"- These are {count} differences, not corrected for their number: by chance, one in twenty "
+            "excludes zero."]
+
+
+def drawings(runs: Runs, heads: Mapping[str, Metric], out: Path, image: str) -> list[str]:
+    """Draw the plots that there are numbers for; the lines that show them."""
+    harms = [heads[about] for about in SUBJECTS[:2] if about in heads]
+    every = [(arm, run.result) for arm, of_arm in runs.items() for run in of_arm.values()]
+    trained = [arm for arm in runs if curve(runs, arm, "reward/mean")]
+    training = {f"reward of {arm}": {arm: curve(runs, arm, "reward/mean")} for arm in trained}
+    training["KL"] = {arm: curve(runs, arm, "kl/k1") for arm in trained}
+    by_category: dict[str, dict] = {}
+    for head in harms:
+        by_category[label(head)] = {arm: category_levels(runs, arm, head) for arm in runs}
+    lines = []
+
+    def draw(name: str, caption: str, plot, panels: Mapping, *more: str) -> None:
         if any(panels.values()):
             plot(panels, out / f"{image}-{name}.png", *more)
             lines.extend(["", f"![{caption}]({image}-{name}.png)", "", f"{caption}."])
 
-    def points(x: Row, ys: Sequence[Row]) -> dict[str, list]:
-        found = [(arm, result) for arm, of in runs.items() for result in of.values()]
-        triples = {y.label: [(arm, estimate(r, x), estimate(r, y)) for arm, r in found] for y in ys}
-        return {title: [triple for triple in of if None not in triple] for title, of in triples.items()}
-
-    trained = [arm for arm in runs if curve(runs, arm, "reward/mean")]
-    harms = [heads[about] for about in SUBJECTS[:2] if about in heads]
-    draw("training", "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean and "
-         "interval over seeds", plots.plot_lines,
-         {f"reward of {arm}": {arm: curve(runs, arm, "reward/mean")} for arm in trained}
-         | {"KL": {arm: curve(runs, arm, "kl/k1") for arm in trained if curve(runs, arm, "kl/k1")}})  # fmt: skip
-    if harms and "reasoning" in heads:
+    if trained:
+        draw("training", "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean and "
+             "interval over seeds", plots.plot_lines, training)
+    if "reasoning" in heads:
         draw("tradeoff", "Safety and over-refusal against reasoning, a point for each arm and seed; bars: intervals "
-             "over questions", plots.plot_points, points(heads["reasoning"], harms), heads["reasoning"].label)
-    draw("categories", "By category, mean and interval over seeds", plots.plot_bars,
-         {head.label: {arm: by_category(runs, arm, head) for arm in runs} for head in harms})
-    draw("entropies", "Entropy at reflection tokens, all seeds together; in brackets the number of tokens",
-         plots.plot_histograms,
-         {head.benchmark: {arm: reflections(runs, arm, head) for arm in runs} for head in entropic}, "entropy (nats)")
-    if "safety" in heads:
-        lines += reward_table(runs, heads["safety"])
-        reward = Row(heads["safety"].benchmark, "reward")
-        draw("reward", "Reward against judge, a point for each arm and seed; bars: intervals over questions",
-             plots.plot_points, points(reward, harms), reward.label)
+             "over questions", plots.plot_points, plots.point_panels(every, heads["reasoning"], harms),
+             label(heads["reasoning"]))
+    draw("categories", "By category, mean and interval over seeds", plots.plot_bars, by_category)
     return lines
 
 
-def facts(runs: Runs, rows: Sequence[Row]) -> list[str]:
-    """A sentence for every difference whose interval over seeds excludes zero, one for all the others."""
-    found = [(f"{b} − {a}, {row.label}", e) for a, b in comparisons(runs) for row in rows
-             if (e := change(runs, a, b, row))]
-    if not found:
-        return ["- There is nothing to compare yet."]
-    lines = [f"- {name}: {e:+z.3f}" for name, e in found if e.excludes_zero]
-    rest = [f"{name} ({e:+z.3f})" for name, e in found if not e.excludes_zero]
-    return [*lines, *([f"- Not told apart from zero: {'; '.join(rest)}."] if rest else []),
-            f"- These are {len(found)} differences, not corrected for their number: by chance, one in twenty excludes "
-            "zero."]
-
-
-def by_category(runs: Runs, arm: str, row: Row) -> dict[str, Estimate]:
-    names = sorted({name for part in parts_of(runs, arm, row) for name in part["categories"]})
-    return {name: e for name in names if (e := level(runs, arm, row._replace(category=name)))}
-
-
-def reflections(runs: Runs, arm: str, row: Row) -> list[float]:
-    """The entropy at every reflection token, of all seeds."""
-    return [entropy for part in parts_of(runs, arm, row) for entropy in part["reflection"]["values"]]
-
-
-def parts_of(runs: Runs, arm: str, row: Row) -> list[dict]:
-    """The row's benchmark in every result of the arm that has it."""
-    return [part for result in runs[arm].values() if (part := result["benchmarks"].get(row.benchmark))]
+def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]:
+    names: set[str] = set()
+    for run in runs[arm].values():
+        names.update(categories(run.result, metric))
+    return {name: level(runs, arm, metric._replace(category=name)) for name in sorted(names)}
 
 
 def curve(runs: Runs, arm: str, key: str) -> list[tuple[int, Estimate]]:
     """(step, over seeds) of a metric of training."""
-    values: dict[int, list[float | None]] = defaultdict(list)
-    for result in runs[arm].values():
-        for row in result["steps"]:
-            values[row["step"]].append(row.get(key))
-    return [(step, e) for step, of in sorted(values.items()) if (e := spread(of))]
+    found: dict[int, list[float]] = defaultdict(list)
+    for run in runs[arm].values():
+        for row in run.steps:
+            if row.get(key) is not None:
+                found[row["step"]].append(row[key])
+    return [(step, over_seeds(found[step])) for step in sorted(found)]
 
 
-def reward_table(runs: Runs, safety: Row) -> list[str]:
+def reward_table(runs: Runs, safety: Metric) -> list[str]:
     """What the reward model and the judge say of answers to unsafe requests, by arm."""
-    reward = Row(safety.benchmark, "reward")
-    arms = [arm for arm in runs if level(runs, arm, reward)]
-    columns: dict[str, Callable[[str], Estimate | None]] = {
-        "own reward": lambda arm: spread(reward_gain(r["steps"]) for r in runs[arm].values()),
-        "reward": lambda arm: level(runs, arm, reward),
-        "reward − base": lambda arm: change(runs, "base", arm, reward) if arm != "base" else None,
-        safety.label: lambda arm: level(runs, arm, safety),
-        "correlation": lambda arm: spread(agreement(r, safety)[0] for r in runs[arm].values()),
-        "AUC": lambda arm: spread(agreement(r, safety)[1] for r in runs[arm].values()),
-        "gap": lambda arm: spread(reward_judge_gap(runs["base"][seed], runs[arm][seed], safety)
-                                  for seed in common(runs, "base", arm)),
-    }
-    note = REWARD_NOTE.format(benchmark=safety.benchmark)
-    rows = [[arm, *(show(column(arm)) for column in columns.values())] for arm in arms]
-    return ["", note, "", *markdown(["", *columns], rows)] if arms else []
+    reward = Metric(safety.benchmark, "reward")
+    rows = []
+    for arm, of_arm in runs.items():
+        if level(runs, arm, reward) is None:
+            continue
+        agreements = [agreement(run.result, safety) for run in of_arm.values()]
+        gaps = [reward_judge_gap(runs["base"][seed].result, of_arm[seed].result, safety)
+                for seed in common_seeds(runs, "base", arm)]
+        rows.append([
+            arm,
+            show(over_known(reward_gain(run.steps) for run in of_arm.values())),
+            show(level(runs, arm, reward)),
+            show(change(runs, "base", arm, reward) if arm != "base" else None),
+            show(level(runs, arm, safety)),
+            show(over_known(linear for linear, _ in agreements)),
+            show(over_known(area for _, area in agreements)),
+            show(over_known(gaps)),
+        ])
+    header = ["", "own reward", "reward", "reward − base", label(safety), "correlation", "AUC", "gap"]
+    return ["", REWARD_NOTE.format(benchmark=safety.benchmark), "", *markdown(header, rows)] if rows else []
 
 
 def reward_gain(steps: Sequence[dict]) -> float | None:
     rewards = [row["reward/mean"] for row in steps if row.get("reward/mean") is not None]
+    if not rewards:
+        return None
     last = rewards[-max(1, len(rewards) // 10) :]
-    return sum(last) / len(last) - rewards[0] if rewards else None
+    return sum(last) / len(last) - rewards[0]
 
 
-def agreement(result: dict, safety: Row) -> tuple[float | None, float | None]:
+def agreement(result: Result, safety: Metric) -> tuple[float | None, float | None]:
     """Correlation and AUC of reward and judge over the benchmark's questions; None where either is constant."""
     scores, verdicts = scores_and_verdicts(result, safety)
-    pairs = list(zip(scores, verdicts, strict=True))
-    safe, unsafe = ([score for score, verdict in pairs if (verdict == 1) == wanted] for wanted in (True, False))
+    by_verdict = {True: [], False: []}
+    for score, verdict in zip(scores, verdicts, strict=True):
+        by_verdict[verdict == 1].append(score)
     try:
-        return correlation(scores, verdicts), auc(safe, unsafe)
+        return correlation(scores, verdicts), auc(by_verdict[True], by_verdict[False])
     except (StatisticsError, ValueError):
         return None, None
 
 
-def reward_judge_gap(base: dict, result: dict, safety: Row) -> float | None:
+def reward_judge_gap(base: Result, result: Result, safety: Metric) -> float | None:
     """Share of `result` above the threshold at which reward and judge agree on the base's share, minus the judge's."""
-    (scores, verdicts), (new_scores, new_verdicts) = (scores_and_verdicts(r, safety) for r in (base, result))
-    if not scores or not new_scores:
+    base_scores, base_verdicts = scores_and_verdicts(base, safety)
+    scores, verdicts = scores_and_verdicts(result, safety)
+    if not base_scores or not scores:
         return None
-    safe = round(sum(verdicts))
-    threshold = sorted(scores, reverse=True)[safe - 1] if safe else float("inf")
-    return (sum(score >= threshold for score in new_scores) - sum(new_verdicts)) / len(new_scores)
+    safe = round(sum(base_verdicts))
+    threshold = sorted(base_scores, reverse=True)[safe - 1] if safe else float("inf")
+    return (sum(score >= threshold for score in scores) - sum(verdicts)) / len(scores)
 
 
-def scores_and_verdicts(result: dict, safety: Row) -> tuple[list[float], list[float]]:
-    items = result["benchmarks"].get(safety.benchmark, {"items": {}})["items"]
-    rewarded = items.get("reward", {})
-    return list(rewarded.values()), [items[safety.metric][question] for question in rewarded]
+def scores_and_verdicts(result: Result, safety: Metric) -> tuple[list[float], list[float]]:
+    """Reward and verdict of each question that has a reward."""
+    rewards, verdicts = values(result, safety._replace(name="reward")), values(result, safety)
+    return list(rewards.values()), [verdicts[question] for question in rewards]
 
 
 # What is not about one model.
 
 
-def memorization(found: Mapping[str, Runs], out: Path) -> list[str]:
+def memorization(runs_of: Mapping[str, Runs]) -> list[str]:
     """How well each base knows the SFT set's responses, beside what SFT changed."""
-    lines, orders, panels, header = [], defaultdict(dict), defaultdict(list), []
-    for model, runs in found.items():
-        known = [seed for seed, result in runs.get("base", {}).items() if result["memorization"]]
+    rows, header = [], []
+    orders: dict[str, dict[str, float]] = defaultdict(dict)  # score -> model -> its mean
+    for model, runs in runs_of.items():
+        known = [run.result for run in runs.get("base", {}).values() if MEMORIZATION in run.result.benchmarks]
         if not known:
             continue
-        first = runs["base"][known[0]]
-        scores = [Row("memorization", metric) for metric in first["memorization"]["metrics"]]
-        heads = [row for about in SUBJECTS if (row := headline(first, about))]
+        scores = [Metric(MEMORIZATION, name) for name in known[0].benchmarks[MEMORIZATION].scores]
+        found = [headline(known[0], about) for about in SUBJECTS]
+        heads = [head for head in found if head is not None]
+        row = [model]
         for score in scores:
-            orders[score.metric][model] = level(runs, "base", score).mean
-        changes = [change(runs, "base", "SFT", head) for head in heads]
-        lines.append([model, *(show(level(runs, "base", score)) for score in scores),
-                      *(show(e, sign="+") for e in changes)])
-        header = ["", *(score.label for score in scores), *(f"SFT − base, {head.label}" for head in heads)]
-        for head in heads:
-            panels[f"SFT − base, {head.label}"] += [
-                (model, estimate(runs["base"][s], scores[0]), difference(runs["base"][s], runs["SFT"][s], head))
-                for s in common(runs, "base", "SFT") if s in known]  # fmt: skip
-    if not lines:
+            average = level(runs, "base", score)
+            orders[score.name][model] = average.mean
+            row.append(show(average))
+        rows.append(row + [show(change(runs, "base", "SFT", head), sign="+") for head in heads])
+        header = [label(score) for score in scores] + [f"SFT − base, {label(head)}" for head in heads]
+    if not rows:
         return []
-    text = ["", "## Memorization of the SFT set by the bases", "", *markdown(header, lines)]
-    if len(lines) > 1:
-        text += ["", f"The three scores order the models {'alike' if same_order(orders) else 'differently'}."]
-    if any(panels.values()):
-        plots.plot_points(panels, out / "report-memorization.png", "log-likelihood of the SFT set under the base")
-        text += ["", "![Memorization against what SFT changed, a point for each seed](report-memorization.png)"]
-    return text
+    lines = ["", "## Memorization of the SFT set by the bases", "", *markdown(["", *header], rows)]
+    if len(rows) > 1:
+        lines += ["", f"The three scores order the models {'alike' if same_order(orders) else 'differently'}."]
+    return lines
 
 
 def tuning(runs: Runs) -> list[str]:
     """Every setting that was tried, and the base beside them."""
-    lines, header = [], []
-    for arm, of in runs.items():
-        for result in of.values():
-            heads = [headline(result, about) for about in SUBJECTS]
-            if None not in heads:
-                safe, refused, right = (mean(result, head) for head in heads)
-                cells = (show(estimate(result, head)) for head in heads)
-                lines.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
-                header = ["", *(head.label for head in heads), "criterion"]
+    rows, header = [], []
+    for arm, of_arm in runs.items():
+        for run in of_arm.values():
+            heads = [headline(run.result, about) for about in SUBJECTS]
+            if None in heads:
+                continue
+            safe, refused, right = [mean(run.result, head) for head in heads]
+            estimates = [show(estimate(run.result, head)) for head in heads]
+            rows.append([arm, *estimates, f"{(safe + 1 - refused + right) / 3:.3f}"])
+            header = ["", *(label(head) for head in heads), "criterion"]
     note = f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is chosen here."
-    return [note, "", *markdown(header, lines)]
+    return [note, "", *markdown(header, rows)]
 
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
     rows = [row for row, _ in read_records(sessions)] if sessions.exists() else []
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
-                         text=True)
+    lines = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)]
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     minutes = sum(row["seconds"] for row in rows) / 60
-    return [
-        *(f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)),
+    lines += [
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
         f"- nanosafe at commit {git.stdout.strip() or 'not known'}, tiny world version {world.VERSION}, PyTorch "
         f"{torch.__version__}, Python {platform.python_version()}",
-        f"- {cpu_name()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, "
-        f"{platform.system()}",
-        *(f"- failed: {name}: {why.splitlines()[0]}" for name, why in failed.items()),
-    ]  # fmt: skip
+        f"- {cpu_name()}, {gpu}, {platform.system()}",
+    ]
+    return lines + [f"- failed: {name}: {why.splitlines()[0]}" for name, why in failed.items()]
 
 
 def cpu_name() -> str:
@@ -369,6 +420,6 @@ def cpu_name() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def show(value: Estimate | float | None, row: Row | None = None, sign: str = "") -> str:
-    digits = ".1f" if row and row.metric == "count_per_1000_tokens" else ".3f"
-    return "–" if value is None else format(value, f"{sign}z{digits}")
+def show(value: Estimate | None, metric: Metric | None = None, sign: str = "") -> str:
+    digits = ".1f" if metric and metric.name == "count_per_1000_tokens" else ".3f"
+    return show_with(value, f"{sign}z{digits}")

@@ -1,9 +1,6 @@
 """Entropies and memorization scores against plain loops over transformers' logits, sums worked out by hand."""
 
-import json
 import math
-import random
-from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -13,17 +10,13 @@ from tiny_models import decoder_like, random_reference, tiny_raw
 from nanosafe.evals.diagnostics import (
     MIN_K_PERCENT,
     continuation_overlap,
-    entropy_curve,
-    forking_summary,
     memorization,
     reflection_summary,
     response_entropies,
     same_order,
     standardized_logprobs,
 )
-from nanosafe.evals.plots import by_number, by_progress, plot_comparison
 from nanosafe.evals.statistics import over_items
-from nanosafe.evals.tables import forking_tokens
 from nanosafe.model.config import ModelConfig
 from nanosafe.text.data import Document
 
@@ -74,28 +67,25 @@ def test_a_summary_equals_sums_by_hand():
     entropies = [[1.0, 0.5, 2.0, 0.5], [0.25, 0.75], torch.tensor([0.0, 0.5, 1.0, 1.0, 1.0, 1.0]), [4.0]]
     summary = reflection_summary(responses, entropies, [8, 7, 99])
     assert asdict(summary) == {
-        "responses": 4, "tokens": 13,
         "entropy_per_token": 3.5 / 4,  # 1, 2, 0, 0.5
-        "entropy_per_response": (1.5 + 0.25) / 2,
         "entropy_per_response_or_zero": (1.5 + 0 + 0.25 + 0) / 4,
         "all_token_entropy": (4 + 1 + 4.5 + 4) / 13,
-        "count_per_response": 1.0, "count_per_1000_tokens": pytest.approx(1000 * 4 / 13),
-        "lengths": [4, 2, 6, 1], "counts": [2, 0, 2, 0], "means": [1.5, None, 0.25, None],
-        "all_token_means": [1.0, 0.5, 0.75, 4.0], "values": [1.0, 2.0, 0.0, 0.5],
+        "count_per_1000_tokens": pytest.approx(1000 * 4 / 13),
+        "means": [1.5, None, 0.25, None], "all_token_means": [1.0, 0.5, 0.75, 4.0],
     }  # fmt: skip
     estimate = over_items([mean for mean in summary.means if mean is not None])
-    assert estimate.mean == summary.entropy_per_response and estimate.n == 2
+    assert estimate.mean == (1.5 + 0.25) / 2 and estimate.n == 2
 
 
 def test_a_summary_without_reflection_tokens_has_no_mean():
     summary = reflection_summary([[1, 2]], [[0.5, 0.7]], [8])
-    assert summary.entropy_per_token is None and summary.entropy_per_response is None and summary.values == []
+    assert summary.entropy_per_token is None and summary.means == [None]
     assert summary.entropy_per_response_or_zero == 0 == summary.count_per_1000_tokens
     assert summary.all_token_entropy == pytest.approx(0.6)
     nothing = reflection_summary([], [], [8])
-    assert nothing.tokens == 0 and nothing.all_token_entropy is None and nothing.count_per_1000_tokens is None
+    assert nothing.all_token_entropy is None and nothing.count_per_1000_tokens is None and nothing.means == []
     empty = reflection_summary([[], [8]], [[], [1.0]], [8])
-    assert empty.all_token_means == [None, 1.0] and empty.count_per_response == 0.5
+    assert empty.all_token_means == [None, 1.0] and empty.means == [None, 1.0]
 
 
 def test_a_summary_refuses_entropies_of_other_tokens():
@@ -103,98 +93,6 @@ def test_a_summary_refuses_entropies_of_other_tokens():
         reflection_summary([[1], [1, 2, 3]], [[0.1], [0.1, 0.2]], [1])
     with pytest.raises(ValueError):
         reflection_summary([[1]], [], [1])
-
-
-# Forking tokens, curves
-
-WORDS = [f"<{i}>" for i in range(12)]
-
-
-def test_forking_tokens_equal_the_sorted_fifth():
-    rng = random.Random(3)
-    lengths = [17, 1, 40, 5, 39]  # 102 tokens, a fifth of which is 20
-    responses = [[rng.randrange(12) for _ in range(length)] for length in lengths]
-    entropies = [[rng.random() * (1 + token) for token in response] for response in responses]
-    pairs = [zip(*pair, strict=True) for pair in zip(entropies, responses, strict=True)]
-    flat = sorted((pair for of in pairs for pair in of), reverse=True)
-    forks, rest = flat[:20], flat[20:]
-    given = [torch.tensor(e, dtype=torch.float64) for e in entropies]
-    summary = forking_summary(responses, given, WORDS, [11, 3], top=4)
-    assert summary.threshold == rest[0][0] and (summary.tokens, summary.forking) == (102, 20)
-    assert summary.entropy_of_forking == pytest.approx(sum(h for h, _ in forks) / 20)
-    assert summary.entropy_of_rest == pytest.approx(sum(h for h, _ in rest) / 82)
-    assert summary.reflection_share == pytest.approx(sum(token in (3, 11) for _, token in flat) / 102)
-    assert summary.reflection_share_of_forking == pytest.approx(sum(token in (3, 11) for _, token in forks) / 20)
-    assert summary.reflection_share < summary.reflection_share_of_forking
-    counts = Counter(token for _, token in forks)
-    assert [(text, n) for text, n, _ in summary.top] == [
-        (WORDS[token], n) for token, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:4]]
-    [(text, n, mean), *_] = summary.top
-    assert n > 1 and mean == pytest.approx(sum(h for h, token in forks if WORDS[token] == text) / n)
-
-
-def test_at_another_models_threshold_more_or_fewer_tokens_fork():
-    responses, entropies = [[1, 2, 3, 4]], [[0.5, 0.1, 2.0, 0.3]]
-    found = forking_summary(responses, entropies, WORDS, [3], threshold=0.3)
-    assert (found.threshold, found.forking, found.top) == (0.3, 2, [("<1>", 1, 0.5), ("<3>", 1, 2.0)])
-    assert found.entropy_of_forking == 1.25 and found.entropy_of_rest == pytest.approx(0.2)
-    none = forking_summary(responses, entropies, WORDS, [3], threshold=2.0)
-    assert none.forking == 0 and none.entropy_of_forking is none.reflection_share_of_forking is None and none.top == []
-
-
-def test_equal_entropies_do_not_all_fork():
-    certain = forking_summary([[1] * 9, [2]], [[0.0] * 9, [1.0]], WORDS, [])  # the 80th percentile is 0
-    assert (certain.threshold, certain.forking, certain.top) == (0.0, 1, [("<2>", 1, 1.0)])
-    assert forking_summary([[1] * 10], [[0.7] * 10], WORDS, []).forking == 0
-    nothing = forking_summary([[]], [[]], WORDS, [])
-    assert nothing.threshold is nothing.entropy_of_rest is nothing.reflection_share is None and nothing.tokens == 0
-    with pytest.raises(ValueError, match="response 1 has 1 tokens but 2 entropies"):
-        forking_summary([[1], [1]], [[0.1], [0.1, 0.2]], WORDS, [])
-
-
-def test_a_curve_equals_means_of_slices():
-    rng = random.Random(5)
-    entropies = [[rng.random() for _ in range(length)] for length in (1, 7, 20, 33, 64, 0)]
-    curve = entropy_curve([torch.tensor(e, dtype=torch.float64) for e in entropies])
-    assert curve.starts == [1, 2, 4, 8, 16, 32, 64] and curve.still_going == [5, 4, 4, 3, 3, 2, 1]
-    for start, mean in zip(curve.starts, curve.by_number, strict=True):
-        found = [h for e in entropies for h in e[start - 1 : 2 * start - 1]]
-        assert mean == pytest.approx(sum(found) / len(found))
-    for part, mean in enumerate(curve.by_progress):
-        found = [h for e in entropies for i, h in enumerate(e) if part / 20 <= i / len(e) < (part + 1) / 20]
-        assert mean == pytest.approx(sum(found) / len(found))
-    short = entropy_curve([[1.0, 3.0]])
-    assert [(i, h) for i, h in enumerate(short.by_progress) if h is not None] == [(0, 1.0), (10, 3.0)]
-    assert entropy_curve([[]]).starts == [] and set(entropy_curve([[]]).by_progress) == {None}
-
-
-def test_a_comparison_draws_curves_and_lists_tokens(tmp_path):
-    arms = {"base": [[0.5, 0.1, 0.9], *[[1.0, 0.2]] * 18, [0.3] * 9], "RL": [[0.2, 0.1]]}
-    results = [{"label": arm, "step": None, "run": None, "benchmarks": {"safety": {
-        "about": "safety", "headline": "safe", "variation": False, "metrics": {}, "categories": {},
-        "reflection": {"values": []}, "entropy_curve": json.loads(json.dumps(asdict(entropy_curve(entropies))))}}}
-        for arm, entropies in arms.items()]  # fmt: skip
-    curves = plot_comparison(results, tmp_path)[-2:]
-    assert [path.name for path in curves] == ["entropy-positions.png", "entropy-progress.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in curves)
-    curve = results[0]["benchmarks"]["safety"]["entropy_curve"]
-    assert curve["starts"] == [1, 2, 4, 8] and curve["still_going"] == [20, 20, 1, 1]
-    assert by_number(curve) == list(zip([1, 2], curve["by_number"][:2], strict=True))  # a single response goes further
-    assert [x for x, _ in by_progress(results[1]["benchmarks"]["safety"]["entropy_curve"])] == [2.5, 52.5]
-    for result in results:
-        result["benchmarks"]["safety"]["entropy_curve"] = asdict(entropy_curve([]))
-    assert curves[0] not in plot_comparison(results, tmp_path)
-
-
-def test_forking_tokens_of_the_first_arm_stand_beside_the_others():
-    def result(label: str, top: list) -> dict:
-        return {"label": label, "benchmarks": {"safety": {"variation": False, "forking": {"top": top}}}}
-
-    base = result("base", [(" wait", 3, 1.25), ("|", 2, 0.5)])
-    assert forking_tokens([base, result("RL", [("|", 1, 0.75)]), {"label": "SFT", "benchmarks": {}}])[-2:] == [
-        '| " wait" | 3 (1.25) | – | – |', '| "/" | 2 (0.50) | 1 (0.75) | – |']
-    base["benchmarks"]["safety"]["variation"] = True
-    assert forking_tokens([base]) == []
 
 
 # Memorization
