@@ -20,6 +20,7 @@ from argparse import ArgumentParser
 import torch
 
 from nanosafe import plan
+from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer, recipe
@@ -29,8 +30,9 @@ from nanosafe.randomness import shuffled_passes
 from nanosafe.text.data import Document, sft_documents, sft_steps
 from nanosafe.train import cli
 from nanosafe.train.optim import Optimizer, cosine_schedule
-from nanosafe.train.packing import own_microbatches, pack, response_logprobs
+from nanosafe.train.packing import local_microbatches, pack, response_logprobs
 from nanosafe.train.run_folder import RunFolder
+from nanosafe.train.tracking import Clock, Tracker
 
 WARMUP_SHARE, FINAL_LR_SHARE, WEIGHT_DECAY = 0.05, 0.0, 1e-4
 
@@ -38,7 +40,8 @@ WARMUP_SHARE, FINAL_LR_SHARE, WEIGHT_DECAY = 0.05, 0.0, 1e-4
 def flags() -> ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument
-    add("--data", help="hub id (owner/name), .json, .jsonl, .csv or .parquet with question and response, or messages")
+    add("--data",
+        help="hub id (owner/name), .json, .jsonl, .csv or .parquet with question and response, or messages")
     add("--epochs", type=cli.positive_int, help="passes over the data, each in another order")
     add("--steps", type=cli.positive_int, help="optimizer steps (default: what --epochs makes)")
     add("--batch-size", type=cli.positive_int, help="responses per step, over all ranks")
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     args, origins = cli.settings(flags(), argv, "sft", recipe)
     if args.plan is not None:
         return plan.show("sft", args)
-    ranks = cli.join(args, origins, "sft")
+    ranks = cli.start(args, origins, "sft")
     if args.random_weights:
         random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
@@ -63,29 +66,30 @@ def main(argv: list[str] | None = None) -> None:
         base = checkpoint(args.model)
         rows = load_rows(args.data)
     run.check_data(args.data, rows)
-    model = load_model(run.resumed or base, device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks)
-    model.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
+    model = load_model(run.resumed or base, device=ranks.device, dtype=run.dtype, ranks=ranks)
+    model.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
     run.attach(model, tokenizer, optimizer)
-    parts = [sft_documents(row, tokenizer, args.max_tokens) for row in cli.progress(rows, "tokenising", ranks)]
-    documents = [document for part, _ in parts for document in part]
-    ranks.print(
-        f"data: {len(documents)} responses from {len(rows)} rows of {args.data}, "
-        f"{sum(cut for _, cut in parts)} cut or left out at {args.max_tokens} tokens"
-    )
+    documents, cut = [], 0
+    for row in progress(rows, "tokenising"):
+        of_row, cut_of_row = sft_documents(row, tokenizer, args.max_tokens)
+        documents += of_row
+        cut += cut_of_row
+    ranks.print(f"data: {len(documents)} responses from {len(rows)} rows of {args.data}, "
+                f"{cut} cut or left out at {args.max_tokens} tokens")
     if not documents:
         raise ValueError(f"{args.data}: no prompt leaves room for a response; raise --max-tokens")
     steps = args.steps or sft_steps(args.epochs, len(documents), args.batch_size)
     passes = steps * args.batch_size / len(documents)
-    ranks.print(f"{steps} steps of {args.batch_size}: {passes:.2f} passes over the responses"
-                + (", the last of which are never seen" if passes < 1 else ""))
+    unseen = ", the last of which are never seen" if passes < 1 else ""
+    ranks.print(f"{steps} steps of {args.batch_size}: {passes:.2f} passes over the responses{unseen}")
 
-    tracker = cli.Tracker(args, ranks)
+    tracker = Tracker(args, ranks)
     for step in run.steps(steps):
-        clock = cli.Clock(ranks)
+        clock = Clock(ranks)
         positions = range(step * args.batch_size, (step + 1) * args.batch_size)
         batch = [documents[i] for i in shuffled_passes(len(documents), positions, args.seed, "data")]
         metrics = backward(model, batch, args.tokens_per_microbatch, ranks)
@@ -93,8 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         norm = optimizer.step(lr) if math.isfinite(metrics["sft/loss"]) else optimizer.discard()
         clock.lap("update")
 
-        metrics |= {"sft/grad_norm": norm, "sft/lr": lr, "sft/epoch": (step + 1) * args.batch_size / len(documents)}
-        metrics |= clock.times(update=sum(map(len, batch)))
+        epoch = (step + 1) * args.batch_size / len(documents)
+        metrics |= {"sft/grad_norm": norm, "sft/lr": lr, "sft/epoch": epoch}
+        metrics |= clock.metrics(update=sum(map(len, batch)))
         row = run.record(metrics, updated=math.isfinite(norm))
         tracker.log(row)
         ranks.print(console_line(row, steps))
@@ -104,25 +109,27 @@ def main(argv: list[str] | None = None) -> None:
     ranks.close()
 
 
-def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int, ranks: Ranks) -> dict[str, float]:
+def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int,
+             ranks: Ranks) -> dict[str, float]:
     """Gradients of the mean negative log-likelihood over all response tokens of `batch`; each rank runs its share.
 
     Returns loss and entropy (nats per token) over all ranks, and the experts' loads where there are experts.
     """
-    tokens = sum(len(d.response_ids) for d in batch)
+    tokens = sum(len(document.response_ids) for document in batch)
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     balance = Balance(model.config, sum(map(len, batch)), ranks)
-    for indices in own_microbatches(batch, tokens_per_microbatch, model.config, ranks):
+    for indices in local_microbatches(batch, tokens_per_microbatch, ranks):
         packed = pack([batch[i] for i in indices], ranks.device)
         logprobs, entropies = response_logprobs(model, packed)
         (-logprobs.sum() / tokens + balance.add(packed.memory.hybrid.routing)).backward()
-        sums += torch.stack([-logprobs.detach().double().sum(), entropies.detach().double().sum()])
+        sums += torch.stack([-logprobs.double().sum(), entropies.double().sum()]).detach()
     loss, entropy = (ranks.sum_(sums) / tokens).tolist()
     return {"sft/loss": loss, "sft/entropy": entropy, "sft/tokens": tokens} | balance.metrics()
 
 
 def console_line(row: dict, steps: int) -> str:
-    loss = "not finite, update skipped" if row["sft/grad_norm"] is None else format(row["sft/loss"], ".4f")
+    skipped = row["sft/grad_norm"] is None
+    loss = "not finite, update skipped" if skipped else format(row["sft/loss"], ".4f")
     return (
         f"step {row['step']}/{steps} | loss {loss} | entropy {row['sft/entropy'] or 0:.3f}"
         f" | grad {row['sft/grad_norm'] or 0:.3f} | lr {row['sft/lr']:.1e} | epoch {row['sft/epoch']:.2f}"

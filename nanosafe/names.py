@@ -21,11 +21,12 @@ from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import load_checkpoint
 from nanosafe.parallel import Ranks
 from nanosafe.recipes import RECIPES, TINY_RECIPES
-from nanosafe.text.data import Pair, Row, as_pair, as_row
-from nanosafe.text.readers import read_records
+from nanosafe.text.data import Pair, Row
+from nanosafe.text.readers import as_pair, as_row, read_records
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import build, datasets, judge
-from nanosafe.train.rewards import RULES, Conversation, Reward, RewardModel, check_scope
+from nanosafe.train.reward_model import RewardModel
+from nanosafe.train.rewards import RULES, Conversation, Reward
 
 
 def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
@@ -36,13 +37,8 @@ def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
     return find_checkpoint(name_or_path, weights=weights)
 
 
-def load_model(
-    name_or_path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    ranks: Ranks | None = None,
-) -> Decoder:
+def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
+               dtype: torch.dtype = torch.bfloat16, ranks: Ranks | None = None) -> Decoder:
     """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
 
     What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
@@ -63,9 +59,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return Tokenizer(checkpoint(name_or_path, weights=False))
 
 
-def load_reward_model(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> RewardModel:
+def load_reward_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
+                      dtype: torch.dtype = torch.bfloat16) -> RewardModel:
     """The *ForSequenceClassification model with one label in `name_or_path`, in eval mode.
 
     Raises what `find_checkpoint`, `load_checkpoint` and `Tokenizer` raise, and ValueError for a language model.
@@ -73,21 +68,11 @@ def load_reward_model(
     return RewardModel.load(checkpoint(name_or_path), device, dtype)
 
 
-def load_reward(
-    spec: str,
-    *,
-    scope: str = "response",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    offload: bool = False,
-    date: str | None = None,
-) -> Reward:
+def load_reward(spec: str, *, scope: str = "response", device: str | torch.device = "cpu",
+                dtype: torch.dtype = torch.bfloat16, offload: bool = False, date: str | None = None) -> Reward:
     """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
 
-    offload: the reward model stays in CPU memory and is on `device` only while it scores.
-    date: the day that its template writes, as in Tokenizer.
-
-    A reward model gives UNREAD to what is longer than its context, and NaN where its score is not finite. scope: as in
+    offload: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
     `rewards.conversation`; a reward model whose template deletes thoughts is refused with a ValueError for "response".
     """
     rules = RULES | {"rule:tiny-judge": tiny_judge}
@@ -95,10 +80,9 @@ def load_reward(
         return rules[spec]
     if spec.startswith("rule:"):
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
-    model = load_reward_model(spec, device="cpu" if offload else device, dtype=dtype)
-    model.device = torch.device(device)
+    model = RewardModel.load(checkpoint(spec), device, dtype, offload=offload)
     model.tokenizer.date = date or model.tokenizer.date
-    check_scope(model, scope, spec)
+    model.check_scope(scope, spec)
     return model
 
 
@@ -108,7 +92,7 @@ def tiny_judge(conversations: Sequence[Conversation], references: Sequence[str |
 
 
 def load_rows(name: str) -> list[Row]:
-    """Rows of a data set: see `find_records` for the name and `data.as_row` for their fields.
+    """Rows of a data set: see `find_records` for the name and `readers.as_row` for their fields.
 
     Raises what find_records raises, or ValueError naming the file, the row and the field.
     """
@@ -116,7 +100,7 @@ def load_rows(name: str) -> list[Row]:
 
 
 def load_pairs(name: str) -> list[Pair]:
-    """Labelled pairs, found like rows: see `data.as_pair`. Raises what load_rows raises."""
+    """Labelled pairs, found like rows: see `readers.as_pair`. Raises what load_rows raises."""
     return [as_pair(record, source) for record, source in find_records(name)]
 
 
@@ -129,10 +113,7 @@ def find_records(name: str) -> list[tuple[dict, str]]:
     generated = datasets.dataset(name)
     if generated is not None:
         return [(record, f"{name}, row {i}") for i, record in enumerate(generated, 1)]
-    records = []
-    for path in find_files(name):
-        records += read_records(path)
-    return records
+    return [record for path in find_files(name) for record in read_records(path)]
 
 
 def recipe(script: str, model: str) -> dict:
@@ -148,7 +129,10 @@ def recipe(script: str, model: str) -> dict:
 
 def tiny_seed(model: str) -> int | None:
     """The seed that a model of the tiny world grew from, by its name or by the config.json of a folder; else None."""
-    if match := re.fullmatch(r"tiny(?:-llama|-granite)?(?:@(\d+))?", model):
-        return int(match[1] or 0)
-    path, name = Path(model).expanduser() / "config.json", "nanosafe_seed"
-    return check(read_json(path), {name: CONFIG[name]}, path)[name] if path.is_file() else None
+    name = re.fullmatch(r"tiny(?:-llama|-granite)?(?:@(\d+))?", model)
+    if name:
+        return int(name[1] or 0)
+    path, field = Path(model).expanduser() / "config.json", "nanosafe_seed"
+    if not path.is_file():
+        return None
+    return check(read_json(path), {field: CONFIG[field]}, path)[field]

@@ -28,22 +28,28 @@ ALIASES = {
 # with their updates. SFT: STAR-1's own recipe, 39 steps on its 1,000 rows.
 RECIPES = {
     "rl": dict(
-        reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1", steps=500, prompts_per_step=128,
-        samples_per_prompt=1, minibatches=4, epochs=1, lr=5e-7, kl_coef=0.01, kl_kind="k1", max_prompt_tokens=1024,
-        max_response_tokens=4096, tokens_per_microbatch=16384,
+        reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1",
+        steps=500, prompts_per_step=128, samples_per_prompt=1, minibatches=4, epochs=1,
+        lr=5e-7, kl_coef=0.01, kl_kind="k1",
+        max_prompt_tokens=1024, max_response_tokens=4096, tokens_per_microbatch=16384,
     ),
     "sft": dict(
-        data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128, lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384,
+        data="UCSC-VLAA/STAR-1", epochs=5, batch_size=128,
+        lr=1e-5, max_tokens=8192, tokens_per_microbatch=16384,
     ),
-}  # fmt: skip
+}
 # What the tiny world changes in them. Its models are 10,000 times smaller and so take larger steps. Learning rate and
 # epochs of SFT, learning rate and KL coefficient of RL were chosen among twenty settings each, tried on the validation
 # split (docs/tuning.md).
 TINY_RECIPES = {
     "rl": dict(
-        reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10, steps=40,
-        prompts_per_step=64, minibatches=2, lr=1e-4, kl_coef=0.3, max_prompt_tokens=128,
-        max_response_tokens=128, tokens_per_microbatch=4096, save_every=10, keep=4,
+        reward_model="tiny-reward", prompts="tiny-star", pairs="tiny-pairs", eval_every=10,
+        steps=40, prompts_per_step=64, minibatches=2, lr=1e-4, kl_coef=0.3,
+        max_prompt_tokens=128, max_response_tokens=128, tokens_per_microbatch=4096,
+        save_every=10, keep=4,
     ),
-    "sft": dict(data="tiny-star", epochs=7, batch_size=64, lr=1e-4, max_tokens=256, tokens_per_microbatch=4096),
-}  # fmt: skip
+    "sft": dict(
+        data="tiny-star", epochs=7, batch_size=64,
+        lr=1e-4, max_tokens=256, tokens_per_microbatch=4096,
+    ),
+}

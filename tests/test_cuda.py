@@ -22,7 +22,7 @@ from nanosafe.model import granite
 from nanosafe.model.attention import KVCache, PackedDocuments
 from nanosafe.model.weights import StoredTensors, save_tensors
 from nanosafe.names import load_model
-from nanosafe.parallel import Ranks, gathered, join_group, shard
+from nanosafe.parallel import Ranks, join_group, shard, unsharded
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.text.data import Document
 from nanosafe.train.optim import Optimizer
@@ -204,7 +204,7 @@ def test_a_group_of_one_rank_trains_a_sharded_model_as_without_a_group(tmp_path)
             for _ in range(2):
                 train_sft.backward(model, documents, 4, ranks)
                 norm = optimizer.step(1e-2)
-            with gathered(model, torch.float32) as whole:
+            with unsharded(model, torch.float32) as whole:
                 ends.append([norm, *(parameter.detach().cpu() for parameter in whole.parameters())])
     finally:
         torch.distributed.destroy_process_group()

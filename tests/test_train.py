@@ -27,6 +27,8 @@ from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import sft_steps
 from nanosafe.train import run_folder as checkpoint
+from nanosafe.train.metrics import console_line
+from nanosafe.train.packing import partition
 from nanosafe.train.rewards import UNREAD
 from nanosafe.train.run_folder import RunFolder
 
@@ -289,24 +291,23 @@ def test_shares_are_runs_of_nearly_equal_cost():
         for rank in range(world):
             ranks = Ranks("cpu")
             ranks.rank, ranks.world = rank, world
-            shares.append(ranks.share(costs))
+            shares.append(ranks.local_range(costs))
         assert [i for share in shares for i in share] == list(range(len(costs)))
         for share in shares:
             assert abs(sum(costs[i] for i in share) - sum(costs) / world) <= max(costs, default=0) + 1e-9
 
 
-def test_balance_gives_every_item_to_one_rank_and_none_much_more_than_its_part():
+def test_partition_gives_every_item_to_one_rank_and_none_much_more_than_its_part():
     generator = random.Random(0)
     for _ in range(300):
-        ranks = Ranks("cpu")
-        ranks.world = generator.randint(1, 9)
+        world = generator.randint(1, 9)
         costs = [generator.choice((1, 10, 500)) * generator.random() for _ in range(generator.randint(0, 30))]
-        parts = ranks.balance(costs)
-        assert len(parts) == ranks.world and all(part == sorted(part) for part in parts)
+        parts = partition(costs, world)
+        assert len(parts) == world and all(part == sorted(part) for part in parts)
         assert sorted(i for part in parts for i in part) == list(range(len(costs)))
         # Graham (1969): a greedy assignment, the dearest first, is at most 4/3 of the best, which is at least these.
-        best = max(sum(costs) / ranks.world, max(costs, default=0), sum(sorted(costs)[-ranks.world - 1 :][:2]))
-        assert max(sum(costs[i] for i in part) for part in parts) <= 4 / 3 * best + 1e-9 or len(costs) <= ranks.world
+        best = max(sum(costs) / world, max(costs, default=0), sum(sorted(costs)[-world - 1 :][:2]))
+        assert max(sum(costs[i] for i in part) for part in parts) <= 4 / 3 * best + 1e-9 or len(costs) <= world
 
 
 def test_sampler_ranks_draw_the_same_completions(world, tmp_path):
@@ -537,7 +538,7 @@ def test_a_response_too_long_for_the_reward_model_is_left_out(world, tmp_path, m
     assert [row["policy/skipped"] for row in rows] == [0, 2, 0], "a step without any reward updates nothing"
     assert [row["reward/mean"] for row in rows] == [4, None, 1]
     assert [row["reward/min"] for row in rows] == [1, None, 1]
-    assert batches[0].mask.any(1).tolist() == [False, *[True] * 7], "nothing is learnt from that response"
+    assert batches[0].loss_mask.any(1).tolist() == [False, *[True] * 7], "nothing is learnt from that response"
     firsts = batches[0].advantages[1:, 0].tolist()
     if estimator == "reinforce++-baseline":  # the mean of its group is that of what was read of it
         assert firsts[0] == pytest.approx((firsts[1] + firsts[2]) / 2, abs=1e-6)
@@ -576,7 +577,7 @@ def test_checkpoints_of_steps_that_update_nothing_push_out_no_other(world, tmp_p
 def test_signs_of_a_hopeless_run_stand_in_the_steps_line(changed, sign):
     row = {"step": 1, "reward/min": 0.0, "reward/max": 0.1, "reward/unread": 0, "response/truncated": 0.5,
            "policy/grad_norm": 1e-9, "policy/skipped": 0, "time/step": 1.0, "time/rollout_per_s": 1.0}
-    parts = train_rl.console_line(row | changed, 9).split(" | ")
+    parts = console_line(row | changed, 9).split(" | ")
     assert parts[9:] == ([] if sign is None else [sign])
 
 

@@ -29,7 +29,7 @@ from nanosafe.evals.tables import markdown
 from nanosafe.io.files import write_atomic
 from nanosafe.names import find_records, load_pairs, load_reward
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import as_row
+from nanosafe.text.readers import as_row
 from nanosafe.train import cli
 from nanosafe.train.rewards import conversation, known_rewards
 
@@ -112,7 +112,7 @@ def score(texts: Sequence[Text], name: str, dtype: torch.dtype, ranks: Ranks) ->
             conversations.append(conversation(text.prompt, text.response, opened_thought=False))
         return known_rewards(reward, name, conversations) if conversations else []
 
-    return ranks.spread(texts, work, cost=lambda text: len(text.response) + 1)
+    return ranks.split_work(texts, work, cost=lambda text: len(text.response) + 1)
 
 
 def table(texts: Sequence[Text], measured: dict[str, dict]) -> str:

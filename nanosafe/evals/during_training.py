@@ -158,9 +158,12 @@ def reward_accuracy(reward: Reward, pairs: Sequence[Pair], ranks: Ranks,
                 right.append((pair.category, float(chosen > rejected)))
         return right
 
-    by_category: dict[str, list[float]] = {"all": []}
-    for category, right in ranks.spread(pairs, prefers_chosen, cost=lambda pair: len(pair.chosen) + len(pair.rejected)):
-        by_category["all"].append(right)
+    right = ranks.split_work(pairs, prefers_chosen, cost=lambda pair: len(pair.chosen) + len(pair.rejected))
+    by_category: dict[str, list[float]] = {}
+    for category, value in right:
         if category:
-            by_category.setdefault(category, []).append(right)
-    return {category: over_items(by_category[category]) for category in ["all", *sorted(by_category.keys() - {"all"})]}
+            by_category.setdefault(category, []).append(value)
+    accuracy = {"all": over_items(value for _, value in right)}
+    for category in sorted(by_category):
+        accuracy[category] = over_items(by_category[category])
+    return accuracy

@@ -30,12 +30,13 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import load_checkpoint
 from nanosafe.names import checkpoint, load_tokenizer
-from nanosafe.parallel import visiting
 from nanosafe.sampler import SamplingParams, generate
 from nanosafe.text.thoughts import THINK, is_refusal, split_thought
 from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train.offload import on_device
 from nanosafe.train.packing import microbatches
-from nanosafe.train.rewards import Conversation, RewardModel, known_rewards
+from nanosafe.train.reward_model import RewardModel
+from nanosafe.train.rewards import Conversation, known_rewards
 
 HARMFUL = 0.5  # the harm from which greedy decoding would write the word for "harmful"
 MASS_FLOOR = 0.5  # of both verdict words: below it the guard was about to write something else
@@ -148,7 +149,7 @@ class Guard(LocalJudge):
         order.sort(key=lambda i: len(documents[i]))  # equal lengths attend as one batch
         batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
         verdicts = [None] * len(documents)
-        with visiting(self.model, self.device):
+        with on_device(self.model, self.device):
             for batch in tqdm(batches, "guard", delay=2, leave=False, disable=not MAIN_RANK):
                 rows = [order[i] for i in batch]
                 pairs = self.forward([documents[row] for row in rows]).tolist()
@@ -241,7 +242,7 @@ class ChatJudge(Writer, LocalJudge):
                 encoded.append(ids)
                 params.append(SamplingParams(temperature=0, max_new_tokens=min(REPLY_TOKENS, room),
                                              stop_token_ids=self.tokenizer.eos_ids))
-        with visiting(self.model, self.device):
+        with on_device(self.model, self.device):
             outputs = generate(self.model, encoded, params)
         replies = [None] * len(prompts)
         for row, ids, [completion] in zip(rows, encoded, outputs, strict=True):

@@ -125,7 +125,7 @@ def _check_asked(request: Request, record: dict) -> None:
 def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request], file: RecordFile | None,
               ranks: Ranks, **engine_options) -> list[dict]:
     """Records of the requests in order, without values. A rank takes neighbours: equal prompts meet in its engine."""
-    local = ranks.share([len(request.prompt_ids) + request.params.max_new_tokens for request in requests])
+    local = ranks.local_range([len(request.prompt_ids) + request.params.max_new_tokens for request in requests])
     requests = requests[local.start : local.stop]
     records: list[dict | None] = [None] * len(requests)
     start, tokens = time.perf_counter(), 0
@@ -152,7 +152,7 @@ def _measure_entropies(model: Decoder, records: Sequence[dict], prompts: dict[st
     missing = [record for record in records if "token_ids" in record and "entropies" not in record]
     for chunk in _chunks(missing, "entropies", ranks):
         documents = [Document(prompts[record["id"]], record["token_ids"]) for record in chunk]
-        measured = ranks.spread(documents, lambda part: response_entropies(model, part, tokens_per_microbatch))
+        measured = ranks.split_work(documents, lambda part: response_entropies(model, part, tokens_per_microbatch))
         for record, (_, entropies) in zip(chunk, measured, strict=True):
             record["entropies"] = [round(entropy, 5) for entropy in entropies.tolist()]
     return bool(missing)
@@ -172,7 +172,7 @@ def grade(benchmark: Benchmark, records: Sequence[dict], ranks: Ranks, *, file: 
         return benchmark.grade([questions[record["id"]] for record in part], [record["response"] for record in part])
 
     for chunk in _chunks(ungraded, f"grading {benchmark.name}", ranks):
-        graded = ranks.spread(chunk, grade_part, cost=_length)
+        graded = ranks.split_work(chunk, grade_part, cost=_length)
         for record, record_values in zip(chunk, graded, strict=True):
             record |= {"values": record_values, "judge": benchmark.judge}
         if file and benchmark.keeps_verdicts:
@@ -210,7 +210,7 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
         texts = [conversation(record["prompt"], record["response"], opened_thought=False) for record in part]
         return known_rewards(reward, name, texts)
 
-    for record, value in zip(missing, ranks.spread(missing, score, cost=_length), strict=True):
+    for record, value in zip(missing, ranks.split_work(missing, score, cost=_length), strict=True):
         record |= {"reward": value, "reward_model": name}
 
 

@@ -26,7 +26,8 @@ class Estimate(NamedTuple):
     """A mean and its 95 % interval; prints as 0.412 [0.371, 0.455], or in another format: f"{estimate:.1%}"."""
 
     mean: float
-    low: float | None  # None: a single run, or a single item without bounds, says nothing of the spread
+    # None: a single run, or a single item without bounds, says nothing of the spread
+    low: float | None
     high: float | None
     n: int
     over: str  # what n counts: "items", "pairs" (items that both sides have) or "runs"
@@ -36,14 +37,16 @@ class Estimate(NamedTuple):
         return self.low is not None and (self.low > 0 or self.high < 0)
 
     def __format__(self, spec: str) -> str:
-        mean, low, high = (None if x is None else format(x, spec or "z.3f") for x in self[:3])  # z: no "-0.000"
+        # Z: no "-0.000"
+        mean, low, high = (None if x is None else format(x, spec or "z.3f") for x in self[:3])
         return f"{mean} (one {self.over[:-1]})" if low is None else f"{mean} [{low}, {high}]"
 
     def __str__(self) -> str:
         return format(self, "")
 
 
-def over_items(values: Iterable[Item], *, bounds: tuple[float, float] | None = None, seed: int = 0) -> Estimate:
+def over_items(values: Iterable[Item], *, bounds: tuple[float, float] | None = None,
+               seed: int = 0) -> Estimate:
     """The mean over items, each the mean of its samples. bounds: SHARES for shares; None for lengths, rewards and such.
 
     Interval: Wilson's where every item's mean is 0 or 1; else bounded_bootstrap with bounds; else bootstrap, which has
@@ -62,28 +65,34 @@ def over_items(values: Iterable[Item], *, bounds: tuple[float, float] | None = N
         raise ValueError(f"an item's mean is {outside[0]}: beyond {bounds[0]} to {bounds[1]}")
     else:
         low, high = bounded_bootstrap(means, bounds, seed)
-        interval = min(low, mean), max(high, mean)  # of nearly equal items at a bound, the mean lies at an end
+        # Of nearly equal items at a bound, the mean lies at an end
+        interval = min(low, mean), max(high, mean)
     return Estimate(mean, *interval, len(means), "items")
 
 
-def paired_difference(a: Mapping[Hashable, Item], b: Mapping[Hashable, Item], *, seed: int = 0) -> Estimate:
+def paired_difference(a: Mapping[Hashable, Item], b: Mapping[Hashable, Item], *,
+                      seed: int = 0) -> Estimate:
     """The mean of b - a over the items (by id) that both have; `n` counts those.
 
     Interval: bootstrap over items; where every item's mean is 0 or 1 on both sides, Wald's after one item of each sign
     is added (Bonett and Price, J. Educ. Behav. Stat. 37 (2012)), whose width is not 0 where all differences are equal.
     Raises ValueError without a common item, and for items as over_items does.
     """
-    pairs = [(_mean(a[i], f"item {i!r} of a"), _mean(b[i], f"item {i!r} of b")) for i in a if i in b]
-    if not pairs:
+    means, differences = set(), []
+    for i in a:
+        if i in b:
+            before, after = _mean(a[i], f"item {i!r} of a"), _mean(b[i], f"item {i!r} of b")
+            means |= {before, after}
+            differences.append(after - before)
+    if not differences:
         raise ValueError("no item is in both sets: a difference needs the same ids in both")
-    differences = [after - before for before, after in pairs]
-    if {x for pair in pairs for x in pair} <= {0, 1}:
+    if means <= {0, 1}:
         added = torch.tensor([*differences, 1, -1], dtype=torch.float64)
         center, half = added.mean().item(), Z * added.std(correction=0).item() / math.sqrt(len(added))
         interval = max(-1.0, center - half), min(1.0, center + half)
     else:
         interval = bootstrap(differences, seed)
-    return Estimate(math.fsum(differences) / len(pairs), *interval, len(pairs), "pairs")
+    return Estimate(math.fsum(differences) / len(differences), *interval, len(differences), "pairs")
 
 
 def over_seeds(values: Iterable[float]) -> Estimate:
@@ -103,16 +112,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     1 - C(n - c, k) / C(n, k): Chen et al. (2021), arXiv 2107.03374, equation 1.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples and 0 to n right ones, found {c} right of n = {n}")
+        raise ValueError(f"pass@{k} needs at least {k} samples and 0 to n right ones, found {c} "
+                         f"right of n = {n}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def pass_at_k_over_items(counts: Mapping[Hashable, tuple[int, int]], k: int, *, seed: int = 0) -> Estimate:
-    """`over_items` of pass@k; counts: id -> (n samples, c right ones). Raises ValueError naming an item with n < k."""
-    short = [item for item, (n, _) in counts.items() if n < k]
-    if short:
-        raise ValueError(f"item {short[0]!r} has {counts[short[0]][0]} samples: pass@{k} needs {k} of each item")
-    return over_items([pass_at_k(n, c, k) for n, c in counts.values()], bounds=SHARES, seed=seed)
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -120,7 +122,8 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
     The area under the ROC curve, Mann-Whitney's U over the number of pairs.
     """
-    high, low = (torch.tensor(_numbers(x, "the scores"), dtype=torch.float64) for x in (positive, negative))
+    high, low = (torch.tensor(_numbers(x, "the scores"),
+                              dtype=torch.float64) for x in (positive, negative))
     low = low.sort().values
     below, not_above = torch.searchsorted(low, high), torch.searchsorted(low, high, right=True)
     return (below + not_above).sum().item() / (2 * len(high) * len(low))
@@ -168,14 +171,16 @@ def bootstrap(values: Sequence[float] | Tensor, seed: int) -> tuple[float, float
         return None, None
     level = math.erfc(math.sqrt(n / (n - 1)) * student_t(n - 1) / math.sqrt(2)) / 2
 
-    def counts(size: int, generator: torch.Generator) -> Tensor:  # how often each item is drawn, [size, n]
+    # How often each item is drawn, [size, n]
+    def counts(size: int, generator: torch.Generator) -> Tensor:
         drawn = torch.randint(n, (size, n), generator=generator)
         return torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
     return _quantiles(counts, torch.as_tensor(values, dtype=torch.float64), level, seed)
 
 
-def bounded_bootstrap(values: Sequence[float] | Tensor, bounds: tuple[float, float], seed: int) -> tuple[float, float]:
+def bounded_bootstrap(values: Sequence[float] | Tensor, bounds: tuple[float, float],
+                      seed: int) -> tuple[float, float]:
     """Interval of the mean of n values that cannot leave `bounds`, or of each column of [n, B].
 
     A few items that are nearly all at one bound do not show the rare others, and any bootstrap of them alone is far too
@@ -186,20 +191,24 @@ def bounded_bootstrap(values: Sequence[float] | Tensor, bounds: tuple[float, flo
     data = torch.as_tensor(values, dtype=torch.float64)
     ends = torch.tensor(bounds, dtype=torch.float64).view(2, *[1] * (data.dim() - 1)).expand(2, *data.shape[1:])
 
-    def weights(size: int, generator: torch.Generator) -> Tensor:  # gamma(1) of each item, gamma(1/2) of each bound
+    # gamma(1) of each item, gamma(1/2) of each bound
+    def weights(size: int, generator: torch.Generator) -> Tensor:
         items = torch.empty(size, len(data), dtype=torch.float64).exponential_(generator=generator)
-        return torch.cat((items, torch.randn(size, 2, dtype=torch.float64, generator=generator) ** 2 / 2), dim=1)
+        return torch.cat((items, torch.randn(size, 2, dtype=torch.float64,
+                                             generator=generator) ** 2 / 2), dim=1)
 
     return _quantiles(weights, torch.cat((data, ends)), 0.025, seed)
 
 
-def _quantiles(draw: Callable[[int, torch.Generator], Tensor], data: Tensor, level: float, seed: int) -> tuple:
+def _quantiles(draw: Callable[[int, torch.Generator], Tensor], data: Tensor, level: float,
+               seed: int) -> tuple:
     """Quantiles `level` and 1 - `level` of weighted means of `data` [n] or [n, B]; draw: weights [size, n]."""
     generator, rows, means = torch.Generator().manual_seed(seed), max(1, CHUNK // len(data)), []
     for start in range(0, RESAMPLES, rows):
         weights = draw(min(rows, RESAMPLES - start), generator)
         means.append((weights / weights.sum(dim=1, keepdim=True)) @ data)
-    low, high = torch.cat(means).quantile(torch.tensor([level, 1 - level], dtype=torch.float64), dim=0).tolist()
+    low, high = torch.cat(means).quantile(torch.tensor([level, 1 - level], dtype=torch.float64),
+                                          dim=0).tolist()
     return low, high
 
 
@@ -229,5 +238,6 @@ def _numbers(values: Sequence[float], name: str) -> Sequence[float]:
     bad = [x for x in values if not isinstance(x, int | float) or not math.isfinite(x)]
     if bad or not values:
         found = repr(bad[0]) if bad else "none"
-        raise ValueError(f"{name}: finite numbers needed, found {found}; leave out what was not judged")
+        raise ValueError(f"{name}: finite numbers needed, found {found}; leave out what was not "
+                         "judged")
     return values

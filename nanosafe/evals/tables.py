@@ -6,6 +6,7 @@ over-refusal beside it: the first table holds both, and reasoning.
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from nanosafe.evals.results import (
     DIAGNOSTICS,
@@ -22,6 +23,7 @@ from nanosafe.evals.results import (
     values,
 )
 from nanosafe.evals.statistics import Estimate
+from nanosafe.io.files import write_atomic
 
 LABELS = {
     "safe": "safe answer", "harmful": "harmful answer", "right": "right answer", "over_refusal": "over-refusal",
@@ -103,6 +105,12 @@ def table(results: Sequence[Result]) -> str:
         lines += ["", f"**{title}**", "", *markdown([*header, "n"], rows)]
     lines += ["", *(f"- {note}" for note in notes(results)), "", NOTE]
     return "\n".join(lines)
+
+
+def write_table(results: Sequence[Result], folder: Path, title: str = "") -> None:
+    """Write the tables and the protocols to table.md."""
+    text = f"{title}\n\n{table(results)}\n\n**Protocol**\n\n{protocols(results)}\n"
+    write_atomic(folder / "table.md", text.lstrip().encode())
 
 
 def terminal(results: Sequence[Result], titles: Sequence[str]) -> str:

@@ -20,21 +20,29 @@ def read_json(path: Path) -> dict:
         value = json.loads(content.decode())
         json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
     except (ValueError, RecursionError) as error:
-        cure = "fetch it again or mend it"
-        raise ValueError(f"{path} is not valid JSON ({error}): {cure}") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or mend it") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [entry.values() if isinstance(entry, dict) else entry for entry in level]
-        level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
-    if level:
+    if _is_deeper(value, MAX_DEPTH):
         raise ValueError(f"{path} nests more than {MAX_DEPTH} objects and lists: mend it")
     return value
 
 
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether more than so many objects and lists are in one another."""
+    if not isinstance(value, dict | list):
+        return False
+    entries = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(entry, levels - 1) for entry in entries)
+
+
+def read_optional_json(path: Path) -> dict:
+    """The object in `path`, which is empty where there is no such file."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
 def digest(value: object) -> str:
-    """Of a JSON value, whatever the order of its keys; what JSON does not have counts as its text."""
+    """A hash of a JSON value, whatever the order of its keys; what JSON does not have counts as its text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -84,18 +92,23 @@ def read_own(path: Path, fields: Mapping[str, type], cure: str) -> dict:
 
 
 def misfit(value: object, fields: Mapping[str, type]) -> str | None:
-    """What keeps `value` from being an object with these fields; None where nothing does."""
+    """What keeps `value` from being an object with these fields, in words; None where nothing does."""
     if not isinstance(value, dict):
         return f"an object was written, found {type(value).__name__}"
-    wrong = [name for name, kind in fields.items() if type(value.get(name)) is not kind]
-    return f"field {wrong[0]!r} is missing or no {fields[wrong[0]].__name__}" if wrong else None
+    for name, kind in fields.items():
+        if type(value.get(name)) is not kind:
+            return f"field {name!r} is missing or no {kind.__name__}"
+    return None
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write `content`, or let it write to the path it is given; `path` is always wholly old or wholly new."""
     path = Path(path)
-    with staged(path.parent) as new, naming(path):
-        content(new / path.name) if callable(content) else (new / path.name).write_bytes(content)
+    with staged(path.parent) as folder, naming(path):
+        if callable(content):
+            content(folder / path.name)
+        else:
+            (folder / path.name).write_bytes(content)
 
 
 @contextmanager
@@ -108,20 +121,22 @@ def staged(folder: Path, writes: bool = True) -> Iterator[Path | None]:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         with naming(folder):
-            yield new
-        files = sorted(new.iterdir())  # so that shards ("model-") come before their index ("model.")
+            yield partial
+        # Sorted, so that shards ("model-") come before their index ("model.").
+        files = sorted(partial.iterdir())
         for file in files:
-            file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            # safetensors makes files that only their owner can read.
+            file.chmod(folder.stat().st_mode & 0o666)
             sync(file)
         for file in files:
             os.replace(file, folder / file.name)
         sync(folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -134,7 +149,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error in writing, such as of a full disk, names no file by itself: it is given `path`."""
+    """Give `path` to an error in writing, such as of a full disk, which names no file by itself."""
     try:
         yield
     except OSError as error:

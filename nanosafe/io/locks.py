@@ -16,21 +16,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"  # in the folder that it is for
-# What this process holds: if it starts anew there, after an error in a notebook, it is no second writer.
+# What this process holds, for a run that starts anew in a notebook after an error is no second writer.
 _held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
 
 
 class Lock:
-    """On the file `path`; held from `take` until `close`, or until nothing refers to this."""
+    """A lock on the file `path`, held from `take` until `close`, or until nothing refers to it."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A program that is started does not inherit it (PEP 446), and so never holds it by chance.
-        self.path, self.descriptor = path, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.path = path
+        # A started program does not inherit the descriptor (PEP 446), and so never holds the lock by chance.
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self.close = weakref.finalize(self, os.close, self.descriptor)
 
     def take(self, wait: bool = False) -> bool:
-        """Whether it is held now; wait: as long as that takes."""
+        """Take the lock if no other process has it, or with `wait` as soon as none has; whether it is held now."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -42,6 +43,7 @@ class Lock:
         return True
 
     def name_holder(self, process: int) -> None:
+        """Write who holds the lock into its file, for `holder`."""
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"process {process} on {socket.gethostname()}".encode(), 0)
 
@@ -53,19 +55,20 @@ def hold(folder: Path) -> Lock:
     """The lock of `folder`, which is made if need be. Raises ValueError naming who holds it."""
     path = folder.resolve() / LOCK
     lock = _held.get(path)
-    if lock is None or not lock.close.alive:
-        lock = _held[path] = Lock(path)
-        if not lock.take():
-            holder = lock.holder()
-            lock.close()
-            raise ValueError(f"{folder} is being written by {holder}: wait for that to end, or set "
-                             "another --out")  # fmt: skip
+    if lock is not None and lock.close.alive:
+        return lock
+    lock = _held[path] = Lock(path)
+    if not lock.take():
+        holder = lock.holder()
+        lock.close()
+        raise ValueError(
+            f"{folder} is being written by {holder}: wait for that to end, or set another --out")
     return lock
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """`path` held by one process at a time; the others wait for it."""
+    """Hold the lock file `path` within the block; other processes wait for it."""
     lock = Lock(path)
     if not lock.take():
         print(f"waiting for {lock.holder()}, which builds {path.stem}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
-# Both layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
+# The two layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
 # the files of limit and use, and the line of memory.stat that counts files the kernel can drop.
 LAYOUTS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -19,7 +19,7 @@ def available_cores() -> int:
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes of all memory, and of what is free without swapping (beyond Linux: the same)."""
+    """Bytes of all memory, and of what is free without swapping; beyond Linux all of it counts as free."""
     kernel = _numbers(root / "proc/meminfo")
     if "MemAvailable:" not in kernel:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -29,20 +29,24 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in LAYOUTS:
             continue
-        mount, limit, use, cached = LAYOUTS[controllers]
+        mount, limit_file, use_file, cached = LAYOUTS[controllers]
         group = root / mount / path.lstrip("/")
         for folder in (group, *group.parents):  # the limits of the groups around it hold too
-            texts = _lines(folder / limit) + _lines(folder / use)
-            if len(texts) == 2 and texts[0].isdigit():  # the limit may be "max"
-                used = int(texts[1]) - _numbers(folder / "memory.stat").get(cached, 0)
-                total, free = min(total, int(texts[0])), min(free, int(texts[0]) - used)
+            limit, use = _lines(folder / limit_file), _lines(folder / use_file)
+            if use and limit and limit[0].isdigit():  # a limit may be "max"
+                used = int(use[0]) - _numbers(folder / "memory.stat").get(cached, 0)
+                total = min(total, int(limit[0]))
+                free = min(free, int(limit[0]) - used)
     return total, max(0, free)
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Of a file of lines NAME NUMBER, perhaps with a unit."""
-    lines = [line.split() for line in _lines(path)]
-    return {name: int(number) for name, number, *_ in lines}
+    """The numbers of a file with lines NAME NUMBER, perhaps with a unit."""
+    numbers = {}
+    for line in _lines(path):
+        name, number, *_ = line.split()
+        numbers[name] = int(number)
+    return numbers
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,8 +2,8 @@
 
 A computation inside C (9**9**9) cannot be interrupted from within Python, so its process must be ended. A `Worker`
 starts this file as a program, which loads one other file and calls its function `answer(request)` for each line of
-JSON. The process does not import the package, so it starts without torch. It ends when its parent does, for that closes
-the socket between them, or, if it is busy just then, when the request's time is over. POSIX only.
+JSON. It does not import the package, and so starts without torch. When its parent ends, the socket between them closes
+and it ends too, or, if it is busy just then, when the request's time is over. POSIX only.
 """
 
 import atexit
@@ -77,30 +77,39 @@ class Worker:
         self.stop()
         # Sockets rather than pipes: they have timeouts, and no buffers, which a forked child would flush.
         self.socket, remote = socket.socketpair()
-        with remote:  # a session of its own: Ctrl-C is for the parent
-            self.process = subprocess.Popen(self.command, stdin=remote, stdout=remote, start_new_session=True)
+        with remote:
+            # In a session of its own, because Ctrl-C is for the parent.
+            self.process = subprocess.Popen(self.command, stdin=remote, stdout=remote,
+                                            start_new_session=True)  # fmt: skip
         try:
             self._exchange(b"", START_SECONDS)
         except WorkerError as error:
             raise RuntimeError(f"{' '.join(self.command)} did not start: {error}") from None
 
     def _exchange(self, line: bytes, seconds: float) -> bytes:
-        """Sends `line`; the process's next line."""
-        start, reply, process = time.monotonic(), bytearray(), self.process
-        self.socket.settimeout(seconds + SPARE_SECONDS)  # for a process that hangs before it has set its watchdog
-        with contextlib.suppress(OSError):  # it ended or hangs, and the reply stays incomplete
+        """Send `line`, and return the process's next line. Raises WorkerError if it ends or is late."""
+        start, reply = time.monotonic(), bytearray()
+        # The process hangs longer than this only if that happens before it has set its watchdog.
+        self.socket.settimeout(seconds + SPARE_SECONDS)
+        with contextlib.suppress(OSError):  # the reply stays incomplete
             self.socket.sendall(line)
-            while not reply.endswith(b"\n") and (part := self.socket.recv(1 << 16)):
-                reply += part
-        if not reply.endswith(b"\n"):
-            late = time.monotonic() - start >= seconds
-            self.stop()
-            raise WorkerError(f"it took longer than {seconds:g} seconds" if late else
-                              f"its process ended with exit code {process.returncode}")  # fmt: skip
-        return reply
+            while not reply.endswith(b"\n"):
+                received = self.socket.recv(1 << 16)
+                if not received:
+                    break
+                reply += received
+        if reply.endswith(b"\n"):
+            return bytes(reply)
+        late = time.monotonic() - start >= seconds
+        process = self.process
+        self.stop()
+        if late:
+            raise WorkerError(f"it took longer than {seconds:g} seconds")
+        raise WorkerError(f"its process ended with exit code {process.returncode}")
 
 
 def _serve(path: str, seconds: float, memory_bytes: int) -> None:
+    """What the process does: answer the requests that come in, line by line."""
     replies, nowhere = os.fdopen(os.dup(1), "w"), open(os.devnull, "w")
     os.dup2(2, 1)  # what the file prints goes to the console, not among the replies
     with contextlib.suppress(ValueError, OSError):  # macOS refuses it

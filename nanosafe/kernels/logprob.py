@@ -19,7 +19,7 @@ from nanosafe.kernels.cpu_matmul import add_weight_gradient, head_rows, linear_i
 # Every chunk reads and writes the weight's whole gradient, so few large chunks: at least 1,024 rows up to V = 262,144.
 CHUNK_BYTES = 1 << 30
 CUDA_ROWS = 256  # of whose multiples a matrix product on a GPU wastes nothing
-BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache from step to step
+BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache
 TILE = 4096  # logits that a program of the Triton kernels has in registers at a time
 # A log-prob of -inf has p = 0 and adds nothing to an entropy, but 0 * -inf would be NaN. Below -1000 p is 0 as well,
 # even in float64, so clamping there changes no other result.
@@ -71,8 +71,11 @@ class _ChunkedHead(torch.autograd.Function):
             # In bfloat16 every chunk would round the sum of all chunks before it once more.
             grad_weight = torch.zeros_like(weight, dtype=wide(weight))
         for rows, logits in _chunks(hidden, weight, ctx.chunk_bytes):
-            grads = logits.view(weight.dtype)[:, : len(weight)]  # each row in the first part of its own logits
-            row_gradients(logits, grads, targets[rows], ctx.temperature, statistics[:, rows], upstream[:, rows])
+            # Each row of gradients lies in the first part of its own logits.
+            grads = logits.view(weight.dtype)[:, : len(weight)]
+            row_gradients(
+                logits, grads, targets[rows], ctx.temperature, statistics[:, rows], upstream[:, rows]
+            )
             if grad_hidden is not None:
                 linear_into(grad_hidden[rows], grads, weight.T)
             if grad_weight is not None:
@@ -84,7 +87,8 @@ class _ChunkedHead(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows of hidden and their logits [n, V], before temperature, in a workspace that the next overwrite."""
-    dtype = wide(hidden) if hidden.is_cuda else hidden.dtype  # only CUDA has products wider than their factors
+    # Only CUDA has products wider than their factors.
+    dtype = wide(hidden) if hidden.is_cuda else hidden.dtype
     chunk_rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
     if hidden.is_cuda:
         chunk_rows = chunk_rows // CUDA_ROWS * CUDA_ROWS or chunk_rows
@@ -172,8 +176,9 @@ def triton_row_gradients(
 ) -> None:
     """`plain_row_gradients`."""
     _row_gradients[(len(logits),)](
-        logits, grads, targets, temperature, statistics, statistics.stride(0), upstream, upstream.stride(0),
-        logits.shape[1], grads.stride(0), TILE=TILE, LOWEST=LOWEST, num_warps=8,
+        logits, grads, targets, temperature, statistics, statistics.stride(0),
+        upstream, upstream.stride(0), logits.shape[1], grads.stride(0),
+        TILE=TILE, LOWEST=LOWEST, num_warps=8,
     )  # fmt: skip
 
 
@@ -187,7 +192,8 @@ if triton is not None:
         and `weighted`, per place in a tile, sum exp(z - peak) and (z - peak) exp(z - peak) for the largest z so far."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * V
-        peak = tl.full((), -3.4028234663852886e38, tl.float32)  # finite, for a tile may hold nothing but -inf
+        # Finite, for a tile may hold nothing but -inf.
+        peak = tl.full((), -3.4028234663852886e38, tl.float32)
         total, weighted = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
         for start in range(0, V, TILE):
             z = _load_tile(logits, start, V, temperature, TILE)[1]
@@ -209,8 +215,8 @@ if triton is not None:
 
     @triton.jit
     def _row_gradients(
-        logits, grads, targets, temperature, statistics, column_stride, upstream, upstream_stride, V, grad_stride,
-        TILE: tl.constexpr, LOWEST: tl.constexpr,
+        logits, grads, targets, temperature, statistics, column_stride, upstream, upstream_stride,
+        V, grad_stride, TILE: tl.constexpr, LOWEST: tl.constexpr,
     ):  # fmt: skip
         """Program r overwrites row r. Gradients of half the width take half its bytes, from the start of the row on, so
         that a tile of them lands where this tile or an earlier one of logits has been read."""

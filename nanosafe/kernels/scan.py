@@ -47,7 +47,8 @@ class Windows:
         past = n.cumsum(0) - n + before * torch.arange(len(n))  # [documents] the first row of each past
         document = torch.repeat_interleave(n)
         rows = torch.arange(before)
-        self.rows = int(n.sum()) + before * len(n) + 1  # one more, so that there is a window even without a token
+        # One row more, so that there is a window even without a token.
+        self.rows = int(n.sum()) + before * len(n) + 1
         self.tokens = (torch.arange(len(document)) + before * (document + 1)).to(device)  # [N]
         self.past = (past[:, None] + rows).to(device)  # [documents, size - 1]
         self.last = ((past + n)[:, None] + rows).to(device)  # the past of the tokens to come
@@ -63,7 +64,8 @@ class Chunks:
     def __init__(self, lengths: list[int], size: int, device: torch.device | str):
         self.size = max(1, min(size, max(lengths)))
         n = torch.tensor(lengths)
-        counts = (-(-n // self.size)).clamp(min=1)  # an empty document, too, must give every weight its gradient
+        # An empty document, too, must give every weight its gradient.
+        counts = (-(-n // self.size)).clamp(min=1)
         order = counts.argsort(descending=True, stable=True)
         self.rounds = [int((counts > r).sum()) for r in range(int(counts.max()))]  # documents in each
         starts = torch.tensor([0, *self.rounds]).cumsum(0)
@@ -76,8 +78,8 @@ class Chunks:
     def cut(self, x: Tensor) -> Tensor:
         """[N, ...] in float32 -> [chunks, size, ...], zeros where a chunk is filled up."""
         x = x.float()
-        chunks = x.new_zeros(sum(self.rounds) * self.size, *x.shape[1:]).index_copy(0, self.places, x)
-        return chunks.unflatten(0, (-1, self.size))
+        chunks = x.new_zeros(sum(self.rounds) * self.size, *x.shape[1:])
+        return chunks.index_copy(0, self.places, x).unflatten(0, (-1, self.size))
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`."""
@@ -103,7 +105,7 @@ def convolve(
     if bias is not None:
         out = out + bias.float()
     for k, tap in enumerate(taps[1:], start=1):
-        out = torch.addcmul(out, rows[k : k + last], tap)  # row i sees rows i .. i + before of `padded`
+        out = torch.addcmul(out, rows[k : k + last], tap)  # row i sees `padded` from i to i + before
     return out.to(x.dtype).index_select(0, windows.tokens - before), padded[windows.last]
 
 
@@ -126,7 +128,8 @@ def scan(
     documents' ends, float32. chunk_size decides speed and memory, [chunks, H, size, size] float32, not the result.
     """
     chunks, groups = segments.chunks(chunk_size), B.shape[1]
-    x, dt, B, C = chunks.cut(x), chunks.cut(dt), chunks.cut(B), chunks.cut(C)  # dt is 0, no step, where filled up
+    # Where a chunk is filled up, dt is 0: no step.
+    x, dt, B, C = chunks.cut(x), chunks.cut(dt), chunks.cut(B), chunks.cut(C)
     scan_within = compiled_within() if x.is_cuda else within
     y, added, kept, reach = scan_within(x, dt, A, B, C)
     if state is None:
@@ -155,7 +158,8 @@ def within(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tens
     """
     u = (x * dt[..., None]).unflatten(2, (B.shape[2], -1))  # [chunks, L, G, H / G, P]
     # Sums of log-decays reach thousands where their differences are what counts: in float32 those would be rounded.
-    logs = (dt * A).double().cumsum(1).unflatten(2, (B.shape[2], -1)).permute(0, 2, 3, 1)  # [chunks, G, H / G, L]
+    logs = (dt * A).double().cumsum(1).unflatten(2, (B.shape[2], -1))
+    logs = logs.permute(0, 2, 3, 1)  # [chunks, G, H / G, L]
     # Token l sees token m <= l, decayed by all the steps between.
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
     decays = (logs[..., :, None] - logs[..., None, :]).float().masked_fill(future, -torch.inf).exp()
@@ -178,17 +182,20 @@ def scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Te
 
     states [slots, H, P, S] float32, changed in place: sequence i has the one in slots[i]. Returns y [N, H, P], float32.
     """
-    step = triton_scan_step if triton is not None and (x.is_cuda or INTERPRETED) else plain_scan_step
-    return step(x, dt, A, B, C, states, slots)
+    if triton is not None and (x.is_cuda or INTERPRETED):
+        return triton_scan_step(x, dt, A, B, C, states, slots)
+    return plain_scan_step(x, dt, A, B, C, states, slots)
 
 
 def plain_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     """`scan_step` on a copy of the states."""
-    B, C = (t.float().repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (B, C))  # [N, H, S]
-    now = states.index_select(0, slots).mul_((dt * A).exp()[..., None, None])
-    now.addcmul_((x * dt[..., None])[..., None], B[:, :, None])
-    states.index_copy_(0, slots, now)
-    return torch.matmul(now, C[..., None])[..., 0]
+    group = x.shape[1] // B.shape[1]
+    B = B.float().repeat_interleave(group, dim=1)  # [N, H, S]
+    C = C.float().repeat_interleave(group, dim=1)
+    state = states.index_select(0, slots).mul_((dt * A).exp()[..., None, None])
+    state.addcmul_((x * dt[..., None])[..., None], B[:, :, None])
+    states.index_copy_(0, slots, state)
+    return torch.matmul(state, C[..., None])[..., 0]
 
 
 def triton_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor) -> Tensor:
@@ -197,7 +204,8 @@ def triton_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sta
     assert states.is_contiguous() and states.dtype == torch.float32
     y = torch.empty(N, H, P, dtype=torch.float32, device=x.device)
     _step[N, H](
-        x.contiguous(), dt.contiguous(), A.contiguous(), B.contiguous(), C.contiguous(), states, slots.contiguous(), y,
+        x.contiguous(), dt.contiguous(), A.contiguous(), B.contiguous(), C.contiguous(),
+        states, slots.contiguous(), y,
         GROUP=H // G, P=P, S=S, ROWS=triton.next_power_of_2(P), COLUMNS=triton.next_power_of_2(S), num_warps=4,
     )
     return y

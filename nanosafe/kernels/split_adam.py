@@ -17,7 +17,6 @@ chunk, about sixty times.
 """
 
 import math
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,20 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not every platform has it; the plain twin runs everywhere
-    triton = None
-
-# Triton decides the same way, when a kernel is defined.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from nanosafe.kernels import INTERPRETED, tl, triton
 
 BLOCK = 256  # elements that share a scale
 CHUNK = 2**23  # elements the plain twin updates at once, whole blocks: eleven temporary float32 for each
 BLOCKS_PER_PROGRAM = 4
 OCTAVE = 255 / 20  # codes of r per factor of two: 256 codes reach down to 2**-20 of the block's largest r
-SPREAD = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1  # whose multiples modulo 1 spread evenly, also as pairs
+# Multiples of these modulo 1 fill [0, 1) evenly, also as pairs.
+IRRATIONALS = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 ELEMENTWISE = ("remainder", "ratio", "root")  # what has the shape of the parameter
 TINY = torch.finfo(torch.float32).tiny  # what a zero is divided by instead of another
 
@@ -73,16 +66,18 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
 
 def update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
     """Update a contiguous bfloat16 weight and its state (see `new_state`) by a float32 gradient of its shape."""
-    by_kernel = triton is not None and (weight.is_cuda or INTERPRETED)
-    (triton_update if by_kernel else plain_update)(weight, gradient, state, step)
+    use_kernel = triton is not None and (weight.is_cuda or INTERPRETED)
+    function = triton_update if use_kernel else plain_update
+    function(weight, gradient, state, step)
 
 
 def plain_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
     """`update` chunk by chunk, with the operations of torch.optim.AdamW in their order."""
     bound = ratio_bound(step.beta1, step.beta2)
-    flat = [x.view(-1).split(CHUNK) for x in (gradient, weight, *(state[name] for name in ELEMENTWISE))]
+    elementwise = [gradient, weight, *(state[name] for name in ELEMENTWISE)]
+    chunks = [tensor.view(-1).split(CHUNK) for tensor in elementwise]
     scales = state["scale"].split(CHUNK // BLOCK)
-    for g, high, remainder, ratio, root, scale in zip(*flat, scales, strict=True):
+    for g, high, remainder, ratio, root, scale in zip(*chunks, scales, strict=True):
         master = join(high, remainder).mul_(step.decay)
         m, v = decode(ratio, root, scale, bound)
         m.lerp_(g, 1 - step.beta1)
@@ -122,19 +117,20 @@ def ratio_bound(beta1: float, beta2: float) -> float:
     return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
-def encode(first: Tensor, second: Tensor, bound: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments m and v, float32 [n] -> codes of m / r (int8 [n]) and r = sqrt(v) (uint8 [n]), scales (float32 [blocks]).
+def encode(m: Tensor, v: Tensor, bound: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments float32 [n] -> codes of m / r (int8 [n]) and of r = sqrt(v) (uint8 [n]), scales of r (float32 [blocks]).
 
     `step` sets the thresholds of the rounding.
     """
-    n = len(first)
-    m, r = (F.pad(x, (0, -n % BLOCK)).view(-1, BLOCK) for x in (first, second.sqrt()))
+    n = len(m)
+    m, r = (F.pad(x, (0, -n % BLOCK)).view(-1, BLOCK) for x in (m, v.sqrt()))
     scale = r.amax(1)
-    of_root, of_ratio = thresholds(step, r.device)
+    root_threshold, ratio_threshold = thresholds(step, r.device)
     code = 255 + OCTAVE * (r / scale.clamp_min(TINY)[:, None]).log2()  # -inf for 0: the lowest code
-    code = code.add_(of_root).floor_().clamp_(0, 255)
+    code = code.add_(root_threshold).floor_().clamp_(0, 255)
     ratio = m.div(_root(code, scale[:, None]).clamp_min(TINY)).mul_(127 / bound)
-    ratio = ratio.add_(of_ratio * ratio.sign()).trunc_().clamp_(-127, 127)  # alike for both signs: no drift
+    # Alike for both signs, or the moment would drift.
+    ratio = ratio.add_(ratio_threshold * ratio.sign()).trunc_().clamp_(-127, 127)
     return ratio.to(torch.int8).view(-1)[:n], code.to(torch.uint8).view(-1)[:n], scale
 
 
@@ -152,30 +148,30 @@ def _root(code: Tensor, scale: Tensor) -> Tensor:
 def thresholds(step: int, device: torch.device) -> Tensor:
     """Of the codes of r and of m / r in each place of a block, float32 [2, BLOCK]; all tensors of a step share them."""
     count = torch.arange(step, step + BLOCK, device=device, dtype=torch.float64)
-    return torch.stack([count.mul(number).frac() for number in SPREAD]).float()
+    return torch.stack([count.mul(number).frac() for number in IRRATIONALS]).float()
 
 
 def triton_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
     """`update` by the kernel below."""
     bound = ratio_bound(step.beta1, step.beta2)
-    of_root, of_ratio = thresholds(step.number, weight.device)
+    root_threshold, ratio_threshold = thresholds(step.number, weight.device)
     programs = -(-len(state["scale"]) // BLOCKS_PER_PROGRAM)
     _update[(programs,)](
         weight.view(torch.int16), gradient, *(state[name] for name in ELEMENTWISE), state["scale"],
-        of_root, of_ratio, weight.numel(), bound / 127, *step[1:],
+        root_threshold, ratio_threshold, weight.numel(), bound / 127, *step[1:],
         OCTAVE=OCTAVE, TINY=TINY, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
         enable_fp_fusion=False,  # a product and a sum rounded once would not be torch's
-    )  # fmt: skip
+    )
 
 
 if triton is not None:
 
     @triton.jit
     def _update(
-        weights, gradients, remainders, ratios, roots, scales, of_root, of_ratio, n, ratio_step,
-        beta1, beta2, eps, decay, rate, correction,
+        weights, gradients, remainders, ratios, roots, scales, root_thresholds, ratio_thresholds, n,
+        ratio_step, beta1, beta2, eps, decay, rate, correction,
         OCTAVE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """Program p updates blocks p * BLOCKS and on; weights are the bit patterns of bfloat16."""
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         column = tl.arange(0, BLOCK)
@@ -201,12 +197,14 @@ if triton is not None:
         tl.store(remainders + place, (bits - (high << 16)).to(tl.int16), mask=inside)
 
         scale = tl.max(r, 1)
-        code = 255 + OCTAVE * tl.log2(r / tl.maximum(scale, TINY)[:, None]) + tl.load(of_root + column)[None, :]
+        threshold = tl.load(root_thresholds + column)[None, :]
+        code = 255 + OCTAVE * tl.log2(r / tl.maximum(scale, TINY)[:, None]) + threshold
         code = tl.minimum(tl.maximum(tl.floor(code), 0.0), 255.0)
         r = tl.maximum(tl.exp2((code - 255) / OCTAVE) * scale[:, None], TINY)
         ratio = tl.div_rn(m, r) / ratio_step
         # Away from zero by the threshold and then towards it: alike for both signs, or the moment would drift.
-        size = tl.minimum(tl.floor(tl.abs(ratio) + tl.load(of_ratio + column)[None, :]), 127.0)
+        threshold = tl.load(ratio_thresholds + column)[None, :]
+        size = tl.minimum(tl.floor(tl.abs(ratio) + threshold), 127.0)
         size = tl.where(ratio == 0, 0.0, size)  # a threshold just below 1 is 1 in float32
         ratio = tl.where(ratio < 0, -size, size)
         tl.store(ratios + place, ratio.to(tl.int8), mask=inside)

@@ -41,11 +41,13 @@ class PackedDocuments(AttentionBackend):
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        lengths = lengths or [0]  # no documents are one empty one, so that every weight still gets its (zero) gradient
+        # No documents are one empty one, so that every weight still gets its (zero) gradient.
+        lengths = lengths or [0]
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
         self.hybrid = HybridState(Segments(lengths, device))
         self.longest = max(lengths)
-        self.ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # [documents + 1]
+        # [documents + 1], beginning with 0
+        self.ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
         self.batches: list[tuple[int, int]] = []  # (documents, length of each)
         for length in lengths:
             if self.batches and self.batches[-1][1] == length:
@@ -55,8 +57,10 @@ class PackedDocuments(AttentionBackend):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if varlen_works(q) and self.longest:
-            return varlen_attn(q, k, v, self.ends, self.ends, self.longest, self.longest, scale=scale,
-                               window_size=(-1, 0), **VARLEN_GROUPS_HEADS)  # (-1, 0): causal  # fmt: skip
+            return varlen_attn(
+                q, k, v, self.ends, self.ends, self.longest, self.longest,
+                scale=scale, window_size=(-1, 0), **VARLEN_GROUPS_HEADS,  # (-1, 0): causal
+            )  # fmt: skip
         # split, not slices: the gradient of each slice would be a tensor of zeros as long as all N tokens.
         sizes = [documents * length for documents, length in self.batches]
         batches = zip(self.batches, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
@@ -153,16 +157,18 @@ class Prefill(AttentionBackend):
         lengths = [chunk.length for chunk in chunks]
         slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
         self.hybrid = HybridState(Segments(lengths, device), cache.recurrent, slots)
-        self.documents = PackedDocuments([chunk.length for chunk in chunks if chunk.start == 0], device)
-        self.continued = []  # (block table, end, length) of the others
+        fresh, self.continued = [], []  # lengths of documents; (block table, end, length) of the other chunks
+        positions, blocks = [], []
         for chunk in chunks:
+            end, table = chunk.start + chunk.length, torch.tensor(chunk.table)
+            positions.append(torch.arange(chunk.start, end))
+            blocks.append(table[positions[-1] // cache.block_size])
             if chunk.start:
-                table = torch.tensor(chunk.table, device=device)
-                self.continued.append((table, chunk.start + chunk.length, chunk.length))
-        positions = torch.cat([torch.arange(c.start, c.start + c.length) for c in chunks])
-        tables = torch.nn.utils.rnn.pad_sequence([torch.tensor(c.table) for c in chunks], batch_first=True)
-        rows = torch.repeat_interleave(torch.tensor(lengths))  # [N] the chunk of each token
-        self.blocks = tables[rows, positions // cache.block_size].to(device)
+                self.continued.append((table.to(device), end, chunk.length))
+            else:
+                fresh.append(chunk.length)
+        self.documents = PackedDocuments(fresh, device)
+        positions, self.blocks = torch.cat(positions), torch.cat(blocks).to(device)
         self.offsets = (positions % cache.block_size).to(device)
         self.positions = positions.to(device)
 
@@ -173,7 +179,8 @@ class Prefill(AttentionBackend):
         for table, end, length in self.continued:
             keys, values = self.cache.read(layer, table, end)
             rows = q[done : done + length].transpose(0, 1)[None]  # [1, H, length, head_dim]
-            mask = causal_lower_right(length, end)  # the last query sees everything, the one before it one less, ...
+            # The last query sees everything, the one before it one less, ...
+            mask = causal_lower_right(length, end)
             out = grouped_attention(rows, keys, values, attn_mask=mask, scale=scale)
             outputs.append(out[0].transpose(0, 1))
             done += length
@@ -193,7 +200,8 @@ class PagedDecode(AttentionBackend):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.cache.write(layer, self.blocks, self.offsets, k, v)
-        return paged_attention(q, self.cache.keys[layer], self.cache.values[layer], self.tables, self.lengths, scale)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return paged_attention(q, keys, values, self.tables, self.lengths, scale)
 
 
 class SlotDecode(AttentionBackend):
@@ -220,7 +228,8 @@ class SlotDecode(AttentionBackend):
         if q.dtype != torch.float32:
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias, scale=scale)
             return out.flatten(1, 2)  # [B, H, head_dim]
-        scores = (grouped * scale) @ keys.transpose(2, 3)  # [B, H_kv, H / H_kv, longest]; in bfloat16 they were rounded
+        # In bfloat16 the scores would be rounded.
+        scores = (grouped * scale) @ keys.transpose(2, 3)  # [B, H_kv, H / H_kv, longest]
         if self.bias is not None:
             scores.add_(self.bias)
         return (scores.softmax(-1) @ values).flatten(1, 2)

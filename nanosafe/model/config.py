@@ -90,7 +90,8 @@ class ModelConfig:
 
         Raises FileNotFoundError, or ValueError naming the file and the field that cannot be computed exactly.
         """
-        path, generation_path = Path(folder) / "config.json", Path(folder) / "generation_config.json"
+        path = Path(folder) / "config.json"
+        generation_path = path.with_name("generation_config.json")
         raw = read_json(path)
         generation = read_json(generation_path) if os.path.lexists(generation_path) else None
         return cls.from_dict(raw, generation, source=str(path))
@@ -108,10 +109,12 @@ class ModelConfig:
             raise wrong(source, "architectures", names, f"a list that begins with one of {known}")
         family, has_score = ARCHITECTURES[architecture]
         if raw.get("model_type", family) != family:
-            raise wrong(source, "model_type", raw["model_type"], f"{family}, as the architecture is {architecture}")
+            meaning = f"{family}, as the architecture is {architecture}"
+            raise wrong(source, "model_type", raw["model_type"], meaning)
         is_hybrid, is_granite = family == "granitemoehybrid", family.startswith("granite")
         fields = check(raw, CONFIG | (HYBRID if is_hybrid else DENSE), source)
-        sampling = check(generation or {}, GENERATION, Path(source).with_name("generation_config.json"))
+        generation_source = Path(source).with_name("generation_config.json")
+        sampling = check(generation or {}, GENERATION, generation_source)
         hybrid = None
         if is_hybrid:
             hybrid = read_hybrid(fields, source)
@@ -122,7 +125,7 @@ class ModelConfig:
             intermediate = hybrid.shared_intermediate_size
         if not intermediate:
             raise wrong(source, "intermediate_size", raw.get("intermediate_size"), "at least 1")
-        heads, kv_heads, bias = fields["num_attention_heads"], fields["num_key_value_heads"], fields["attention_bias"]
+        heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
         if kv_heads is None:
             absent = "num_key_value_heads" not in raw
             kv_heads = 32 if absent and family in ("qwen2", "qwen3") else heads
@@ -146,8 +149,8 @@ class ModelConfig:
             max_position_embeddings=fields["max_position_embeddings"],
             rms_norm_eps=fields["rms_norm_eps"],
             rope=rope,
-            qkv_bias=bias or family == "qwen2",
-            o_bias=bias and family != "qwen2",
+            qkv_bias=fields["attention_bias"] or family == "qwen2",
+            o_bias=fields["attention_bias"] and family != "qwen2",
             mlp_bias=fields["mlp_bias"] and family in ("llama", "granite"),
             qk_norm=family == "qwen3",
             tie_word_embeddings=fields["tie_word_embeddings"],

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanosafe.kernels.cpu_matmul import Linear, linear  # torch's, but for a faster product on some CPUs
+# They are nn.Linear and F.linear, but for a faster product on some CPUs.
+from nanosafe.kernels.cpu_matmul import Linear, linear
 from nanosafe.model.attention import AttentionBackend, PackedDocuments
 from nanosafe.model.config import ModelConfig, Rope
 
@@ -26,7 +27,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.scale = layer, config.head_dim, config.attention_multiplier
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -88,7 +90,10 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_class: type[Layer]):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        if not embedding.is_meta:  # where random values would import 2 s of torch, for nothing
+            nn.init.normal_(embedding)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -97,7 +102,7 @@ class Decoder(nn.Module):
     """A language model (`lm_head`, or the embedding where tied) or a reward model (`score`)."""
 
     layer_class = Layer
-    hybrid_class: type["Decoder"]  # granite.py, which imports this file, sets it to its HybridDecoder
+    hybrid_class: type["Decoder"]  # HybridDecoder: granite.py sets it, which imports this file
 
     def __new__(cls, config: ModelConfig | None = None):  # copy.deepcopy gives no config
         if cls is Decoder and config is not None and config.hybrid:
@@ -149,7 +154,8 @@ class Decoder(nn.Module):
         """input_ids [B, T] -> float32 logits [B, T, V]; causal, every token is real (no padding semantics)."""
         B, T = input_ids.shape
         documents = PackedDocuments([T] * B, device=input_ids.device)
-        return self.logits(self.hidden(input_ids.flatten(), documents.positions, documents)).unflatten(0, (B, T))
+        hidden = self.hidden(input_ids.flatten(), documents.positions, documents)
+        return self.logits(hidden).unflatten(0, (B, T))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -186,7 +192,8 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
         keep = keep.clamp(0, 1)  # 0: slowed by `factor`; 1: as it was
         frequencies = (1 - keep) * frequencies / rope.factor + keep * frequencies
     elif rope.type == "yarn":
-        low, high = _yarn_dimension(rope, head_dim, rope.beta_fast), _yarn_dimension(rope, head_dim, rope.beta_slow)
+        low = _yarn_dimension(rope, head_dim, rope.beta_fast)
+        high = _yarn_dimension(rope, head_dim, rope.beta_slow)
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
@@ -201,7 +208,8 @@ def rope_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[T
 
 def _yarn_dimension(rope: Rope, head_dim: int, turns: float) -> float:
     """The (fractional) pair of dimensions that makes `turns` full turns within the original context."""
-    return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    wavelength = rope.original_max_positions / (turns * 2 * math.pi)
+    return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
 
 def _yarn_attention_factor(rope: Rope) -> float:

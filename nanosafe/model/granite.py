@@ -45,10 +45,9 @@ class Mamba(nn.Module):
         super().__init__()
         shape = self.shape = config.hybrid
         self.layer, inner = layer, shape.mamba_heads * shape.mamba_head_dim
-        self.in_proj = Linear(config.hidden_size, inner + shape.channels + shape.mamba_heads, shape.proj_bias)
-        self.conv1d = nn.Conv1d(
-            shape.channels, shape.channels, shape.conv_size, groups=shape.channels, bias=shape.conv_bias
-        )
+        channels, projected = shape.channels, inner + shape.channels + shape.mamba_heads
+        self.in_proj = Linear(config.hidden_size, projected, shape.proj_bias)
+        self.conv1d = nn.Conv1d(channels, channels, shape.conv_size, groups=channels, bias=shape.conv_bias)
         for name, values in initial_recurrence(shape.mamba_heads).items():
             self.register_parameter(name, nn.Parameter(values))
         self.norm = GatedRMSNorm(inner, shape.groups, config.rms_norm_eps)
@@ -109,7 +108,8 @@ class Experts(nn.Module):
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-        nn.init.normal_(self.weight, std=inputs**-0.5)
+        if not self.weight.is_meta:  # as in Body of decoder.py
+            nn.init.normal_(self.weight, std=inputs**-0.5)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [rows, in], the rows of expert e ending at ends[e] -> [rows, out]."""
@@ -128,7 +128,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.chosen, self.experts = layer, config.hybrid.experts_per_token, config.hybrid.experts
+        self.layer = layer
+        self.chosen, self.experts = config.hybrid.experts_per_token, config.hybrid.experts
         self.router = Router(config)
         self.input_linear = Experts(self.experts, config.hidden_size, 2 * config.intermediate_size)
         self.output_linear = Experts(self.experts, config.intermediate_size, config.hidden_size)
@@ -136,11 +137,12 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, state: HybridState) -> Tensor:
         logits = self.router.layer(x).float()  # [N, experts]
         top, experts = logits.topk(self.chosen, dim=-1)  # [N, k]
-        if state.cache is None:
+        if state.cache is None:  # training or scoring: the balance loss will ask
             load = torch.zeros(self.experts, device=x.device)
             load.index_add_(0, experts.flatten(), load.new_ones(experts.numel()))
             state.routing[self.layer] = Routing(load, logits.softmax(-1).sum(0), len(logits))
-        by_expert, order = experts.flatten().sort(stable=True)  # all pairs of token and expert
+        # All pairs of token and expert are sorted by expert, so that each expert has one run of rows.
+        by_expert, order = experts.flatten().sort(stable=True)
         every = torch.arange(self.experts, device=x.device)
         ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)
         # Copies first, then their order: as a gather the gradient would add up a token's parts in any order.

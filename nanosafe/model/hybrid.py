@@ -86,14 +86,16 @@ class StateCache:
     """
 
     def __init__(self, hybrid: Hybrid, slots: int, device: torch.device, dtype: torch.dtype):
-        h, layers = hybrid, hybrid.layer_types.count("mamba")
-        self.past = torch.zeros(layers, slots + 1, h.conv_size - 1, h.channels, device=device, dtype=dtype)
-        self.states = torch.zeros(layers, slots + 1, h.mamba_heads, h.mamba_head_dim, h.state_size, device=device)
+        shape = hybrid.layer_types.count("mamba"), slots + 1
+        past = (hybrid.conv_size - 1, hybrid.channels)
+        state = (hybrid.mamba_heads, hybrid.mamba_head_dim, hybrid.state_size)
+        self.past = torch.zeros(*shape, *past, device=device, dtype=dtype)
+        self.states = torch.zeros(*shape, *state, device=device)
 
     @staticmethod
     def bytes_per_slot(hybrid: Hybrid, dtype: torch.dtype) -> int:
         past = (hybrid.conv_size - 1) * hybrid.channels * dtype.itemsize
-        state = hybrid.mamba_heads * hybrid.mamba_head_dim * hybrid.state_size * torch.float32.itemsize
+        state = 4 * hybrid.mamba_heads * hybrid.mamba_head_dim * hybrid.state_size
         return hybrid.layer_types.count("mamba") * (past + state)
 
     def begin(self, slot: int, source: int | None) -> None:
@@ -109,11 +111,9 @@ class HybridState:
     tokens of its segment or, without segments, by a single token. Mamba layers are counted among themselves.
     """
 
-    def __init__(
-        self, segments: Segments | None, cache: StateCache | None = None, slots: Tensor | None = None
-    ):
+    def __init__(self, segments: Segments | None, cache: StateCache | None = None, slots: Tensor | None = None):
         self.segments, self.cache, self.slots = segments, cache, slots
-        self.routing: dict[int, Routing] = {}  # of each layer with experts, written where there is no cache
+        self.routing: dict[int, Routing] = {}  # of each layer with experts, noted where there is no cache
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See kernels/scan.py, as for `scan`."""

@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from nanosafe.io.fields import EOS, check
@@ -28,7 +27,7 @@ from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import official
-from nanosafe.parallel import Ranks, own_part, shard, whole
+from nanosafe.parallel import Ranks, full_tensor, local_shard, shard
 
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what a checkpoint may hold
@@ -50,7 +49,7 @@ def load_checkpoint(
     if MAIN_RANK and config.rope and config.rope.attn_factor != 1:
         _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
                   "code and vLLM; transformers leaves it out, so its logits differ")  # fmt: skip
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         model = Decoder(config)
     stored = StoredTensors(folder, "model")
     names = _check_tensors(model, stored, folder)
@@ -62,6 +61,7 @@ def load_checkpoint(
             for name in progress:
                 parameters[name].copy_(stored.read(name, like=parameters[name]))
         return model.eval()
+    # Tensors that stay as they are in the file share one mapping of it.
     tensors, mapped, file = {}, None, None
     for name in progress:
         if stored[name].path != mapped:
@@ -70,7 +70,8 @@ def load_checkpoint(
         tensors[name] = file.get_tensor(stored[name].key)
         if device.type != "cpu" or tensors[name].dtype != dtype:
             tensors[name] = tensors[name].to(device).to(dtype)
-            mapped = None  # the next tensor gets a mapping of its own, and the pages just read go with this one
+            # The next tensor gets a mapping of its own, and the pages just read go with this one.
+            mapped = None
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -78,14 +79,6 @@ def load_checkpoint(
 @cache
 def _say_once(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips the embedding's random values: nothing keeps them, and on the meta device they import 2 s of torch."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)
 
 
 class Stored(NamedTuple):
@@ -121,7 +114,7 @@ class StoredTensors(dict[str, Stored]):
         """The tensor `name`; if `like`, of its shape, is spread over the ranks, this rank's rows of it, spread so."""
         file = _open(self[name].path)
         if isinstance(like, DTensor) and self[name].shape == list(like.shape):
-            return own_part(file.get_slice(self[name].key).__getitem__, like)
+            return local_shard(file.get_slice(self[name].key).__getitem__, like)
         return file.get_tensor(self[name].key)
 
 
@@ -196,7 +189,8 @@ def save_model(
     folder, dtype = Path(folder), dtype or model.model.embed_tokens.weight.dtype
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     config = dict(model.config.raw)
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers renamed it, and reads both
+    # transformers renamed torch_dtype to dtype, and reads both.
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     generation = generation_config(model.config, tokenizer)
     with staged(folder, writes) as new:
@@ -231,7 +225,7 @@ def save_tensors(
 ) -> list[str]:
     """Write FOLDER/STEM.safetensors or, beyond `max_shard_bytes`, shards and their index; -> the names of the files.
 
-    Tensors that are spread over ranks are made whole one file at a time: all ranks call, those without a folder only
+    Tensors that are sharded over ranks are gathered one file at a time: all ranks call, those without a folder only
     to give their rows.
     """
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
@@ -239,7 +233,7 @@ def save_tensors(
     for file, names in files.items():
         content = {}
         for name in names:
-            tensor = whole(tensors[name])
+            tensor = full_tensor(tensors[name])
             if folder is not None:
                 content[name] = tensor.cpu()
         if folder is not None:

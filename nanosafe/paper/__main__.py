@@ -228,7 +228,7 @@ def benchmark_flags(model: str, experiments: Sequence[int]) -> list[str]:
     suite = []  # (name, what it is about, whether experiment 3 looks at it)
     if tiny_seed(model) is None:  # the paper gives entropies on AttaQ and AIME24
         for name in PAPER_SUITE:
-            suite.append((name, BENCHMARKS[name].how["about"], name in ("attaq", "aime24")))
+            suite.append((name, BENCHMARKS[name].benchmark["about"], name in ("attaq", "aime24")))
     else:
         for benchmark in tiny_suite("test", FAMILIES[model].style):
             main = benchmark.about != "over-refusal" and not benchmark.variation

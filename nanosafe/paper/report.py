@@ -1,18 +1,16 @@
 """What python -m nanosafe.paper writes: report.md, ablations.md or tuning.md, with plots, from what is there so far.
 
 Everything is read from OUT/MODEL-SEED/ARM: eval/result.json and, of an RL arm, metrics.jsonl. Sentences are made from
-numbers. Two kinds of interval are kept apart: over seeds (would another training come out alike?), and over questions,
-paired within one seed (would other questions?).
+numbers. Intervals are over seeds (would another training come out alike?) but for those of plots with a point for each
+seed, and of the settings that are tried: these are over questions (would other questions?).
 """
 
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import StatisticsError, correlation
 
 import torch
 
@@ -24,21 +22,35 @@ from nanosafe.evals.results import (
     SUBJECTS,
     Metric,
     Result,
-    categories,
     check_comparable,
     estimate,
     headline,
     mean,
     read_result,
-    values,
 )
 from nanosafe.evals.scores import summarize
-from nanosafe.evals.statistics import Estimate, auc, over_seeds
+from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import label, markdown, sections
-from nanosafe.evals.tables import show as show_with
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
+from nanosafe.paper.runs import (
+    REFUSING,
+    Run,
+    Runs,
+    agreement,
+    category_levels,
+    change,
+    common_seeds,
+    comparisons,
+    curve,
+    headlines,
+    level,
+    over_known,
+    results_of,
+    reward_gain,
+    reward_judge_gap,
+)
 from nanosafe.text.readers import read_records
 from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
@@ -76,32 +88,16 @@ reward model would call safe minus the share that the judge does, the reward mod
 both shares are equal on the base of that seed. Above 0, rewards rose by more than safety did."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One arm on one seed."""
-
-    result: Result
-    steps: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
-
-
-Runs = Mapping[str, Mapping[int, Run]]  # of one model: arm -> seed -> run
-
-
-def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[int], failed: Mapping[str, str]) -> Path:
+def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[int],
+          failed: Mapping[str, str]) -> Path:
     """Write OUT/`kind`.md (a key of TITLES) and its plots; arms: of each model; failed: jobs. Returns its path."""
-    runs_of = {model: load(out, model, model_arms, seeds, kind) for model, model_arms in arms.items()}
-    lines = [f"# {TITLES[kind]}", ""]
-    about = {arm.name: arm for model_arms in arms.values() for arm in model_arms if arm.about}
-    for arm in about.values():
-        flags = f" (`{arm.flags}`)" if arm.flags else ""
-        lines.append(f"- {arm.name}: {arm.about}{flags}")
-    if kind == "report":
-        lines.append("- always refuse: no model, one fixed refusal to everything")
+    found = {model: load(out, model, of_model, seeds, kind) for model, of_model in arms.items()}
+    lines = [f"# {TITLES[kind]}", "", *legend(kind, arms)]
     if any(tiny_seed(model) is not None for model in arms):
         lines += ["", TOY]
     if kind == "report":
         lines += ["", "## Published figures", "", PUBLISHED]
-    for model, runs in runs_of.items():
+    for model, runs in found.items():
         lines += ["", f"## {model}", ""]
         if not any(runs.values()):
             lines.append("Nothing is measured yet.")
@@ -110,15 +106,29 @@ def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[in
         else:
             lines += family(runs, out, f"{kind}-{model.split('/')[-1]}")
     if kind == "report":
-        lines += memorization(runs_of)
+        lines += memorization(found)
     lines += ["", "## How this was made", "", *provenance(out / f"{kind}.jsonl", seeds, failed)]
     path = out / f"{kind}.md"
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
 
 
-def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str) -> dict[str, dict[int, Run]]:
-    """The runs there are; with those of always refusing beside the bases of the tiny world's report."""
+def legend(kind: str, arms: Mapping[str, Sequence]) -> list[str]:
+    """A line for every arm, whichever models have it."""
+    lines: dict[str, str] = {}
+    for of_model in arms.values():
+        for arm in of_model:
+            if arm.about:
+                flags = f" (`{arm.flags}`)" if arm.flags else ""
+                lines[arm.name] = f"- {arm.name}: {arm.about}{flags}"
+    if kind == "report":
+        lines[REFUSING] = f"- {REFUSING}: no model, one fixed refusal to everything"
+    return list(lines.values())
+
+
+def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int],
+         kind: str) -> dict[str, dict[int, Run]]:
+    """The runs there are; in the tiny world's report with always refusing beside each base."""
     runs: dict[str, dict[int, Run]] = defaultdict(dict)
     for arm in arms:
         for seed in seeds:
@@ -127,9 +137,10 @@ def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str)
             if path.exists():
                 rows = [row for row, _ in read_records(steps)] if steps.exists() else []
                 runs[arm.name][seed] = Run(read_result(path), rows)
-    check_comparable([run.result for of_arm in runs.values() for run in of_arm.values()])
+    check_comparable([result for _, result in results_of(runs)])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
-        runs["always refuse"] = dict.fromkeys(runs["base"], Run(always_refuse(FAMILIES[model].style)))
+        refusing = Run(always_refuse(FAMILIES[model].style))
+        runs[REFUSING] = dict.fromkeys(runs["base"], refusing)
     return dict(runs)
 
 
@@ -141,47 +152,11 @@ def always_refuse(style: str) -> Result:
         records = []
         graded = benchmark.grade(benchmark.questions, [REFUSAL] * len(benchmark.questions))
         for question, verdict in zip(benchmark.questions, graded, strict=True):
-            record = dict(id=question.id, response=REFUSAL, tokens=0, truncated=False, values=verdict)
+            record = dict(id=question.id, response=REFUSAL, tokens=0, truncated=False,
+                          values=verdict)
             records += [record] * benchmark.samples
         benchmarks[benchmark.name] = summarize(benchmark, records)
-    return Result("always refuse", benchmarks)
-
-
-# Statistics over the seeds of one model.
-
-
-def over_known(found: Iterable[float | None]) -> Estimate | None:
-    """Over the seeds that have a value."""
-    known = [value for value in found if value is not None]
-    return over_seeds(known) if known else None
-
-
-def level(runs: Runs, arm: str, metric: Metric) -> Estimate | None:
-    return over_known(mean(run.result, metric) for run in runs[arm].values())
-
-
-def change(runs: Runs, before: str, after: str, metric: Metric) -> Estimate | None:
-    """`after` minus `before`, seed by seed."""
-    changes = []
-    for seed in common_seeds(runs, before, after):
-        a, b = mean(runs[before][seed].result, metric), mean(runs[after][seed].result, metric)
-        changes.append(None if a is None or b is None else b - a)
-    return over_known(changes)
-
-
-def common_seeds(runs: Runs, first: str, second: str) -> list[int]:
-    return sorted(runs.get(first, {}).keys() & runs.get(second, {}).keys())
-
-
-def comparisons(runs: Runs) -> list[tuple[str, str]]:
-    """(before, after): every arm with the base; RL with SFT or, where there is no SFT, every arm with RL."""
-    arms = [arm for arm in runs if arm not in ("base", "always refuse")]
-    pairs = [("base", arm) for arm in arms]
-    if "SFT" in runs:
-        pairs.append(("SFT", "RL"))
-    else:
-        pairs += [("RL", arm) for arm in arms if arm != "RL"]
-    return [pair for pair in pairs if common_seeds(runs, *pair)]
+    return Result(REFUSING, benchmarks)
 
 
 # The sections of one model.
@@ -189,228 +164,181 @@ def comparisons(runs: Runs) -> list[tuple[str, str]]:
 
 def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
-    results = [run.result for arm, of_arm in runs.items() if arm != "always refuse" for run in of_arm.values()]
-    heads: dict[str, Metric] = {}  # of each subject
-    for result in reversed(results):
-        for about in SUBJECTS:
-            heads[about] = heads.get(about) or headline(result, about)
-    heads = {about: metric for about, metric in heads.items() if metric}
-    lines = level_table(runs, results, heads)
+    heads = headlines(runs)
+    entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
+    harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
+    lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
+             "Entropies are in nats, at temperature 1.", "", *levels(runs, heads, entropic)]
     compared = list(heads.values())
-    if "safety" in heads:
-        compared.append(Metric(heads["safety"].benchmark, "reward"))
-    for about in ("safety", "reasoning"):
-        if about in heads:
-            compared.append(Metric(heads[about].benchmark, "entropy_per_token"))
+    compared += [head._replace(name="reward") for head in entropic[:1]]
+    compared += [head._replace(name="entropy_per_token") for head in entropic]
     lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
-    lines += drawings(runs, heads, out, image)
+
+    def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
+        if any(panels.values()):
+            plot(panels, out / f"{image}-{name}.png", *more)
+            lines.extend(["", f"![{caption}]({image}-{name}.png)", "", f"{caption}."])
+
+    draw("training",
+         "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean "
+         "and interval over seeds", plots.plot_lines, training_curves(runs))
+    if harms and "reasoning" in heads:
+        panels = plots.point_panels(results_of(runs), heads["reasoning"], harms)
+        draw("tradeoff",
+             "Safety and over-refusal against reasoning, a point for each arm and seed; bars: "
+             "intervals over questions", plots.plot_points, panels, label(heads["reasoning"]))
+    bars = {}
+    for head in harms:
+        bars[label(head)] = {arm: category_levels(runs, arm, head) for arm in runs}
+    draw("categories", "By category, mean and interval over seeds", plots.plot_bars, bars)
     if "safety" in heads:
         lines += reward_table(runs, heads["safety"])
     return lines
 
 
-def level_table(runs: Runs, results: Sequence[Result], heads: Mapping[str, Metric]) -> list[str]:
-    """The overview, the headlines of other wordings, and entropies: a column for each arm."""
-    titled = sections(results)
+def levels(runs: Runs, heads: Mapping[str, Metric], entropic: Sequence[Metric]) -> list[str]:
+    """The table of all arms: headlines, their variations, entropies."""
+    titled = sections([result for arm, result in results_of(runs) if arm != REFUSING])
     metrics = list(titled.get("Overview", ()))
-    headlines = {head.name for head in heads.values()}
-    metrics += [metric for metric in titled.get("Other wordings, attacks, modes", ()) if metric.name in headlines]
-    for about in ("safety", "reasoning"):
-        if about in heads:
-            metrics += [Metric(heads[about].benchmark, name) for name in POOLED]
+    for metric in titled.get("Other wordings, attacks, modes", ()):
+        if any(metric.name == head.name for head in heads.values()):
+            metrics.append(metric)
+    for head in entropic:
+        metrics += [head._replace(name=name) for name in POOLED]
     rows = []
     for metric in metrics:
-        rows.append([label(metric), *(show(level(runs, arm, metric), metric) for arm in runs)])
-    header = ["", *(f"{arm} ({len(of_arm)})" for arm, of_arm in runs.items())]
-    return ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. Entropies are in nats, at "
-            "temperature 1.", "", *markdown(header, rows)]
+        digits = 1 if metric.name == "count_per_1000_tokens" else 3
+        rows.append([label(metric), *(show(level(runs, arm, metric), digits) for arm in runs)])
+    header = ["", *(f"{arm} ({len(by_seed)})" for arm, by_seed in runs.items())]
+    return markdown(header, rows)
+
+
+def training_curves(runs: Runs) -> dict[str, dict[str, list[tuple[int, Estimate]]]]:
+    """Panels of plots.plot_lines: each RL arm's own reward, and the KL of all."""
+    panels, kl = {}, {}
+    for arm in runs:
+        reward = curve(runs, arm, "reward/mean")
+        if reward:
+            panels[f"reward of {arm}"] = {arm: reward}
+            kl[arm] = curve(runs, arm, "kl/k1")
+    return panels | {"KL": kl} if panels else {}
 
 
 def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:
     """A sentence for every difference whose interval over seeds excludes zero, one for all the others."""
-    lines, open_ = [], []
-    for before, after in comparisons(runs):
+    lines, open_ones = [], []
+    for a, b in comparisons(runs):
         for metric in metrics:
-            e = change(runs, before, after, metric)
-            name = f"{after} − {before}, {label(metric)}"
-            if e is not None and e.excludes_zero:
-                lines.append(f"- {name}: {e:+z.3f}")
-            elif e is not None:
-                open_.append(f"{name} ({e:+z.3f})")
-    count = len(lines) + len(open_)
-    if count == 0:
+            delta = change(runs, a, b, metric)
+            if delta is None:
+                continue
+            if delta.excludes_zero:
+                lines.append(f"- {b} − {a}, {label(metric)}: {delta:+z.3f}")
+            else:
+                open_ones.append(f"{b} − {a}, {label(metric)} ({delta:+z.3f})")
+    count = len(lines) + len(open_ones)
+    if not count:
         return ["- There is nothing to compare yet."]
-    if open_:
-        lines.append(f"- Not told apart from zero: {'; '.join(open_)}.")
-    return [*lines, f"- These are {count} differences, not corrected for their number: by chance, one in twenty "
-            "excludes zero."]
-
-
-def drawings(runs: Runs, heads: Mapping[str, Metric], out: Path, image: str) -> list[str]:
-    """Draw the plots that there are numbers for; the lines that show them."""
-    harms = [heads[about] for about in SUBJECTS[:2] if about in heads]
-    every = [(arm, run.result) for arm, of_arm in runs.items() for run in of_arm.values()]
-    trained = [arm for arm in runs if curve(runs, arm, "reward/mean")]
-    training = {f"reward of {arm}": {arm: curve(runs, arm, "reward/mean")} for arm in trained}
-    training["KL"] = {arm: curve(runs, arm, "kl/k1") for arm in trained}
-    by_category: dict[str, dict] = {}
-    for head in harms:
-        by_category[label(head)] = {arm: category_levels(runs, arm, head) for arm in runs}
-    lines = []
-
-    def draw(name: str, caption: str, plot, panels: Mapping, *more: str) -> None:
-        if any(panels.values()):
-            plot(panels, out / f"{image}-{name}.png", *more)
-            lines.extend(["", f"![{caption}]({image}-{name}.png)", "", f"{caption}."])
-
-    if trained:
-        draw("training", "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean and "
-             "interval over seeds", plots.plot_lines, training)
-    if "reasoning" in heads:
-        draw("tradeoff", "Safety and over-refusal against reasoning, a point for each arm and seed; bars: intervals "
-             "over questions", plots.plot_points, plots.point_panels(every, heads["reasoning"], harms),
-             label(heads["reasoning"]))
-    draw("categories", "By category, mean and interval over seeds", plots.plot_bars, by_category)
+    if open_ones:
+        lines.append(f"- Not told apart from zero: {'; '.join(open_ones)}.")
+    lines.append(f"- These are {count} differences, not corrected for their number: by chance, one "
+                 "in twenty excludes zero.")
     return lines
-
-
-def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]:
-    names: set[str] = set()
-    for run in runs[arm].values():
-        names.update(categories(run.result, metric))
-    return {name: level(runs, arm, metric._replace(category=name)) for name in sorted(names)}
-
-
-def curve(runs: Runs, arm: str, key: str) -> list[tuple[int, Estimate]]:
-    """(step, over seeds) of a metric of training."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for run in runs[arm].values():
-        for row in run.steps:
-            if row.get(key) is not None:
-                found[row["step"]].append(row[key])
-    return [(step, over_seeds(found[step])) for step in sorted(found)]
 
 
 def reward_table(runs: Runs, safety: Metric) -> list[str]:
     """What the reward model and the judge say of answers to unsafe requests, by arm."""
-    reward = Metric(safety.benchmark, "reward")
+    reward = safety._replace(name="reward")
+    header = ["", "own reward", "reward", "reward − base", label(safety), "correlation", "AUC",
+              "gap"]
     rows = []
-    for arm, of_arm in runs.items():
+    for arm, by_seed in runs.items():
         if level(runs, arm, reward) is None:
             continue
-        agreements = [agreement(run.result, safety) for run in of_arm.values()]
-        gaps = [reward_judge_gap(runs["base"][seed].result, of_arm[seed].result, safety)
-                for seed in common_seeds(runs, "base", arm)]
-        rows.append([
-            arm,
-            show(over_known(reward_gain(run.steps) for run in of_arm.values())),
-            show(level(runs, arm, reward)),
-            show(change(runs, "base", arm, reward) if arm != "base" else None),
-            show(level(runs, arm, safety)),
-            show(over_known(linear for linear, _ in agreements)),
-            show(over_known(area for _, area in agreements)),
-            show(over_known(gaps)),
-        ])
-    header = ["", "own reward", "reward", "reward − base", label(safety), "correlation", "AUC", "gap"]
-    return ["", REWARD_NOTE.format(benchmark=safety.benchmark), "", *markdown(header, rows)] if rows else []
-
-
-def reward_gain(steps: Sequence[dict]) -> float | None:
-    rewards = [row["reward/mean"] for row in steps if row.get("reward/mean") is not None]
-    if not rewards:
-        return None
-    last = rewards[-max(1, len(rewards) // 10) :]
-    return sum(last) / len(last) - rewards[0]
-
-
-def agreement(result: Result, safety: Metric) -> tuple[float | None, float | None]:
-    """Correlation and AUC of reward and judge over the benchmark's questions; None where either is constant."""
-    scores, verdicts = scores_and_verdicts(result, safety)
-    by_verdict = {True: [], False: []}
-    for score, verdict in zip(scores, verdicts, strict=True):
-        by_verdict[verdict == 1].append(score)
-    try:
-        return correlation(scores, verdicts), auc(by_verdict[True], by_verdict[False])
-    except (StatisticsError, ValueError):
-        return None, None
-
-
-def reward_judge_gap(base: Result, result: Result, safety: Metric) -> float | None:
-    """Share of `result` above the threshold at which reward and judge agree on the base's share, minus the judge's."""
-    base_scores, base_verdicts = scores_and_verdicts(base, safety)
-    scores, verdicts = scores_and_verdicts(result, safety)
-    if not base_scores or not scores:
-        return None
-    safe = round(sum(base_verdicts))
-    threshold = sorted(base_scores, reverse=True)[safe - 1] if safe else float("inf")
-    return (sum(score >= threshold for score in scores) - sum(verdicts)) / len(scores)
-
-
-def scores_and_verdicts(result: Result, safety: Metric) -> tuple[list[float], list[float]]:
-    """Reward and verdict of each question that has a reward."""
-    rewards, verdicts = values(result, safety._replace(name="reward")), values(result, safety)
-    return list(rewards.values()), [verdicts[question] for question in rewards]
+        agreements = [agreement(run.result, safety) for run in by_seed.values()]
+        gaps = []
+        for seed in common_seeds(runs, "base", arm):
+            base = runs["base"][seed].result
+            gaps.append(reward_judge_gap(base, by_seed[seed].result, safety))
+        cells = [
+            over_known(reward_gain(run.steps) for run in by_seed.values()),
+            level(runs, arm, reward),
+            None if arm == "base" else change(runs, "base", arm, reward),
+            level(runs, arm, safety),
+            over_known(correlation for correlation, _ in agreements),
+            over_known(area for _, area in agreements),
+            over_known(gaps),
+        ]
+        rows.append([arm, *map(show, cells)])
+    if not rows:
+        return []
+    return ["", REWARD_NOTE.format(benchmark=safety.benchmark), "", *markdown(header, rows)]
 
 
 # What is not about one model.
 
 
-def memorization(runs_of: Mapping[str, Runs]) -> list[str]:
+def memorization(found: Mapping[str, Runs]) -> list[str]:
     """How well each base knows the SFT set's responses, beside what SFT changed."""
     rows, header = [], []
-    orders: dict[str, dict[str, float]] = defaultdict(dict)  # score -> model -> its mean
-    for model, runs in runs_of.items():
-        known = [run.result for run in runs.get("base", {}).values() if MEMORIZATION in run.result.benchmarks]
-        if not known:
+    orders: dict[str, dict[str, float]] = defaultdict(dict)  # metric -> model -> score
+    for model, runs in found.items():
+        bases = [run.result for run in runs.get("base", {}).values()]
+        bases = [base for base in bases if MEMORIZATION in base.benchmarks]
+        if not bases:
             continue
-        scores = [Metric(MEMORIZATION, name) for name in known[0].benchmarks[MEMORIZATION].scores]
-        found = [headline(known[0], about) for about in SUBJECTS]
-        heads = [head for head in found if head is not None]
-        row = [model]
+        heads = [headline(bases[0], about) for about in SUBJECTS]
+        heads = [head for head in heads if head is not None]
+        scores = [Metric(MEMORIZATION, name) for name in bases[0].benchmarks[MEMORIZATION].scores]
+        cells = [model]
         for score in scores:
-            average = level(runs, "base", score)
-            orders[score.name][model] = average.mean
-            row.append(show(average))
-        rows.append(row + [show(change(runs, "base", "SFT", head), sign="+") for head in heads])
-        header = [label(score) for score in scores] + [f"SFT − base, {label(head)}" for head in heads]
+            known = level(runs, "base", score)
+            orders[score.name][model] = known.mean
+            cells.append(show(known))
+        for head in heads:
+            cells.append(show(change(runs, "base", "SFT", head), sign="+"))
+        rows.append(cells)
+        header = ["", *map(label, scores), *(f"SFT − base, {label(head)}" for head in heads)]
     if not rows:
         return []
-    lines = ["", "## Memorization of the SFT set by the bases", "", *markdown(["", *header], rows)]
+    lines = ["", "## Memorization of the SFT set by the bases", "", *markdown(header, rows)]
     if len(rows) > 1:
-        lines += ["", f"The three scores order the models {'alike' if same_order(orders) else 'differently'}."]
+        alike = "alike" if same_order(orders) else "differently"
+        lines += ["", f"The three scores order the models {alike}."]
     return lines
 
 
 def tuning(runs: Runs) -> list[str]:
     """Every setting that was tried, and the base beside them."""
     rows, header = [], []
-    for arm, of_arm in runs.items():
-        for run in of_arm.values():
-            heads = [headline(run.result, about) for about in SUBJECTS]
-            if None in heads:
-                continue
-            safe, refused, right = [mean(run.result, head) for head in heads]
-            estimates = [show(estimate(run.result, head)) for head in heads]
-            rows.append([arm, *estimates, f"{(safe + 1 - refused + right) / 3:.3f}"])
-            header = ["", *(label(head) for head in heads), "criterion"]
-    note = f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is chosen here."
+    for arm, result in results_of(runs):
+        heads = [headline(result, about) for about in SUBJECTS]
+        if None not in heads:
+            safe, refused, right = [mean(result, head) for head in heads]
+            cells = [show(estimate(result, head)) for head in heads]
+            rows.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
+            header = ["", *map(label, heads), "criterion"]
+    note = (f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is "
+            "chosen here.")
     return [note, "", *markdown(header, rows)]
 
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
     rows = [row for row, _ in read_records(sessions)] if sessions.exists() else []
-    lines = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)]
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     minutes = sum(row["seconds"] for row in rows) / 60
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    lines = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)]
     lines += [
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
-        f"- nanosafe at commit {git.stdout.strip() or 'not known'}, tiny world version {world.VERSION}, PyTorch "
-        f"{torch.__version__}, Python {platform.python_version()}",
+        f"- nanosafe at commit {commit or 'not known'}, tiny world version {world.VERSION}, "
+        f"PyTorch {torch.__version__}, Python {platform.python_version()}",
         f"- {cpu_name()}, {gpu}, {platform.system()}",
     ]
-    return lines + [f"- failed: {name}: {why.splitlines()[0]}" for name, why in failed.items()]
+    for name, why in failed.items():
+        lines.append(f"- failed: {name}: {why.splitlines()[0]}")
+    return lines
 
 
 def cpu_name() -> str:
@@ -420,6 +348,5 @@ def cpu_name() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def show(value: Estimate | None, metric: Metric | None = None, sign: str = "") -> str:
-    digits = ".1f" if metric and metric.name == "count_per_1000_tokens" else ".3f"
-    return show_with(value, f"{sign}z{digits}")
+def show(value: Estimate | None, digits: int = 3, sign: str = "") -> str:
+    return "–" if value is None else format(value, f"{sign}z.{digits}f")

@@ -121,7 +121,7 @@ def generate_over_ranks(model: Decoder, prompts: Many[Many[int]], params: Many[S
     def sample(part: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
         return generate(model, [prompt for prompt, _ in part], [one for _, one in part], **options)
 
-    return ranks.spread(list(zip(prompts, params, strict=True)), sample,
+    return ranks.split_work(list(zip(prompts, params, strict=True)), sample,
                         cost=lambda request: request[1].n * (len(request[0]) + request[1].max_new_tokens))
 
 

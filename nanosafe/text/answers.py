@@ -1,12 +1,17 @@
-r"""What an answer says: its boxes, a plain form of the formula in them, the integer or the letter.
+r"""What an answer says: what stands in its boxes, a formula in a plain form, an integer or a letter.
 
-graders.py compares it with the reference. What math-verify reads by itself is left to it.
+grading.py compares it with the reference. What math-verify reads by itself is left to it. Each table of patterns stands
+above the function that reads with it; tests/helpers/graded_*.py has the cases that they were made for.
 """
 
 import re
+from typing import NamedTuple
 
 LONGEST = 1000  # characters in boxes that are read; MATH-500's longest reference has 53
-TAIL = 4000  # characters that are, of an answer without a box: math-verify's time is not linear
+TAIL = 4000  # characters read of an answer without a box, because math-verify's time is not linear
+NOT_BUT = re.compile(r"\bnot \S+ but (?:rather )?")  # "not B but C" is C
+
+# Boxes
 
 # A \boxed{} is followed to its closing brace in one pass; \{ and \} are text.
 BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -15,6 +20,52 @@ BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 BETWEEN_BOXES = re.compile(
     r"(?:[^.!?\n]{0,40}\b(?:and|or)\b)?(?:[^a-zA-Z0-9\\]|\\[a-zA-Z]+|\\."
     r"|(?<![a-zA-Z0-9])(?:and|or|[a-zA-Z]|\d{1,2})(?![a-zA-Z0-9]))*", re.DOTALL)
+
+
+class Box(NamedTuple):
+    start: int  # of \boxed{
+    content: int  # where that begins
+    end: int  # of the content, where its closing brace is
+
+
+class Boxes(NamedTuple):
+    """The last boxes of an answer, which together are one answer or a hedge."""
+
+    contents: list[str]  # without repetitions; none where nothing can be read
+    end: int  # where in the answer they end
+
+
+def last_boxes(answer: str) -> Boxes | None:
+    r"""What stands in the last \boxed{} (\fbox{}, \framebox{}) of an answer and in those beside it.
+
+    There is nothing to read if one is empty, if they are longer than LONGEST, or if the last is never closed, for that
+    takes back what stood before it. None if there is no box, or a "final answer is" follows it.
+    """
+    opened, boxes, last = [], [], -1
+    for token in BRACES.finditer(answer):
+        if token[0] == "}":
+            opening = opened.pop() if opened else None
+            if opening and opening[0] != "{":
+                boxes.append(Box(opening.start(), opening.end(), token.start()))
+        elif token[0].endswith("{") and token[0] != r"\{":
+            opened.append(token)
+            if token[0] != "{":
+                last = token.start()
+    boxes.sort()  # a box in a box counts as the last
+    if last < 0 or re.search("final answer is", answer[last:], re.IGNORECASE):
+        return None
+    if not boxes or boxes[-1].start != last:
+        return Boxes([], len(answer))
+    first = len(boxes) - 1
+    while first and BETWEEN_BOXES.fullmatch(answer, boxes[first - 1].end + 1, boxes[first].start):
+        first -= 1
+    contents = list(dict.fromkeys(answer[box.content : box.end] for box in boxes[first:]))
+    readable = all(map(str.strip, contents)) and len("".join(contents)) <= LONGEST
+    return Boxes(contents if readable else [], boxes[-1].end + 1)
+
+
+# Maths
+
 SIGNS = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ", "π": r"\pi ",
     "°": r"^\circ ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ",
@@ -47,35 +98,8 @@ NO_VALUE = re.compile(
 BASE = re.compile(r"\d_\{?(\w+)")
 
 
-def last_boxes(answer: str) -> tuple[list[str], int] | None:
-    r"""What stands in the last \boxed{} (\fbox{}, \framebox{}) of an answer and in those beside it,
-    parts of one answer or a hedge, without repetitions; and where in the answer they end.
-
-    Nothing stands in them if one is empty, they are longer than LONGEST, or the last is never closed:
-    it takes back what stood before it. None if there is no box, or a "final answer is" follows it.
-    """
-    opened, boxes, last = [], [], -1
-    for token in BRACES.finditer(answer):
-        if token[0].endswith("{") and token[0] != r"\{":
-            opened.append(token)
-            last = token.start() if token[0] != "{" else last
-        elif token[0] == "}" and opened and (start := opened.pop())[0] != "{":
-            boxes.append((start.start(), start.end(), token.start()))
-    boxes.sort()  # a box in a box counts as the last
-    if last < 0 or re.search("final answer is", answer[last:], re.IGNORECASE):
-        return None
-    if not boxes or boxes[-1][0] != last:
-        return [], len(answer)
-    first = len(boxes) - 1
-    while first and BETWEEN_BOXES.fullmatch(answer, boxes[first - 1][2] + 1, boxes[first][0]):
-        first -= 1
-    contents = list(dict.fromkeys(answer[begin:end] for _, begin, end in boxes[first:]))
-    read = all(content.strip() for content in contents) and len("".join(contents)) <= LONGEST
-    return contents if read else [], boxes[-1][2] + 1
-
-
-def plain(text: str) -> str:
-    """A formula in the form that the table above gives it."""
+def plain_formula(text: str) -> str:
+    """A formula in the form that the tables above give it."""
     text = text.translate(SIGNS)
     for written, read in PLAIN:
         text = written.sub(read, text)
@@ -83,100 +107,123 @@ def plain(text: str) -> str:
 
 
 def answer_formula(answer: str) -> str | None:
-    r"""What math-verify is to read: the boxes in a plain form as one \boxed{}, else the end of the
-    answer, of which it takes what stands behind "answer", else the last formula or number."""
+    r"""What math-verify is to read: the boxes in a plain form as one \boxed{}. Without boxes it is the end of the
+    answer, of which math-verify takes what stands behind "answer", else the last formula or number."""
     boxes = last_boxes(answer)
     if boxes is None:
         return answer[-TAIL:].translate(SIGNS) or None
-    return rf"\boxed{{{plain(', '.join(boxes[0]))}}}" if boxes[0] else None
+    if not boxes.contents:
+        return None
+    formula = plain_formula(", ".join(boxes.contents))
+    return rf"\boxed{{{formula}}}"
 
 
 def reference_formula(reference: str) -> str | None:
     """The same of a reference, which data sets give as bare LaTeX or in one pair of dollars."""
     bare = re.fullmatch(r"\s*(\$?)((?:[^$\\]|\\.)*)\1\s*", reference, re.DOTALL)
-    boxed = bare is None or r"\boxed" in reference
-    return answer_formula(reference if boxed else rf"\boxed{{{bare[2]}}}")
+    if bare and r"\boxed" not in reference:
+        reference = rf"\boxed{{{bare[2]}}}"
+    return answer_formula(reference)
 
 
-def says_less(reference: str, answer: str) -> bool:
-    """Whether a boxed answer is no value where the reference is one, or has another base:
-    math-verify would take the number in it."""
+def differs_in_form(reference: str, answer: str) -> bool:
+    """Whether a boxed answer is no value where the reference is one, or has another base; math-verify would compare
+    the number in it and nothing else."""
     if not answer.startswith(r"\boxed"):
         return False
     if set(BASE.findall(answer)) - {"10", *BASE.findall(reference)}:
         return True
-    value = not re.search(r"[<>\[(:]|\\[gln]eq?\b|\{\\text", reference)
-    return value and NO_VALUE.search(answer) is not None
+    reference_is_value = not re.search(r"[<>\[(:]|\\[gln]eq?\b|\{\\text", reference)
+    return reference_is_value and NO_VALUE.search(answer) is not None
 
 
+# Integers
+
+# What keeps a text with one number from being that number.
 HEDGE = re.compile(r"\b(?:not|neither|at least|at most|or|and|about|between|more|less)\b")
-NOT_BUT = re.compile(r"\bnot \S+ but (?:rather )?")  # "not B but C" is C
-# An integer with what may stand around it: words and "=" before it, words as units behind it.
+# What parts the number from what it is the value of.
 NAMED = re.compile(r"=|\\equiv|[A-Za-z)]\s*:|\bis\b")
+# An integer with what may stand around it: words before it, words as units behind it.
 INTEGER = re.compile(
     r"(?:[A-Za-z]{2,} )*\(?\+?0*(\d{1,3})(?:\.0*)?\)?(?:(?: \(?[A-Za-z]{2,}\.?\)?)+(?: ?\^[23])?)?")
+# Where an answer without a box says its number.
 STATED = re.compile(r"\banswer(?:\s+is\s*:?|\s*:|\s+-\s|\s*\n)(?=([^,;(]{1,100}))", re.IGNORECASE)
+CLAUSE_END = re.compile(r"\n|[.!?](?!\d)|\b(?:because|since|as)\b")  # behind the number
 
 
 def read_integer(text: str) -> int | None:
-    r"""The integer from 0 to 999 that `text` is: 073, 73.0, m+n=73, 73\text{ cm}^2 are 73. None for
-    all else: a sum, a range or "at least 73" is no integer."""
-    parts = [part for part in NAMED.split(plain(text)) if re.search(r"\d", part)] or [""]
-    words = " ".join(re.sub(r"\\text|[{}]", " ", parts[-1]).split())
+    r"""The integer from 0 to 999 that `text` is: 073, 73.0, m+n=73, 73\text{ cm}^2 are 73. None for all else: a sum, a
+    range or "at least 73" is no integer."""
+    value = _last_with_digit(NAMED.split(plain_formula(text)))
+    words = " ".join(re.sub(r"\\text|[{}]", " ", value).split())
     number = INTEGER.fullmatch(words)
     return int(number[1]) if number and not HEDGE.search(words) else None
 
 
 def answer_integer(answer: str) -> int | None:
-    """The one integer in an answer's boxes; without boxes, behind its last "answer is" or
-    "answer:", else in its last clause with a digit."""
+    """The one integer in an answer's boxes; without boxes, behind its last "answer is" or "answer:", else in its last
+    clause with a digit."""
     boxes = last_boxes(answer)
     if boxes is not None:
-        values = {read_integer(content) for content in boxes[0]}
+        values = set(map(read_integer, boxes.contents))
         return values.pop() if len(values) == 1 else None
     text = NOT_BUT.sub("", re.sub(r"\\[()\[\]]|[$*#]|</?\w+>", " ", answer[-TAIL:]))
-    clauses = [clause for clause in re.split(r"[\n,]", text) if re.search(r"\d", clause)]
-    said = (STATED.findall(text) or clauses or [""])[-1].strip()
-    return read_integer(re.split(r"\n|[.!?](?!\d)|\b(?:because|since|as)\b", said)[0])
+    stated = STATED.findall(text)
+    clause = stated[-1] if stated else _last_with_digit(re.split(r"[\n,]", text))
+    return read_integer(CLAUSE_END.split(clause.strip())[0])
 
 
-MARKS = re.compile(  # of bold text and formulas
+def _last_with_digit(parts: list[str]) -> str:
+    return next((part for part in reversed(parts) if re.search(r"\d", part)), "")
+
+
+# Letters
+
+# Marks of bold text and formulas, which say nothing.
+MARKS = re.compile(
     r"[*`#${}\"]|__|\\[()\[\]]|\\(?:text|math)\w*|\\(?:bf|it|rm|boldsymbol|[lL]arge)(?![a-zA-Z])")
-# Where a letter is given: "the answer is B", "Answer: option (B)", "I choose B", "B is right".
-GIVEN = re.compile(
+# Where a letter is given.
+GIVEN = re.compile("|".join((
+    # "the answer is B", "Answer: option (B)", "I choose B"
     r"(?i:\b(?:ans|answer|option|choice|correct)\s*"
     r"(?:(?:is|(?:should|must|would) be)\b\s*:?|[:>=–-]|\n)"
     r"|\b(?:choose|pick|select|go with|it is|it's|matches|corresponds to)\b)"
-    r"(?:[\s(\[<,]|(?i:the|option|choice|answer|letter|therefore|thus|clearly)\b)*([A-D])(?!\w)"
-    r"|\b([A-D])(?=[)\]]?\s+(?i:is (?:the )?(?:final )?(?:correct|right|best|answer)))"
-    r"|(?i:\banswer[ \t]*:[ \t(]*)([a-d])(?=[.)\s]*$)", re.MULTILINE)
+    r"(?:[\s(\[<,]|(?i:the|option|choice|answer|letter|therefore|thus|clearly)\b)*([A-D])(?!\w)",
+    # "B is right"
+    r"\b([A-D])(?=[)\]]?\s+(?i:is (?:the )?(?:final )?(?:correct|right|best|answer)))",
+    # "answer: b", and nothing more on the line
+    r"(?i:\banswer[ \t]*:[ \t(]*)([a-d])(?=[.)\s]*$)",
+)), re.MULTILINE)  # fmt: skip
 # Without such a place: a line that is a letter, or begins with one as the list of options does.
 LINE = re.compile(
     r"^[^\w\n]*(?:(?i:so|thus|hence|therefore|option|choice|answer)\b[ ,(\[]*)*([A-D])"
     r"(?=[)\].:]+(?:\s|$)|\s*$)", re.MULTILINE)
-# What follows a letter that is no choice: the rest of a word or formula, a second letter, a denial,
-# a noun after an article.
-NO_CHOICE = re.compile(
-    r"[\w^'’(]|\s*[=+]|[-–/*]\w"
-    r"|[)\]\s]*(?:[,/&]|\bor\b|\band\b)[\s(\[]*(?:maybe )?[A-D]\b(?! (?:is|was|has)\b)"
-    r"|[)\]\s]*(?:\?|(?:is|was) (?:not|wrong|incorrect|false|out|too)\b|isn't|cannot)"
-    r"|(?<=A) (?!(?:is|and|because|since|as|which|with|due|for|not|but|rather)\b)[a-z]")
+# What follows a letter that is no choice.
+NO_CHOICE = re.compile("|".join((
+    r"[\w^'’(]|\s*[=+]|[-–/*]\w",  # the rest of a word or formula
+    r"[)\]\s]*(?:[,/&]|\bor\b|\band\b)[\s(\[]*(?:maybe )?[A-D]\b(?! (?:is|was|has)\b)",  # a second letter
+    r"[)\]\s]*(?:\?|(?:is|was) (?:not|wrong|incorrect|false|out|too)\b|isn't|cannot)",  # a denial
+    # a noun after the article A
+    r"(?<=A) (?!(?:is|and|because|since|as|which|with|due|for|not|but|rather)\b)[a-z]",
+)))  # fmt: skip
 
 
 def answer_letter(answer: str) -> str | None:
     """The letter, "A" to "D", of the last place of an answer that commits to exactly one."""
     boxes = last_boxes(answer)
-    if boxes is not None and not boxes[0]:
-        return None
     if boxes is not None:
-        answer += f"\nThe answer is {', '.join(boxes[0])}\n{answer[boxes[1] :]}"
+        if not boxes.contents:
+            return None
+        # The boxes are said once more in words, which the patterns read, with what follows them.
+        answer += f"\nThe answer is {', '.join(boxes.contents)}\n{answer[boxes.end :]}"
     answer = NOT_BUT.sub("", MARKS.sub("", answer))
-    given, lines = _letters(GIVEN, answer), _letters(LINE, answer)
+    given = _letters(GIVEN, answer)
     if given:
         return given[-1]
-    return lines[0] if len(set(lines)) == 1 else None
+    lines = set(_letters(LINE, answer))
+    return lines.pop() if len(lines) == 1 else None
 
 
 def _letters(places: re.Pattern, text: str) -> list[str]:
-    found = [place for place in places.finditer(text) if not NO_CHOICE.match(text, place.end())]
-    return [place[place.lastindex].upper() for place in found]
+    given = [place for place in places.finditer(text) if not NO_CHOICE.match(text, place.end())]
+    return [place[place.lastindex].upper() for place in given]

@@ -1,15 +1,76 @@
-"""The rows of .json, .jsonl, .csv and .parquet files, each with its place for messages to the user."""
+"""The rows of .json, .jsonl, .csv and .parquet files, checked field by field.
+
+A file is read into records, each with its place ("FILE, line 3") for messages to the user, and a record becomes a
+`Row`, or a `Pair` of two labelled responses.
+"""
 
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 from nanosafe.io.hub import DATA_SUFFIXES
+from nanosafe.text.data import Pair, Row
+
+# A turn of another role is refused, because chat templates skip it without a word.
+ROLES = ("system", "user", "assistant")
+PROMPT_FIELDS = ("messages", "prompt", "question")  # "question" is STAR-1's
+
+
+def as_row(record: dict, source: str) -> Row:
+    """A record as a row: `messages`, or `prompt` (a text, or messages) or `question`, and perhaps `response` and
+    `answer`. Raises ValueError naming `source`, where the record stands, and the field."""
+    given = [name for name in PROMPT_FIELDS if record.get(name) is not None]
+    if not given:
+        raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; "
+                         f"it has {list(record)}")
+    # An empty field does not hide a later one that holds the prompt.
+    field = next((name for name in given if record[name] not in ("", [])), given[0])
+    messages, form = record[field], "a list of objects"
+    if field != "messages":
+        form = "a text or a list of objects"
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise ValueError(f"{source}: field {field!r} must be {form} with a 'role' "
+                         f"({', '.join(ROLES)}) and a 'content' text")
+    response = record.get("response")
+    if response is not None:
+        if not isinstance(response, str):
+            raise ValueError(f"{source}: field 'response' must be a text")
+        messages = [*messages, {"role": "assistant", "content": response}]
+    return Row(messages, source, _answer_text(record.get("answer"), source))
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return value.get("role") in ROLES and isinstance(value.get("content"), str)
+
+
+def _answer_text(answer: object, source: str) -> str | None:
+    """A reference answer, which may be a number, as text."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    # To Python a bool is an int, and its JSON reads NaN and Infinity.
+    if type(answer) is int or (type(answer) is float and math.isfinite(answer)):
+        return str(answer)
+    raise ValueError(f"{source}: field 'answer' must be a text or a number, not {answer!r:.50}")
+
+
+def as_pair(record: dict, source: str) -> Pair:
+    """A record as a labelled pair: `prompt` (or `question`), the texts `chosen` and `rejected`, perhaps `category`."""
+    row = as_row(record, source)
+    for field, kind in (("chosen", str), ("rejected", str), ("category", str | None)):
+        if not isinstance(record.get(field), kind):
+            raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; "
+                             f"it has {list(record)}")
+    return Pair(row.prompt, record["chosen"], record["rejected"], record.get("category"))
 
 
 def read_records(path: Path) -> list[tuple[dict, str]]:
-    """The rows of a file, at least one, each with its place. Raises ValueError naming the place."""
+    """The records of a file, at least one, each with its place. Raises ValueError naming the place."""
     records = _parse(path)
     if not records:
         raise ValueError(f"{path} holds no rows")
@@ -19,63 +80,77 @@ def read_records(path: Path) -> list[tuple[dict, str]]:
     return records
 
 
-def _parse(path: Path) -> list[tuple[dict, str]]:
+def _parse(path: Path) -> list[tuple[object, str]]:
     if path.suffix not in DATA_SUFFIXES:
         raise ValueError(f"{path}: data must be a {', '.join(DATA_SUFFIXES)} file")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
-        try:
-            records = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{path} is no parquet file ({error}): download it again") from None
-        return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+        return _numbered(path, _read_parquet(path))
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their CSV files with a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a CSV file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
     if path.suffix == ".csv":
         return _parse_csv(path, text)
     if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
-        records = []
-        # Not splitlines: U+2028 may stand inside a JSON string.
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                records.append((_parse_json(line, f"{path}, line {i}"), f"{path}, line {i}"))
-        return records
+        return _parse_json_lines(path, text)
     records = _parse_json(text, str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path} must hold a JSON list of rows, or one JSON object per line")
-    return [(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+    return _numbered(path, records)
 
 
-def _parse_json(text: str, where: str) -> object:
+def _numbered(path: Path, records: list) -> list[tuple[object, str]]:
+    return [(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]
+
+
+def _read_parquet(path: Path) -> list[dict]:
     try:
-        return json.loads(text, object_pairs_hook=_named_once)
-    except (ValueError, RecursionError) as error:  # also a number of over 4,300 digits
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        import pyarrow.parquet  # optional
+    except ImportError:
+        raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no parquet file ({error}): download it again") from None
 
 
-def _named_once(pairs: list[tuple[str, object]]) -> dict:
+def _parse_json_lines(path: Path, text: str) -> list[tuple[object, str]]:
+    records = []
+    # Not splitlines, because U+2028 may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            source = f"{path}, line {number}"
+            records.append((_parse_json(line, source), source))
+    return records
+
+
+def _parse_json(text: str, source: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:  # also for a number of over 4,300 digits
+        raise ValueError(f"{source}: not valid JSON ({error})") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object's fields. Of a name given twice the json module alone would keep the last."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {max(names, key=names.count)!r} stands twice in one object")
+    fields = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"field {name!r} stands twice in one object")
+        fields[name] = value
     return fields
 
 
 def _parse_csv(path: Path, text: str) -> list[tuple[dict, str]]:
-    """Strictly: a quote that is never closed would take row after row into its field."""
+    """Strict, for a quote that is never closed would take row after row into its field."""
     csv.field_size_limit(len(text) + 1)  # a long thought passes the default of 131,072 characters
-    reader, records, line = csv.DictReader(io.StringIO(text), strict=True), [], 1
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    records, line = [], 1
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        names = [name for name in reader.fieldnames if name]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path}: the header has a name twice: {', '.join(names)}")
+        named = [name for name in reader.fieldnames if name]
+        if len(set(named)) < len(named):
+            raise ValueError(f"{path}: the header has a name twice: {', '.join(named)}")
         line = reader.line_num + 1
         for record in reader:
             source = f"{path}, row {len(records) + 1}"

@@ -1,7 +1,7 @@
 """What runs in the worker process that renders chat templates (worker.py); it imports nothing of nanosafe.
 
-Chat templates are programs from the hub. Jinja2's immutable sandbox keeps them away from Python's internals; the
-process bounds their time and memory, this file their output.
+Chat templates are programs from the hub, and they see what transformers shows them. Jinja2's immutable sandbox keeps
+them away from Python's internals; the process bounds their time and memory, this file their output.
 """
 
 import json
@@ -15,6 +15,40 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 MAX_CHARACTERS = 16 << 20  # of the rendered text
+
+
+def answer(request: list) -> str:
+    """[source, messages, variables, date] -> the text of the template `source`, on that day at midnight."""
+    source, messages, variables, date = request
+    now = datetime.fromisoformat(date)
+    messages = [_with_reasoning(message) for message in messages]
+    seen = {"messages": messages, "tools": None, "documents": None, "strftime_now": now.strftime}
+    pieces, size = [], 0
+    for piece in _compile(source).generate(seen | variables):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_CHARACTERS:
+            raise SecurityError(f"its text is longer than {MAX_CHARACTERS} characters")
+    return "".join(pieces)
+
+
+def _with_reasoning(message: dict) -> dict:
+    """A message without None values, its reasoning under each of the names that templates ask for."""
+    message = {key: value for key, value in message.items() if value is not None}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in message:
+            return {"thinking": message[name], **message, "reasoning_content": message[name]}
+    return message
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> Template:
+    """Compile in the environment that transformers gives to chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "namespace": _Namespace, "dict": _dict}
+    return environment.from_string(source)
 
 
 class _Generation(Extension):
@@ -41,37 +75,14 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
 def _dict(*args: Any, **kwargs: Any) -> dict:
     return dict(*args, **kwargs)  # the type itself would hand out dict.update, which changes the messages
 
 
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=16)
-def _compile(source: str) -> Template:
-    """Compile in the environment that transformers gives to chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "namespace": _Namespace, "dict": _dict}
-    return environment.from_string(source)
-
-
-def answer(request: list) -> str:
-    """[source, variables, date] -> the text of the template `source`, on that day at midnight."""
-    source, variables, date = request
-    now = datetime.fromisoformat(date)
-    variables = {"strftime_now": lambda format: now.strftime(format)} | variables
-    parts, size = [], 0
-    for part in _compile(source).generate(variables):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_CHARACTERS:
-            raise SecurityError(f"its text is longer than {MAX_CHARACTERS} characters")
-    return "".join(parts)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip

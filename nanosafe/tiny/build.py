@@ -38,7 +38,7 @@ from nanosafe.randomness import shuffled_passes
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import datasets, world
 from nanosafe.train.optim import Optimizer, cosine_schedule
-from nanosafe.train.rewards import RewardModel
+from nanosafe.train.reward_model import RewardModel
 
 NO_THOUGHT = (
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"

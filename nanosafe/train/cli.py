@@ -1,24 +1,21 @@
-"""What the training scripts have around their loops: flags, settings and their origin, clock, trackers, errors."""
+"""What the training scripts share around their loops: flags, settings and where each came from, readable errors."""
 
 import argparse
 import os
-import resource
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
-from importlib import import_module
 
 import torch
-from tqdm import tqdm
 
 from nanosafe.parallel import Ranks
 from nanosafe.recipes import RECIPES, TINY_RECIPES
+from nanosafe.train.tracking import require_trackers
 
 UNSET = object()
 LARGEST = torch.finfo(torch.float32).max  # what is computed with a number is computed in float32
-TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag and package, module
 
 
 def iso_date(text: str) -> str:
@@ -26,50 +23,56 @@ def iso_date(text: str) -> str:
 
 
 # Of every script that renders prompts.
-THINKING = dict(choices=("on", "off"), default="on", help="whether the chat template asks for a thought, where it can "
-                "do both: Qwen3, Granite (default: %(default)s)")
-DATE = dict(type=iso_date, metavar="YYYY-MM-DD", help="the day that some chat templates write, as "
-            "Llama 3.2's and Granite 3.3's (default: today; what was begun keeps its day)")
+THINKING = dict(
+    choices=("on", "off"), default="on",
+    help="whether the chat template asks for a thought, where it can do both: Qwen3, Granite "
+    "(default: %(default)s)",
+)
+DATE = dict(
+    type=iso_date, metavar="YYYY-MM-DD",
+    help="the day that some chat templates write, as Llama 3.2's and Granite 3.3's (default: today; "
+    "what was begun keeps its day)",
+)
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
+def new_parser(description: str) -> ArgumentParser:
     """A parser with the flags that mean the same in every training script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the description
+    parser = ArgumentParser(description=description, formatter_class=raw)
     add = parser.add_argument
     add("--model", default="tiny",
-        help="tiny, tiny-llama or tiny-granite (the tiny world, no download; tiny@SEED grows another), alias "
-        "(qwen3-8b), hub id (owner/name, owner/name@revision) or folder (default: %(default)s)")
+        help="tiny, tiny-llama or tiny-granite (the tiny world, no download; tiny@SEED grows another), "
+        "alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder (default: %(default)s)")
     add("--out", help="run folder (default: runs/SCRIPT-MODEL)")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="compute type; masters are float32 (default: bfloat16 on cuda, float32 on cpu)",
-    )
-    add(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a folder",
-    )
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="compute type; masters are float32 (default: bfloat16 on cuda, float32 on cpu)")
+    add("--resume", choices=("auto", "never"), default="auto",
+        help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a "
+        "folder")
     add("--thinking", **THINKING)
     add("--date", **DATE)
-    add("--save-every", type=positive_int, default=50, help="steps between checkpoints (default: %(default)s)")
-    add("--keep", type=positive_int, default=2, help="how many checkpoints are kept (default: %(default)s)")
+    add("--save-every", type=positive_int, default=50,
+        help="steps between checkpoints (default: %(default)s)")
+    add("--keep", type=positive_int, default=2,
+        help="how many checkpoints are kept (default: %(default)s)")
     add("--low-memory", action="store_true",
-        help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 bits; a parameter "
-        "then takes 6 bytes instead of 14")
+        help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 "
+        "bits; a parameter then takes 6 bytes instead of 14")
     add("--offload", action="store_true",
-        help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a step")
+        help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a "
+        "step")
     add("--no-recompute", action="store_true",
-        help="keep all activations of a micro-batch instead of recomputing each layer's in the backward pass (on "
-        "CUDA): a quarter fewer FLOP, several times the memory")
-    add("--plan", nargs="?", const="", metavar="NxGB", help="only print what the run needs (memory of each GPU, hours, "
-        "disk, downloads), whether it fits and what helps; nothing is downloaded. 8x80: on 8 GPUs of 80 GB (default: "
-        "the visible ones, else 1x80)")
-    add("--random-weights", action="store_true", help="dry run without a download: the true shape (also of a folder "
-        "with a config.json alone) with random weights, written once to the cache; reward model alike; tiny-star data")
+        help="keep all activations of a micro-batch instead of recomputing each layer's in the "
+        "backward pass (on CUDA): a quarter fewer FLOP, several times the memory")
+    add("--plan", nargs="?", const="", metavar="NxGB",
+        help="only print what the run needs (memory of each GPU, hours, disk, downloads), whether it "
+        "fits and what helps; nothing is downloaded. 8x80: on 8 GPUs of 80 GB (default: the visible "
+        "ones, else 1x80)")
+    add("--random-weights", action="store_true",
+        help="dry run without a download: the true shape (also of a folder with a config.json alone) "
+        "with random weights, written once to the cache; reward model alike; tiny-star data")
     add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     return parser
@@ -77,63 +80,59 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+        raise ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
 def finite_float(text: str) -> float:
     if not abs(float(text)) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+        raise ArgumentTypeError(f"must be a finite number, not {text!r}")
     return float(text)
 
 
 def positive_float(text: str) -> float:
     if not finite_float(text) > 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text!r}")
+        raise ArgumentTypeError(f"must be greater than 0, not {text!r}")
     return float(text)
 
 
-def require_trackers(args: argparse.Namespace) -> None:
-    """Raise ValueError if --tensorboard or --wandb is set without the package."""
-    for name, module in TRACKERS.items():
-        try:
-            if getattr(args, name):
-                import_module(module)
-        except ImportError:
-            raise ValueError(f"--{name} needs a package that is not there: pip install {name}") from None
-
-
-def settings(parser: argparse.ArgumentParser, argv: list[str] | None, name: str,
-             recipe: Callable[[str, str], dict]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
+def settings(parser: ArgumentParser, argv: list[str] | None, script: str,
+             recipe: Callable[[str, str], dict]) -> tuple[Namespace, dict[str, list[str]]]:
     """Flags to settings: what the command line leaves open comes from the model's recipe, then from the flag's default.
 
-    name: "rl" or "sft"; recipe(name, model): its defaults for a model. Returns the settings, and the names of those
-    from the command line, the recipe and the defaults.
+    script: "rl" or "sft"; recipe(script, model): its defaults for a model. Returns the settings, and the names of
+    those from the command line, the recipe and the defaults.
     """
     flags = [action for action in parser._actions if action.dest != "help"]
+    _show_recipes(flags, script)
+    # argparse fills in a default only where the namespace has no value: what is UNSET was not given.
+    given = parser.parse_args(argv, Namespace(**{flag.dest: UNSET for flag in flags}))
+    model = parser.get_default("model") if given.model is UNSET else given.model
+    defaults = recipe(script, model)
+    args, origins = Namespace(), {"command line": [], "recipe": [], "default": []}
     for flag in flags:
-        for label, recipes in (("default", RECIPES), ("tiny", TINY_RECIPES)):
-            if flag.dest in recipes[name]:
-                flag.help = f"{flag.help or ''} ({label}: {recipes[name][flag.dest]})".lstrip()
-    unset = argparse.Namespace(**{flag.dest: UNSET for flag in flags})
-    given = vars(parser.parse_args(argv, unset))
-    model = parser.get_default("model") if given["model"] is UNSET else given["model"]
-    defaults = recipe(name, model)
-    args, origins = argparse.Namespace(), {"command line": [], "recipe": [], "default": []}
-    for flag in flags:
-        if given[flag.dest] is not UNSET:
-            origin, value = "command line", given[flag.dest]
-        elif flag.dest in defaults:
-            origin, value = "recipe", defaults[flag.dest]
+        name = flag.dest
+        if getattr(given, name) is not UNSET:
+            origin, value = "command line", getattr(given, name)
+        elif name in defaults:
+            origin, value = "recipe", defaults[name]
         else:
             origin, value = "default", flag.default
-        setattr(args, flag.dest, value)
-        origins[origin].append(flag.dest)
+        setattr(args, name, value)
+        origins[origin].append(name)
     require_trackers(args)
     return args, origins
 
 
-def join(args: argparse.Namespace, origins: dict[str, list[str]], name: str) -> Ranks:
+def _show_recipes(flags: list[argparse.Action], script: str) -> None:
+    """Write the recipes' values into the flags' help."""
+    for flag in flags:
+        for label, recipes in (("default", RECIPES), ("tiny", TINY_RECIPES)):
+            if flag.dest in recipes[script]:
+                flag.help = f"{flag.help or ''} ({label}: {recipes[script][flag.dest]})".lstrip()
+
+
+def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     """Join the process group, settle what follows from the device, and print every setting under where it came from.
 
     Raises ValueError for settings that this process cannot follow.
@@ -142,77 +141,18 @@ def join(args: argparse.Namespace, origins: dict[str, list[str]], name: str) -> 
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
-        raise ValueError("--low-memory is for one process that computes in bfloat16: several spread the masters over "
-                         "their GPUs, so leave it out; for one, add --dtype bfloat16")
-    args.out = args.out or f"runs/{name}-{args.model.rstrip('/').split('/')[-1].replace('@', '-')}"
-    ranks.print(f"{ranks.world} process{'es' * (ranks.world > 1)} on {args.device}, PyTorch {torch.__version__}")
+        raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
+                         "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
+    if not args.out:
+        name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
+        args.out = f"runs/{script}-{name}"
+    processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
+    ranks.print(f"{processes} on {args.device}, PyTorch {torch.__version__}")
     for origin, names in origins.items():
-        shown = [f"{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, False)]
+        values = [(name, getattr(args, name)) for name in names]
+        shown = [f"{name} {value}" for name, value in values if value not in (None, False)]
         ranks.print(f"from the {origin}: {', '.join(shown)}")
     return ranks
-
-
-class Clock:
-    """Seconds of each phase of a step, and the memory of its peak."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.laps = ranks, {}
-        self.start = self.last = time.perf_counter()
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def lap(self, name: str) -> None:
-        """The phase since the last lap was `name`."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-    def times(self, **tokens: int) -> dict[str, float]:
-        """time/PHASE in seconds, time/PHASE_per_s of phases with a count, memory/peak_gb of this rank."""
-        if self.ranks.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {
-            **{f"time/{name}": seconds for name, seconds in self.laps.items()},
-            **{f"time/{name}_per_s": count / self.laps[name] for name, count in tokens.items()},
-            "time/step": self.last - self.start,
-            "memory/peak_gb": peak / 1e9,
-        }
-
-
-class Tracker:
-    """Metrics to TensorBoard and Weights & Biases where asked for; otherwise its calls do nothing."""
-
-    def __init__(self, args: argparse.Namespace, ranks: Ranks):
-        self.writer = self.run = None
-        if args.tensorboard and ranks.main:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(os.path.join(args.out, "tensorboard"))
-        if args.wandb and ranks.main:
-            import wandb
-            self.run = wandb.init(project="nanosafe", dir=args.out, config=vars(args))
-
-    def log(self, row: dict) -> None:
-        numbers = {name: value for name, value in row.items() if value is not None}
-        step = numbers.pop("step")
-        if self.writer is not None:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, step)
-        if self.run is not None:
-            self.run.log(numbers, step=step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        if self.run is not None:
-            self.run.finish()
-
-
-def progress(items: Sequence, what: str, ranks: Ranks) -> Iterable:
-    """`items` with a progress bar, shown by rank 0 once it has taken two seconds."""
-    return tqdm(items, what, delay=2, leave=False, disable=not ranks.main)
 
 
 def visible(text: str) -> str:
@@ -232,6 +172,7 @@ def readable_errors() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             message += "\nA smaller --tokens-per-microbatch or a smaller model needs less memory."
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        message = f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)"
+        print(message, file=sys.stderr, flush=True)
         # Without clean-up: leaving the process group would wait for ranks that may never come.
         os._exit(1)

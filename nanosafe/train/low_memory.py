@@ -5,8 +5,24 @@ these are, and how an update changes them, is in kernels/split_adam.py.
 """
 
 import torch
+from torch import Tensor
 
 from nanosafe.kernels import split_adam
+
+
+def split_parameters(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters themselves, made to collect their gradients in float32. Raises ValueError for other types."""
+
+    def widen(parameter: Tensor) -> None:
+        parameter.grad = parameter.grad.float()  # later gradients are added to it in place
+
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.bfloat16:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(f"--low-memory splits bfloat16 weights, but {name} is {kind}: add --dtype bfloat16")
+        parameter.grad_dtype = None  # .grad may be of any type
+        parameter.register_post_accumulate_grad_hook(widen)
+    return parameters
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -28,5 +44,5 @@ class SplitAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     state["step"] += 1
-                    number = split_adam.Step.of(int(state["step"]), *settings)
-                    split_adam.update(parameter, parameter.grad, state, number)
+                    step = split_adam.Step.of(int(state["step"]), *settings)
+                    split_adam.update(parameter, parameter.grad, state, step)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nanosafe.model.weights import StoredTensors
-from nanosafe.parallel import whole
-from nanosafe.train.low_memory import SplitAdamW
+from nanosafe.parallel import full_tensor
+from nanosafe.train.low_memory import SplitAdamW, split_parameters
 
 
 def cosine_schedule(step: int, steps: int, warmup_share: float, final_share: float) -> float:
     """The factor on the peak learning rate at `step` (from 0) of `steps`.
 
-    Linear warm-up over `warmup_share` of the steps that starts above 0 and reaches 1, then half a cosine to
+    Linear warm-up over `warmup_share` of the steps, which starts above 0 and reaches 1, then half a cosine to
     `final_share`.
     """
     warmup = math.ceil(warmup_share * steps)
@@ -33,22 +33,19 @@ def cosine_schedule(step: int, steps: int, warmup_share: float, final_share: flo
 class Optimizer:
     """AdamW (arXiv 1711.05101) on float32 masters. Weight decay acts on matrices, not on norms and biases."""
 
-    def __init__(
-        self, model: nn.Module, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
-        low_memory=False,
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
+                 low_memory=False):
         """low_memory: 6.02 bytes per parameter for weights, masters and 8-bit moments together, instead of 14.
 
         It is for a model that is whole on this device; raises ValueError for parameters that are not bfloat16.
         """
         self.max_grad_norm = max_grad_norm
         self.parameters = dict(model.named_parameters())
-        # What is updated, and whose .grad, in float32, collects the gradient of the step.
-        self.masters: dict[str, Tensor] = self._split() if low_memory else self._float32_masters()
-        groups = [
-            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
-        ]
+        # A master is what AdamW updates; its .grad collects the gradient of the step in float32.
+        self.masters = split_parameters(self.parameters) if low_memory else self._float32_masters()
+        matrices = [master for master in self.masters.values() if master.ndim >= 2]
+        others = [master for master in self.masters.values() if master.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         if low_memory:
             self.adam = SplitAdamW(groups, lr=0.0, betas=betas, eps=eps)
         else:
@@ -57,14 +54,17 @@ class Optimizer:
             self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
 
     def _float32_masters(self) -> dict[str, Tensor]:
-        """A float32 copy of each parameter that is not float32 itself."""
+        """The parameters that are float32, and a float32 copy of each other one, which takes over its gradients."""
 
-        def accumulator(master: Tensor):
-            def add(parameter: Tensor) -> None:
-                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+        def accumulate_into(master: Tensor):
+            def hook(parameter: Tensor) -> None:
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad.add_(parameter.grad)
                 parameter.grad = None
 
-            return add
+            return hook
 
         masters = {}
         for name, parameter in self.parameters.items():
@@ -72,28 +72,16 @@ class Optimizer:
                 masters[name] = parameter
             else:
                 masters[name] = parameter.detach().float()
-                parameter.register_post_accumulate_grad_hook(accumulator(masters[name]))
+                parameter.register_post_accumulate_grad_hook(accumulate_into(masters[name]))
         return masters
-
-    def _split(self) -> dict[str, Tensor]:
-        """The parameters themselves, made to hold float32 gradients."""
-        def widen(parameter: Tensor) -> None:
-            parameter.grad = parameter.grad.float()  # later gradients are added to it in place
-
-        for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.bfloat16:
-                kind = str(parameter.dtype).removeprefix("torch.")
-                raise ValueError(f"--low-memory splits bfloat16 weights, but {name} is {kind}: add --dtype bfloat16")
-            parameter.grad_dtype = None  # .grad may be of any type
-            parameter.register_post_accumulate_grad_hook(widen)
-        return self.parameters
 
     def step(self, lr: float) -> float:
         """Clip the norm of the gradients, over all ranks, and update. Returns the norm before clipping.
 
         A norm that is not finite (on every rank alike) leaves the weights untouched.
         """
-        norm = whole(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)).item()
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
+        norm = full_tensor(norm).item()
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -114,7 +102,8 @@ class Optimizer:
         """What resuming needs beside the model's files: AdamW's own state, and masters that may be finer than those."""
         tensors = {}
         for name, master in self.masters.items():
-            tensors |= {f"{key}/{name}": value for key, value in self.adam.state.get(master, {}).items()}
+            for key, value in self.adam.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value
             if master is not self.parameters[name] or isinstance(master, DTensor):
                 tensors[f"master/{name}"] = master
         return tensors
@@ -125,16 +114,8 @@ class Optimizer:
 
         Raises ValueError, having changed nothing, for the state of another one.
         """
-        kinds = {path.split("/")[0] for path in stored}  # all of them, or none, are there for every parameter
-        wrong = stored.keys() ^ {f"{kind}/{name}" for kind in kinds for name in self.masters}
-        for path, tensor in stored.items():
-            kind, name = path.split("/", 1)
-            elementwise = kind not in ("step", "scale")
-            if elementwise and path not in wrong and tensor.shape != list(self.masters[name].shape):
-                wrong.add(path)
-        if wrong:
-            raise ValueError("optimizer.safetensors does not fit the model; missing, misshapen or "
-                             f"of no parameter: {', '.join(sorted(wrong)[:5])}")
+        self._check_state(stored)
+        fused = self.adam.param_groups[0].get("fused")
         for path in stored:
             key, name = path.split("/", 1)
             master = self.masters[name]
@@ -143,6 +124,17 @@ class Optimizer:
                 master.copy_(value)
             else:
                 # Only the fused AdamW of CUDA wants the number of its steps on the device.
-                fused = self.adam.param_groups[0].get("fused")
-                device = "cpu" if key == "step" and not fused else master.device
-                self.adam.state[master][key] = value.to(device)
+                on_cpu = key == "step" and not fused
+                self.adam.state[master][key] = value.to("cpu" if on_cpu else master.device)
+
+    def _check_state(self, stored: StoredTensors) -> None:
+        keys = {path.split("/")[0] for path in stored}  # each must be there for every parameter
+        wrong = stored.keys() ^ {f"{key}/{name}" for key in keys for name in self.masters}
+        for path in stored.keys() - wrong:
+            key, name = path.split("/", 1)
+            elementwise = key not in ("step", "scale")
+            if elementwise and stored[path].shape != list(self.masters[name].shape):
+                wrong.add(path)
+        if wrong:
+            raise ValueError("optimizer.safetensors does not fit the model; missing, misshapen or "
+                             f"of no parameter: {', '.join(sorted(wrong)[:5])}")

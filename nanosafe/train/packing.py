@@ -1,7 +1,7 @@
 """Token ids to packed micro-batches, and from them to log-probs: what both training loops and scoring run on.
 
 A micro-batch is one run of tokens: documents one behind the other, up to a budget of tokens, each seeing itself alone.
-The micro-batches of a step are spread over the ranks so that all have about the same work.
+The documents of a step go to the ranks so that all have about as many tokens.
 """
 
 from collections.abc import Sequence, Sized
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nanosafe.kernels.logprob import token_logprob_entropy
 from nanosafe.model.attention import PackedDocuments
-from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Document
@@ -36,60 +35,60 @@ class Packed:
 
 
 def pack(documents: Sequence[Document], device: torch.device) -> Packed:
-    predicts, start = [], 0
-    for d in documents:
-        first = start + len(d.prompt_ids) - 1  # the prompt's last token predicts the response's first
-        predicts += range(first, first + len(d.response_ids))
-        start += len(d)
+    tokens, predicts, targets = [], [], []
+    for document in documents:
+        # The prompt's last token predicts the first of the response.
+        first = len(tokens) + len(document.prompt_ids) - 1
+        predicts += range(first, first + len(document.response_ids))
+        targets += document.response_ids
+        tokens += document.prompt_ids + document.response_ids
     return Packed(
-        tokens=torch.tensor(
-            [t for d in documents for t in d.prompt_ids + d.response_ids], dtype=torch.long, device=device
-        ),
-        memory=PackedDocuments([len(d) for d in documents], device),
+        tokens=torch.tensor(tokens, dtype=torch.long, device=device),
+        memory=PackedDocuments([len(document) for document in documents], device),
         predicts=torch.tensor(predicts, dtype=torch.long, device=device),
-        targets=torch.tensor([t for d in documents for t in d.response_ids], dtype=torch.long, device=device),
-        lengths=[len(d.response_ids) for d in documents],
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        lengths=[len(document.response_ids) for document in documents],
     )
 
 
-def microbatches(documents: Sequence[Sized], max_tokens: int) -> list[list[int]]:
-    """Indices of documents, in order, in runs of at most `max_tokens` tokens; a longer document goes alone."""
+def microbatches(
+    documents: Sequence[Sized], max_tokens: int, order: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices of documents, in `order`, in runs of at most `max_tokens` tokens; a longer document goes alone."""
     batches: list[list[int]] = []
     filled = 0
-    for i, document in enumerate(documents):
-        if not batches or filled + len(document) > max_tokens:
+    for i in range(len(documents)) if order is None else order:
+        if not batches or filled + len(documents[i]) > max_tokens:
             batches.append([])
             filled = 0
         batches[-1].append(i)
-        filled += len(document)
+        filled += len(documents[i])
     return batches
 
 
-def own_microbatches(documents: Sequence[Sized], max_tokens: int, config: ModelConfig, ranks: Ranks) -> list[list[int]]:
-    """This rank's micro-batches of `documents`, which every rank knows. All ranks get equally many, because under
-    sharding each is an exchange: where a rank has fewer, its last ones are empty."""
-    parts = ranks.balance([work(config, len(document)) for document in documents])
-    batches = [[[part[i] for i in batch] for batch in microbatches([documents[i] for i in part], max_tokens)]
-               for part in parts]  # fmt: skip
-    return batches[ranks.rank] + [[]] * (max(map(len, batches)) - len(batches[ranks.rank]))
+def local_microbatches(documents: Sequence[Sized], max_tokens: int, ranks: Ranks) -> list[list[int]]:
+    """This rank's micro-batches, as indices of `documents`, which every rank knows.
+
+    All ranks get equally many, because under sharding each is an exchange: the last ones of a rank may be empty.
+    """
+    parts = partition([len(document) for document in documents], ranks.world)
+    batches = [microbatches(documents, max_tokens, order=part) for part in parts]
+    local = batches[ranks.rank]
+    while len(local) < max(map(len, batches)):
+        local.append([])
+    return local
 
 
-def work(config: ModelConfig, tokens: int) -> int:
-    """Multiply-adds of the layers' forward pass over one document: its predicted cost."""
-    D, h = config.hidden_size, config.hybrid
-    heads = config.num_attention_heads * config.head_dim
-    kv_heads = config.num_key_value_heads * config.head_dim
-    # A token sees half of them on average, once for its scores, once for its values.
-    attention = D * (2 * heads + 2 * kv_heads) + tokens * heads
-    if not h:
-        return config.num_hidden_layers * tokens * (attention + 3 * D * config.intermediate_size)
-    inner, chunk = h.mamba_heads * h.mamba_head_dim, min(h.chunk_size, tokens)
-    mamba = D * (2 * inner + h.channels + h.mamba_heads) + h.channels * h.conv_size  # projections, convolution
-    # Scan: of the tokens of its chunk the products with a token's C, and what they add to it; the state, in and out.
-    mamba += chunk * (h.groups * h.state_size + inner) + 2 * inner * h.state_size
-    mlp = D * (h.experts + 3 * h.experts_per_token * config.intermediate_size + 3 * h.shared_intermediate_size)
-    layers = (config.num_hidden_layers - config.attention_layers) * mamba + config.attention_layers * attention
-    return tokens * (layers + config.num_hidden_layers * mlp)
+def partition(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """The items, numbered as in `costs`, in `parts` lists of about equal cost, each in ascending order."""
+    lists: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    # The dearest are dealt first, each to the list that has least.
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = totals.index(min(totals))
+        lists[least].append(item)
+        totals[least] += costs[item]
+    return [sorted(items) for items in lists]
 
 
 def response_logprobs(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -104,4 +103,5 @@ def response_hidden(model: Decoder, packed: Packed) -> Tensor:
 
 def head_logprobs(model: Decoder, hidden: Tensor, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
     """`response_logprobs` from hidden states that are there already, for a second temperature."""
-    return token_logprob_entropy(hidden, model.head_weight, packed.targets, temperature * model.config.logits_scaling)
+    divisor = temperature * model.config.logits_scaling
+    return token_logprob_entropy(hidden, model.head_weight, packed.targets, divisor)

@@ -30,12 +30,6 @@ def _valid(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
 
 
-def _over_ranks(sums: Tensor, all_reduce: AllReduce | None) -> Tensor:
-    if all_reduce is not None:
-        all_reduce(sums)
-    return sums
-
-
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
     """Per-token estimate in nats of KL(policy || reference) from tokens the policy drew; any shape, differentiable.
 
@@ -46,7 +40,9 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor
     d = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32)) - ref_logprobs
     if kind == "k1":
         return d
-    return d.square() / 2 if kind == "k2" else torch.expm1(-d) + d  # expm1, for near d = 0 the terms of k3 cancel
+    if kind == "k2":
+        return d.square() / 2
+    return torch.expm1(-d) + d  # expm1, because near d = 0 the terms of k3 cancel
 
 
 def group_centered(rewards: Tensor, group: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
@@ -55,55 +51,61 @@ def group_centered(rewards: Tensor, group: Tensor, all_reduce: AllReduce | None 
     `group` [B] holds each row's prompt number: small integers >= 0 that mean the same on every rank, for a prompt's
     samples may lie on several. Raises ValueError, on all ranks alike, for a group of one: its advantage would be 0.
     """
-    # Ranks must agree on the length of the table of group sums and can only add: each marks the bit length of its
-    # largest id, and the highest mark on any rank gives a power of two above all ids.
-    marks = torch.zeros(64, dtype=torch.float64, device=rewards.device)
-    marks[int(group.max()).bit_length() if len(group) else 0] = 1
-    n_groups = 2 ** int(_over_ranks(marks, all_reduce).nonzero().max())
-    rows = torch.stack([rewards.double(), torch.ones_like(rewards, dtype=torch.float64)])  # [2, B]: reward, count
-    sums, counts = _over_ranks(rows.new_zeros(2, n_groups).index_add_(1, group.long(), rows), all_reduce)
+    rewards, group = rewards.double(), group.long()
+    rows = torch.stack([rewards, torch.ones_like(rewards)])  # [2, B]: reward, count
+    totals = rows.new_zeros(2, _group_count(group, all_reduce)).index_add_(1, group, rows)
+    sums, counts = _over_ranks(totals, all_reduce)
     if (counts == 1).any():
-        raise ValueError("reinforce++-baseline compares a prompt's samples: set --samples-per-prompt to 2 or more")
-    return rewards.double() - (sums / counts.clamp(min=1))[group.long()]
+        raise ValueError("reinforce++-baseline compares a prompt's samples: "
+                         "set --samples-per-prompt to 2 or more")
+    return rewards - (sums / counts.clamp(min=1))[group]
 
 
 @torch.no_grad()
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, *, kl_coef: float,
-                  kl_kind: str = "k1", kl_clamp: float | None = None) -> Tensor:
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, *,
+                  kl_coef: float, kl_kind: str = "k1", kl_clamp: float | None = None) -> Tensor:
     """r_t = -kl_coef * KL_t + [t is the last valid token] * score, 0 off the mask; for the arguments see `advantages`.
 
     scores [B] -> float64 [B, T], so that a KL of 1e-4 is not rounded away beside a score of 1e4.
     """
     mask = mask.bool()
-    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # [B, T]; all false in a row without valid tokens
+    # [B, T]; all false in a row without valid tokens
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     result = torch.where(is_last, scores.double()[:, None], 0.0)
     if kl_coef == 0:
         return result
     if ref_logprobs is None:
         raise ValueError(f"--kl-coef is {kl_coef}, but there are no log-probs of a reference model")
     kl = token_kl(_valid(logprobs, mask), _valid(ref_logprobs, mask), kl_kind)
-    return result - kl_coef * (kl if kl_clamp is None else kl.clamp(-kl_clamp, kl_clamp))
+    if kl_clamp is not None:
+        kl = kl.clamp(-kl_clamp, kl_clamp)
+    return result - kl_coef * kl
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """A_t = r_t + gamma * A_{t+1} of token rewards [B, T] that are 0 off the mask; [B, T], 0 off the mask."""
-    returns, running = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
+    returns = torch.zeros_like(rewards)
+    next_return = rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
-        returns[:, t] = running = rewards[:, t] + gamma * running
+        next_return = rewards[:, t] + gamma * next_return
+        returns[:, t] = next_return
     return torch.where(mask.bool(), returns, 0.0)
 
 
-def global_moments(values: Tensor, mask: Tensor, all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor]:
+def global_moments(values: Tensor, mask: Tensor,
+                   all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of values[mask] over all ranks: two float64 scalars, 0 and 0 if there are no values.
 
     Two passes, for E[x^2] - E[x]^2 loses every digit when the mean is large. The second also corrects the mean (Chan,
     Golub and LeVeque, 1983), which makes the mean of equal values exact and their deviations exactly 0.
     """
     valid = values[mask.bool()].double()
-    count, total = _over_ranks(torch.stack([valid.new_tensor(valid.numel()), valid.sum()]), all_reduce)
+    sums = torch.stack([valid.new_tensor(valid.numel()), valid.sum()])
+    count, total = _over_ranks(sums, all_reduce)
     count = count.clamp(min=1)
     deviation = valid - total / count
-    shift, square = _over_ranks(torch.stack([deviation.sum(), deviation.square().sum()]), all_reduce) / count
+    sums = torch.stack([deviation.sum(), deviation.square().sum()])
+    shift, square = _over_ranks(sums, all_reduce) / count
     return total / count + shift, (square - shift.square()).clamp(min=0)
 
 
@@ -113,10 +115,11 @@ def standardize(values: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) ->
     return torch.where(mask.bool(), result, 0.0).to(values.dtype)
 
 
-def advantages(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, *, kl_coef: float,
-               gamma: float = 1.0, estimator: str = "reinforce++", group: Tensor | None = None,
-               reward_clip: tuple[float, float] | None = None, kl_kind: str = "k1", kl_clamp: float | None = None,
-               normalize: bool = True, all_reduce: AllReduce | None = None) -> Tensor:
+def advantages(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, *,
+               kl_coef: float, gamma: float = 1.0, estimator: str = "reinforce++",
+               group: Tensor | None = None, reward_clip: tuple[float, float] | None = None,
+               kl_kind: str = "k1", kl_clamp: float | None = None, normalize: bool = True,
+               all_reduce: AllReduce | None = None) -> Tensor:
     """REINFORCE++ advantages [B, T] of a whole rollout, before it is cut into mini-batches; 0 off the mask.
 
     rewards: [B], finite (a loop skips other rollouts on every rank), after the rule for truncated responses. A row
@@ -136,32 +139,26 @@ def advantages(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, m
     _check("estimator", estimator, ESTIMATORS)
     _check("KL kind", kl_kind, KL_KINDS)
     if kl_coef < 0:
-        raise ValueError(f"--kl-coef is {kl_coef}, but a negative one rewards moving away from the reference model")
+        raise ValueError(f"--kl-coef is {kl_coef}, but a negative one rewards moving away "
+                         "from the reference model")
     if estimator == "reinforce++-baseline":
         if group is None:
             raise ValueError("reinforce++-baseline needs `group`, the prompt number of each row")
         rewards, kl_coef = group_centered(rewards, group, all_reduce), 0.0
     if reward_clip is not None:
         rewards = rewards.clamp(*reward_clip)
-    result = token_rewards(rewards, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_kind=kl_kind, kl_clamp=kl_clamp)
-    result = discounted_returns(result, mask, gamma)
+    per_token = token_rewards(rewards, logprobs, ref_logprobs, mask, kl_coef=kl_coef,
+                              kl_kind=kl_kind, kl_clamp=kl_clamp)
+    result = discounted_returns(per_token, mask, gamma)
     if normalize:
         result = standardize(result, mask, *global_moments(result, mask, all_reduce))
     return result.to(torch.promote_types(logprobs.dtype, torch.float32))
 
 
-def _reduce(losses: Tensor, mask: Tensor, reduction: str, denominator: Tensor | float | None) -> tuple[Tensor, Tensor]:
-    # Losses [B, T], 0 off the mask -> (loss, its numerator): 0 for an empty batch, but still with a graph behind it.
-    _check("reduction", reduction, ("token", "sequence"))
-    if reduction == "sequence":
-        losses, mask = losses / mask.sum(1, keepdim=True).clamp(min=1), mask.any(1)  # the rows are what is counted
-    count = torch.as_tensor(mask.sum() if denominator is None else denominator, device=losses.device)
-    return losses.sum() / count.to(losses.dtype).clamp(min=1), losses.sum()
-
-
-def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, adv: Tensor, mask: Tensor, *, clip_low: float = 0.2,
-                clip_high: float = 0.2, dual_clip: float | None = None, reduction: str = "token",
-                denominator: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, adv: Tensor, mask: Tensor, *,
+                clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
+                reduction: str = "token", denominator: Tensor | float | None = None,
+                ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss (arXiv 1707.06347), -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), of [B, T] inputs.
 
     rho = exp(new_logprobs - old_logprobs), log-ratios bounded by +-20. dual_clip: c > 1 bounds the loss of a token with
@@ -184,13 +181,26 @@ def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, adv: Tensor, mask: T
     if dual_clip is not None:
         objective = torch.where(adv < 0, torch.maximum(objective, dual_clip * adv), objective)
     loss, loss_sum = _reduce(-objective, mask, reduction, denominator)
-    stats = {"loss_sum": loss_sum, "clip_count": (clipped < free).sum(), "ppo_kl_sum": -log_ratio.sum(),
-             "tokens": mask.sum(), "rows": mask.any(1).sum()}
+    stats = {"loss_sum": loss_sum, "clip_count": (clipped < free).sum(),
+             "ppo_kl_sum": -log_ratio.sum(), "tokens": mask.sum(), "rows": mask.any(1).sum()}
     return loss, {name: value.detach().double() for name, value in stats.items()}
 
 
-def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_clamp: float | None = None,
-            reduction: str = "token", denominator: Tensor | float | None = None) -> Tensor:
+def _reduce(losses: Tensor, mask: Tensor, reduction: str,
+            denominator: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    # Losses [B, T], 0 off the mask -> (loss, its numerator): 0 for an empty batch, but still with a graph behind it.
+    _check("reduction", reduction, ("token", "sequence"))
+    counted = mask
+    if reduction == "sequence":
+        losses = losses / mask.sum(1, keepdim=True).clamp(min=1)
+        counted = mask.any(1)  # the rows that hold a token
+    count = torch.as_tensor(counted.sum() if denominator is None else denominator, device=losses.device)
+    return losses.sum() / count.to(losses.dtype).clamp(min=1), losses.sum()
+
+
+def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *,
+            kl_clamp: float | None = None, reduction: str = "token",
+            denominator: Tensor | float | None = None) -> Tensor:
     """The KL term of reinforce++-baseline, to be added kl_coef times: k2 of [B, T] log-probs, reduced as `policy_loss`.
 
     k2 only: on tokens the policy drew, its gradient estimates that of KL(policy || reference) without bias, while k1's
@@ -198,17 +208,20 @@ def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_clam
     """
     mask = mask.bool()
     kl = token_kl(_valid(new_logprobs, mask), _valid(ref_logprobs.detach(), mask), "k2")
-    return _reduce(kl if kl_clamp is None else kl.clamp(max=kl_clamp), mask, reduction, denominator)[0]
+    if kl_clamp is not None:
+        kl = kl.clamp(max=kl_clamp)
+    return _reduce(kl, mask, reduction, denominator)[0]
 
 
-@torch.no_grad()
-def gap_stats(logprobs: Tensor, other_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far log-probs [B, T] of two models are apart on tokens the first drew: policy, reference; sampler, trainer.
+def _over_ranks(sums: Tensor, all_reduce: AllReduce | None) -> Tensor:
+    if all_reduce is not None:
+        all_reduce(sums)
+    return sums
 
-    Float64 scalars: `k1_sum` and `k3_sum` of KL(first || second), `abs_sum` of |difference|, `tokens`; ranks can add
-    them, but of `abs_max` (0 for an empty batch) they take the maximum.
-    """
-    first, second = (_valid(values, mask.bool()).double() for values in (logprobs, other_logprobs))
-    gap = (first - second).abs()
-    return {"k1_sum": (first - second).sum(), "k3_sum": token_kl(first, second, "k3").sum(), "abs_sum": gap.sum(),
-            "abs_max": gap.max() if gap.numel() else gap.sum(), "tokens": mask.bool().sum().double()}
+
+def _group_count(group: Tensor, all_reduce: AllReduce | None) -> int:
+    # A power of two above all group ids, the same on all ranks, which can only add: each marks the bit length of its
+    # largest id, and the highest mark on any rank decides.
+    marks = torch.zeros(64, dtype=torch.float64, device=group.device)
+    marks[int(group.max()).bit_length() if len(group) else 0] = 1
+    return 2 ** int(_over_ranks(marks, all_reduce).nonzero().max())

@@ -49,54 +49,70 @@ class RunFolder:
         """
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
         self.dtype = getattr(torch, args.dtype)  # of the weights in the files; what is finer is the optimizer's
-        self.requested, self.stopping = 0, False  # the number of the signal; whether it is the last step
-        old = self._earlier_flags()
+        self.signal, self.stopping = 0, False  # the signal that asked to stop; whether this step is the last
+        earlier = self._earlier_settings()
         self.lock = hold(self.out) if ranks.main else None
         ranks.wait()  # nobody reads what another process may still be writing
-        found = self.checkpoints()
+        checkpoints = self.checkpoints()
+        self.resumed = checkpoints[-1] if checkpoints else None
         self.complete = (self.out / "final").exists()
-        if (found or self.complete) and args.resume == "never":
-            raise ValueError(f"{self.out} already holds a run: use --resume auto to go on, or another --out")
-        if found or self.complete:
-            args.date = args.date or old.get("date")
-            changed = [
-                f"--{name.replace('_', '-')} was {old.get(name)!r}, is {value!r}"
-                for name, value in vars(args).items()
-                if name not in FREE_FLAGS and old.get(name) != value
-            ]
-            if changed:
-                raise ValueError(f"{self.out} holds another run ({'; '.join(changed)}): repeat its flags or set --out")
-        # One day for all ranks.
+        if self.resumed or self.complete:
+            self._check_settings(earlier)
+        # Midnight may fall between two ranks: one day for all.
         args.date = args.date or ranks.gather([date.today().isoformat()])[0]
-        self.resumed = found[-1] if found else None
-        self.state = self._read_state() if found and not self.complete else {"step": 0, "skipped": 0}
+        self.state = {"step": 0, "skipped": 0}
+        if self.resumed and not self.complete:
+            self.state = self._read_state()
         ranks.wait()  # every rank has read the folder before rank 0 changes it
         if self.complete:
             ranks.print(f"{self.out}/final is there: the run is complete")
-        if ranks.main and not self.complete:
-            rows = {name: self._rows_to_keep(name) for name in ("metrics.jsonl", "samples.jsonl")}
-            write_atomic(self.out / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
-            for leftover in [*self.out.glob(".partial-*"), *self.out.glob("checkpoints/.partial-*")]:
-                shutil.rmtree(leftover)
-            for name, kept in rows.items():
-                if kept is not None:
-                    write_atomic(self.out / name, kept)
+        elif ranks.main:
+            self._begin()
 
-    def _earlier_flags(self) -> dict:
+    def _earlier_settings(self) -> dict:
         """args.json, if there is one. Raises ValueError for a folder of other things than a run's."""
         names = sorted(os.listdir(self.out)) if self.out.exists() else []
-        known, old = re.compile(BEFORE_A_RUN), {}
+        known, settings = BEFORE_A_RUN, {}
         if "args.json" in names:
-            path = self.out / "args.json"
-            old = read_own(path, {"save_every": int, "keep": int}, "set another --out, or mend it")
-            known = re.compile(OF_A_RUN)
+            expected = {"save_every": int, "keep": int}
+            settings = read_own(self.out / "args.json", expected, "set another --out, or mend it")
             if self.checkpoints() or "final" in names:
-                return old  # whatever its user has put beside it
+                return settings  # whatever its user has put beside it
+            known = OF_A_RUN
             names += [f"checkpoints/{path.name}" for path in self.out.glob("checkpoints/*")]
-        if others := [name for name in names if not known.fullmatch(name)]:
-            raise ValueError(f"{self.out} holds other things than a run ({', '.join(others[:5])}): set "
-                             "another --out")
-        return old
+        others = [name for name in names if not re.fullmatch(known, name)]
+        if others:
+            raise ValueError(f"{self.out} holds other things than a run ({', '.join(others[:5])}): "
+                             "set another --out")
+        return settings
+
+    def _check_settings(self, earlier: dict) -> None:
+        """Raise ValueError unless this run may go on with the one that the folder holds. Takes over its date."""
+        args = self.args
+        if args.resume == "never":
+            raise ValueError(f"{self.out} already holds a run: "
+                             "use --resume auto to go on, or another --out")
+        args.date = args.date or earlier.get("date")
+        changed = []
+        for name, value in vars(args).items():
+            if name not in FREE_FLAGS and earlier.get(name) != value:
+                flag = name.replace("_", "-")
+                changed.append(f"--{flag} was {earlier.get(name)!r}, is {value!r}")
+        if changed:
+            raise ValueError(f"{self.out} holds another run ({'; '.join(changed)}): "
+                             "repeat its flags or set --out")
+
+    def _begin(self) -> None:
+        """Bring the folder to the state of the checkpoint that is resumed, or to that of a new run."""
+        # Both files are read before anything is written: a damaged one leaves the folder as it was.
+        kept = {name: self._rows_to_keep(name) for name in ("metrics.jsonl", "samples.jsonl")}
+        settings = json.dumps(vars(self.args), indent=2) + "\n"
+        write_atomic(self.out / "args.json", settings.encode())
+        for leftover in [*self.out.glob(".partial-*"), *self.out.glob("checkpoints/.partial-*")]:
+            shutil.rmtree(leftover)
+        for name, rows in kept.items():
+            if rows is not None:
+                write_atomic(self.out / name, rows)
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -110,24 +126,25 @@ class RunFolder:
         return state
 
     def _cure(self) -> str:
-        """Of a damaged checkpoint."""
-        return (f"delete {self.resumed}, and the same command goes on from the checkpoint before it, or "
-                "from the start")
+        """What to do about a damaged checkpoint."""
+        return (f"delete {self.resumed}, and the same command goes on from the checkpoint before it, "
+                "or from the start")
 
     def attach(self, model: Decoder, tokenizer: Tokenizer, optimizer: Optimizer) -> None:
-        """What is to be saved. If the run is resumed (`model` from `resumed`), restores the optimizer."""
+        """Take what is to be saved. If the run is resumed (`model` from `resumed`), restore the optimizer."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         if self.resumed is not None:
             try:
                 optimizer.load_state(StoredTensors(self.resumed / "trainer", "optimizer"))
             except (ValueError, FileNotFoundError) as error:
-                raise ValueError(f"{self.resumed}/trainer is damaged ({error}): {self._cure()}") from None
+                damage = f"{self.resumed}/trainer is damaged ({error})"
+                raise ValueError(f"{damage}: {self._cure()}") from None
             self.ranks.print(f"resuming after step {self.state['step']} from {self.resumed}")
 
     def check_data(self, name: str, rows: Sequence[Row]) -> None:
         """Keep a hash of the rows with the run; raises ValueError if it began with others."""
-        read = digest_rows(rows)
-        if self.state.setdefault("data", read) != read:
+        digest = digest_rows(rows)
+        if self.state.setdefault("data", digest) != digest:
             raise ValueError(f"{name} has changed since {self.out} began: "
                              "put the old data back, or set another --out")
 
@@ -139,7 +156,7 @@ class RunFolder:
         """
 
         def request(number, frame) -> None:
-            self.requested = number
+            self.signal = number
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             self.ranks.print("\nstopping after this step (Ctrl-C again: at once)")
 
@@ -154,14 +171,17 @@ class RunFolder:
 
         Exits after MAX_SKIPPED_STEPS steps in a row that updated nothing.
         """
-        step = self.state["step"] + 1
-        self.state |= {"step": step, "skipped": 0 if updated else self.state["skipped"] + 1}
-        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}  # JSON has no NaN
+        self.state["step"] += 1
+        self.state["skipped"] = 0 if updated else self.state["skipped"] + 1
+        row = {"step": self.state["step"]}
+        for name, value in metrics.items():
+            row[name] = value if math.isfinite(value) else None  # JSON has no NaN
         self.log("metrics.jsonl", [row])
         if self.state["skipped"] >= MAX_SKIPPED_STEPS:
             raise SystemExit(
-                f"stopped: {MAX_SKIPPED_STEPS} steps in a row updated nothing, for want of a token in the loss, or of "
-                f"a finite reward, loss or gradient; the last checkpoint stays in {self.out}/checkpoints"
+                f"stopped: {MAX_SKIPPED_STEPS} steps in a row updated nothing, for want of a token in "
+                "the loss, or of a finite reward, loss or gradient; the last checkpoint stays in "
+                f"{self.out}/checkpoints"
             )
         return row
 
@@ -175,22 +195,24 @@ class RunFolder:
 
     def save_if_due(self) -> None:
         """Save every --save-every steps, after the last one and when the run was asked to stop."""
-        self.stopping = self.ranks.any(self.requested)
-        if self.state["step"] % self.args.save_every == 0 or self.state["step"] == self.total or self.stopping:
+        self.stopping = self.ranks.any(self.signal)
+        step = self.state["step"]
+        if step % self.args.save_every == 0 or step == self.total or self.stopping:
             self.save()
 
     def save(self) -> None:
-        """Write checkpoints/step-N, then delete all but the newest `--keep`; after a step that updated nothing, none:
-        what makes rewards or gradients NaN may be in this one already, and must not push out the last good one."""
+        """Write checkpoints/step-N, then delete all but the newest `--keep`."""
         self._write(self.out / "checkpoints" / f"step-{self.state['step']:06d}", trainer=True)
-        if self.ranks.main:
-            surplus = [] if self.state["skipped"] else self.checkpoints()[: -self.args.keep]
-            for old in surplus:  # renamed first: half a checkpoint must not look whole
+        # After a step that updated nothing none is deleted: what makes rewards or gradients NaN may be in this
+        # checkpoint already, and must not push out the last good one.
+        if self.ranks.main and not self.state["skipped"]:
+            for old in self.checkpoints()[: -self.args.keep]:
+                # Renamed first: half a checkpoint must not look whole.
                 shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         self.ranks.wait()
 
     def _write(self, folder: Path, trainer: bool) -> None:
-        """The model, and what the trainer goes on with, as `folder`: whole, by one rename, or not at all."""
+        """Write the model, and what the trainer goes on with, as `folder`: whole, by one rename, or not at all."""
         partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
         try:
             save_model(self.model, partial, self.tokenizer, dtype=self.dtype, writes=main)
@@ -206,9 +228,9 @@ class RunFolder:
         except OSError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-            kept = [path.name for path in self.checkpoints()]
-            raise OSError(f"saving {folder} failed ({error}); kept: {', '.join(kept) or 'none'}. Make room, and the "
-                          "same command goes on from there") from error
+            kept = ", ".join(path.name for path in self.checkpoints()) or "none"
+            raise OSError(f"saving {folder} failed ({error}); kept: {kept}. "
+                          "Make room, and the same command goes on from there") from error
 
     def finish(self) -> None:
         """After the last step: write final/ and let go of the lock.
@@ -219,7 +241,7 @@ class RunFolder:
         if self.state["step"] < self.total:
             self.ranks.print(f"stopped after step {self.state['step']}; the same command goes on from there")
             self.ranks.close()
-            raise SystemExit(128 + (self.requested or signal.SIGTERM))
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))
         self._write(self.out / "final", trainer=False)
         self.ranks.print(f"done: {self.out}/final")
         if self.lock is not None:
@@ -238,7 +260,7 @@ class RunFolder:
                 if step > self.state["step"]:
                     break
             except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number}, is no row with its step: mend the line or "
-                                 "delete it") from None
+                raise ValueError(f"{path}, line {number}, is no row with its step: "
+                                 "mend the line or delete it") from None
             kept.append(line)
         return b"".join(kept)

@@ -11,9 +11,11 @@ import train_sft
 from nanosafe.io.files import staged
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.names import load_model
-from nanosafe.parallel import Ranks, whole
+from nanosafe.parallel import Ranks, full_tensor
 from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.text.data import Document, Episode, Row
+from nanosafe.train.batch import score_tokens
+from nanosafe.train.metrics import rollout_metrics
 from nanosafe.train.optim import Optimizer
 
 STEPS, LR = 3, 1e-3
@@ -107,10 +109,8 @@ def run_case(name: str, world: Path, ranks: Ranks) -> dict:
         metrics = train_sft.backward(policy, documents, args.tokens_per_microbatch, ranks)
     else:
         batch, metrics = prepared(policy, reference, episodes, args, ranks)
-        counts = batch.mask.sum(1).tolist()
-        denominator = sum(counts) if args.reduction == "token" else sum(count > 0 for count in counts)
-        metrics |= train_rl.backward(policy, batch, list(range(len(episodes))), denominator, args, ranks)
-    gradients = {name: whole(p.grad).clone() for name, p in policy.named_parameters()}
+        metrics |= train_rl.backward(policy, batch, list(range(len(episodes))), args, ranks)
+    gradients = {name: full_tensor(p.grad).clone() for name, p in policy.named_parameters()}
     metrics["grad_norm"] = optimizer.step(lr=0.0)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
     assert abs(metrics["grad_norm"] - norm) <= 1e-5 * norm
@@ -128,8 +128,8 @@ def arguments(case: dict) -> Namespace:
 def prepared(policy, reference, episodes: list[Episode], args: Namespace, ranks: Ranks):
     """The batch as it goes into the update, and its metrics."""
     reflection = torch.arange(3, policy.config.vocab_size, 3)
-    batch = train_rl.evaluate(policy, reference, episodes, reflection, args, ranks)
-    metrics = train_rl.summarize(batch) | train_rl.set_advantages(batch, args)
+    batch = score_tokens(policy, reference, episodes, args, ranks)
+    metrics = rollout_metrics(batch, reflection) | train_rl.set_advantages(batch, args)
     batch.logprobs += 0.4 * batch.sampler_logprobs.sin()  # as if the policy had moved: some ratios are clipped
     return batch, metrics
 
@@ -150,4 +150,4 @@ def train_on_stored(world: Path, ranks: Ranks, dtype: torch.dtype, out: Path, re
         episodes = stored_episodes(7, policy.config.vocab_size)
         batch, metrics = prepared(policy, reference, episodes, args := arguments({}), ranks)
         rows.append(metrics | train_rl.update(policy, optimizer, batch, args, ranks, step))
-    return {"rows": rows, "weights": {name: whole(p).detach().clone() for name, p in optimizer.masters.items()}}
+    return {"rows": rows, "weights": {name: full_tensor(p).detach().clone() for name, p in optimizer.masters.items()}}

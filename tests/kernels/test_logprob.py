@@ -1,6 +1,6 @@
 """The head's log-probs, entropies and gradients against plain log-softmax in float64, and its memory.
 
-This is the plain twin; interpreted_head.py has the Triton kernels.
+This is the plain twin; interpreted_logprob.py has the Triton kernels.
 """
 
 import os

@@ -19,7 +19,6 @@ from test_engine import EVENTS, EagerGraph, count_divergences, solved
 from test_plan import FusedNorm, LiveBytes
 from test_sampler import PROMPTS, Spy, free_runs, models
 from tiny_models import decoder_like, random_reference, tiny_config, tiny_raw
-from torch.utils.flop_counter import FlopCounterMode
 from world import write_policy
 
 from nanosafe.kernels.scan import Segments, convolve, convolve_step, scan, scan_step, within
@@ -37,7 +36,6 @@ from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler import SamplingParams, engine, generate, sequence
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
-from nanosafe.train.packing import work
 
 events = test_engine.events  # the fixture
 TOLERANCE = 1e-4  # of the largest |logit|
@@ -427,7 +425,7 @@ def test_every_tensor_and_multiplier_matters(pair):
         tensor.copy_(kept)
 
 
-# One changed value for each field of config.json that transformers' class reads, beside those of test_model.py.
+# One changed value for each field of config.json that transformers' class reads, beside those of test_config.py.
 ALTERED = dict(
     vocab_size=89, hidden_size=48, intermediate_size=40, shared_intermediate_size=16, num_attention_heads=8,
     num_key_value_heads=1, head_dim=4, hidden_act="gelu", rms_norm_eps=0.3, tie_word_embeddings=False,
@@ -583,19 +581,6 @@ def test_loads_count_every_token_of_every_layer(pair):
     assert metrics["experts/load_min"] == pytest.approx(even.min().item())
     assert [metrics[f"experts/load_{i}"] for i in range(6)] == pytest.approx(even.mean(0).tolist())
     assert Balance(tiny_config("qwen3"), 5, Ranks("cpu")).metrics() == {}
-
-
-def test_predicted_work_counts_the_multiply_adds_of_a_forward_pass():
-    for case in ({}, dict(num_local_experts=0), dict(mamba_chunk_size=64)):
-        config, tokens = tiny_config("granite4", **case), 27  # three chunks
-        with FlopCounterMode(display=False) as counter:
-            Decoder(config)(torch.zeros(1, tokens, dtype=torch.long))
-        head = tokens * config.hidden_size * config.vocab_size
-        attention = config.num_attention_heads * config.head_dim * tokens**2  # not counted on a CPU: see test_data.py
-        h = config.hybrid  # nor are the convolutions' elementwise products, K for each token and channel
-        convolutions = h.layer_types.count("mamba") * tokens * h.channels * h.conv_size
-        found = counter.get_total_flops() // 2 - head + attention + convolutions
-        assert work(config, tokens) == pytest.approx(found, rel=0.01)
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):

@@ -23,7 +23,6 @@ from nanosafe.model.weights import load_checkpoint, save_model
 from nanosafe.names import load_model, load_tokenizer
 from nanosafe.recipes import ALIASES
 from nanosafe.sampler import SamplingParams, generate
-from nanosafe.text.data import turn_end
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
@@ -282,7 +281,7 @@ def test_what_ends_a_turn_is_one_answer_that_a_saved_model_names(tmp_path):
         if generation:
             (folder / "generation_config.json").write_text(json.dumps(generation))
         model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-        assert model.config.eos_ids == tokenizer.eos_ids == (0, 1) == tuple(sorted({0, turn_end(tokenizer)}))
+        assert model.config.eos_ids == tokenizer.eos_ids == (0, 1) == tuple(sorted({0, tokenizer.turn_end}))
         with torch.no_grad():  # it ends its turn at once
             model.lm_head.weight.zero_()[1] = model.model.norm.weight.zero_().add_(1)
             model.model.embed_tokens.weight.fill_(1)

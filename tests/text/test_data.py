@@ -13,7 +13,6 @@ import torch
 from hub import StandInHub
 from official import OFFICIAL
 from tiny_models import tiny_config
-from torch.utils.flop_counter import FlopCounterMode
 from world import CHATML, write_tokenizer
 
 import train_sft
@@ -23,9 +22,9 @@ from nanosafe.io.hub import find_dataset
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, sft_documents, turn_end
+from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, sft_documents
 from nanosafe.text.tokenizer import Tokenizer
-from nanosafe.train.packing import microbatches, own_microbatches, pack, response_logprobs, work
+from nanosafe.train.packing import local_microbatches, microbatches, pack, response_logprobs
 
 CPU = torch.device("cpu")
 THOUGHT, ANSWER = "Okay, who is asking?\nWait, is that safe?", "I can't help with that."
@@ -173,7 +172,7 @@ def test_a_template_that_ends_turns_with_no_eos_is_an_error(tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     write_tokenizer(tmp_path, template, ["<|eos|>"], eos_token="<|eos|>")
     with pytest.raises(ValueError, match="generation_config.json"):
-        turn_end(load_tokenizer(tmp_path))
+        _ = load_tokenizer(tmp_path).turn_end
 
 
 def test_prompts_that_cannot_be_used_are_dropped_and_counted(tokenizers):
@@ -259,10 +258,10 @@ def test_microbatches_keep_order_and_budget_and_lose_nothing():
 @pytest.mark.parametrize("world", [1, 2, 3, 20])
 def test_ranks_get_equally_many_microbatches_that_hold_every_document_once(world):
     documents = [Document([0] * n, [0]) for n in (3, 2, 9, 1, 4, 4, 20, 1, 30, 2)]
-    config, ranks, seen = tiny_config("qwen3"), Ranks("cpu"), []
+    ranks, seen = Ranks("cpu"), []
     for ranks.rank in range(world):
         ranks.world = world
-        batches = own_microbatches(documents, 10, config, ranks)
+        batches = local_microbatches(documents, 10, ranks)
         assert all(sum(len(documents[i]) for i in batch) <= 10 or len(batch) == 1 for batch in batches)
         seen.append(batches)
     assert len({len(batches) for batches in seen}) == 1
@@ -270,18 +269,7 @@ def test_ranks_get_equally_many_microbatches_that_hold_every_document_once(world
     if world == 1:
         assert seen == [microbatches(documents, 10)]
     assert any(batches[-1] for batches in seen), "no more of them than needed"
-    assert own_microbatches([], 10, config, ranks) == []
-
-
-def test_predicted_work_counts_the_multiply_adds_of_a_forward_pass():
-    config, tokens = tiny_config("qwen3"), 24
-    with FlopCounterMode(display=False) as counter:
-        Decoder(config)(torch.zeros(1, tokens, dtype=torch.long))
-    head = tokens * config.hidden_size * config.vocab_size
-    heads = config.num_attention_heads * config.head_dim
-    # The counter does not know the CPU's attention: of tokens^2 / 2 pairs, each once for a score, once for a value.
-    attention = config.num_hidden_layers * heads * 2 * tokens**2 // 2
-    assert work(config, tokens) == counter.get_total_flops() // 2 - head + attention
+    assert local_microbatches([], 10, ranks) == []
 
 
 def test_sft_loss_and_gradient_are_the_mean_over_all_response_tokens_however_they_are_split():
@@ -521,7 +509,7 @@ def test_hub_data_sets_by_name_revision_and_file(star1_hub):
     (["main/train.parquet", "socratic/train.parquet"], None),
 ])  # fmt: skip
 def test_a_file_is_chosen_by_the_word_train_and_otherwise_asked_for(files, chosen, monkeypatch):
-    monkeypatch.setattr(hub_files, "_hub_files", lambda repo, revision: ("commit", files))
+    monkeypatch.setattr(hub_files, "_list_data_files", lambda repo, revision: ("commit", files))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: name)
     if chosen:
         assert find_dataset("owner/name") == [Path(chosen)]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import nanosafe.train.reinforce as rl
+from nanosafe.train.metrics import gap_stats
 
 LENGTHS = [5, 1, 0, 7, 3, 9, 2, 4]  # response tokens of each row
 GROUP = [0, 3, 0, 3, 0, 5, 5, 3]
@@ -156,9 +157,9 @@ def test_gap_stats_match_the_formulas_and_an_empty_batch_is_zero():
     gaps = (data["roll"] - data["old"])[data["mask"]].tolist()
     expected = {"k1_sum": sum(gaps), "k3_sum": sum(slow_kl(d, 0, "k3") for d in gaps), "abs_max": max(map(abs, gaps)),
                 "abs_sum": sum(map(abs, gaps)), "tokens": len(gaps)}
-    stats = {name: value.item() for name, value in rl.gap_stats(data["roll"], data["old"], data["mask"]).items()}
+    stats = {name: value.item() for name, value in gap_stats(data["roll"], data["old"], data["mask"]).items()}
     assert stats == pytest.approx(expected, rel=1e-12)
-    assert all(value == 0 for value in rl.gap_stats(*torch.zeros(2, 0, 3), torch.zeros(0, 3)).values())
+    assert all(value == 0 for value in gap_stats(*torch.zeros(2, 0, 3), torch.zeros(0, 3)).values())
 
 
 @pytest.fixture(scope="module")

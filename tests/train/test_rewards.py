@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from world import write_reward_model
 
 from nanosafe.names import load_reward, load_reward_model
-from nanosafe.parallel import visiting
 from nanosafe.text.data import Row
-from nanosafe.train.rewards import UNREAD, check_rows, conversation, known_rewards
+from nanosafe.train.offload import on_device
+from nanosafe.train.reward_model import check_rows
+from nanosafe.train.rewards import UNREAD, conversation, known_rewards
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|free|>' if loop.index == 3 }}<|{{ m.role }}|>{{ m.content -}}
 <|end|>{% endfor %}
@@ -198,7 +199,7 @@ def test_an_offloaded_reward_model_visits_for_its_turn_and_leaves_nothing_behind
     model = load_reward_model(tmp_path, dtype=torch.float32).model
     home = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor.clone())
-    with pytest.raises(KeyError), visiting(model, torch.device("cpu")) as visitor:
+    with pytest.raises(KeyError), on_device(model, torch.device("cpu")) as visitor:
         assert visitor is model and all(p.data_ptr() != home[name] for name, p in model.named_parameters())
         raise KeyError
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == home
@@ -227,7 +228,7 @@ def test_what_visits_a_gpu_is_pinned_at_its_first_visit_and_moved_without_waitin
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
     for _ in range(2):
-        with visiting(model, torch.device("cuda")):
+        with on_device(model, torch.device("cuda")):
             pass
         assert {parameter.data_ptr() for parameter in model.parameters()} == set(pinned)
     assert set(moved) == {(True, "cuda", True)}
