@@ -18,7 +18,8 @@ from nanosafe.kernels import tl, triton
 
 W = 128  # tokens in a block of clocks; part of what a seed means
 BLOCKS = 2**31  # Counters from here on are hashed for blocks, those below for tokens.
-MASK = 0xFFFFFFFF  # The hash works on 32-bit words held in int64, where products wrap and their low word stays exact.
+# The hash works on 32-bit words held in int64, where products wrap and their low word stays exact.
+MASK = 0xFFFFFFFF
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     B, count, _ = scores.shape
     keys = noise_keys(seeds, steps)  # [2, B]
     first, owner = first_ring(keys[:, :, None], torch.arange(count, device=scores.device))
-    highest = -first.log()  # [B, blocks] noise of each block's owner, which no other token of the block exceeds
+    highest = -first.log()  # [B, blocks] noise of the owners, which bounds that of their blocks
     # The winner is no worse than the best owner. Whatever the scores, only about W tokens of a row can be better.
     owners = scores.gather(2, owner[:, :, None])[:, :, 0] + highest
     least = owners.amax(dim=1).clamp(min=torch.finfo(scores.dtype).min)

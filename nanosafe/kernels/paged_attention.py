@@ -40,7 +40,8 @@ def plain_paged_attention(
     """`paged_attention` by copying each sequence's blocks behind one another."""
     H_kv, block_size = keys.shape[1:3]
     pages = tables[:, None], torch.arange(H_kv, device=q.device)[:, None]  # broadcast to [B, H_kv, M]
-    keys, values = keys[pages].flatten(2, 3), values[pages].flatten(2, 3)  # [B, H_kv, M * block_size, head_dim]
+    # [B, H_kv, M * block_size, head_dim]
+    keys, values = keys[pages].flatten(2, 3), values[pages].flatten(2, 3)
     seen = torch.arange(tables.shape[1] * block_size, device=q.device) < lengths[:, None]
     seen = seen[:, None, None, :]  # [B, 1, 1, M * block_size]
     for copy in (keys, values):

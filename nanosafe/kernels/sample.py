@@ -17,9 +17,9 @@ from nanosafe.kernels.sample_triton import triton_draw
 class SamplingTensors(NamedTuple):
     """How each row of a batch is drawn."""
 
-    temperature: Tensor  # [B] float32; 0 takes the first of the largest logits, whatever the filters
+    temperature: Tensor  # [B] float32; 0: the first of the largest logits, whatever the filters
     top_k: Tensor  # [B] int64; keeps the k best scores and those equal to the k-th; 0: off
-    top_p: Tensor  # [B] float64; keeps the smallest set that has this share of what top-k left; 1: off
+    top_p: Tensor  # [B] float64; keeps the smallest set with this share of what is left; 1: off
     min_p: Tensor  # [B] float32; keeps what has this share of the best one's probability; 0: off
     seeds: Tensor  # [B] int64 of 63 bits
     steps: Tensor  # [B] int64, the number of the token to be drawn
@@ -40,7 +40,7 @@ def plain_draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]
     """`draw`, step by step."""
     temperature, top_k, top_p, min_p, seeds, steps = (column[:, None] for column in params)
     scores = logits / torch.where(temperature > 0, temperature, 1.0)
-    ranked, ids = scores.sort(descending=True, stable=True)  # of equal scores the lower id comes first
+    ranked, ids = scores.sort(descending=True, stable=True)  # Of equals the lower id comes first.
     kth = ranked.gather(1, (top_k - 1).clamp(0, scores.shape[1] - 1))
     ranked = ranked.masked_fill((top_k > 0) & (ranked < kth), -torch.inf)
     probs = ranked.double().softmax(dim=-1)
@@ -68,7 +68,8 @@ def cpu_draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
         tokens = gumbel_argmax(kept, params.seeds, params.steps)
         if not sampled.all():
             tokens = torch.where(sampled, tokens, block_argmax(scores))
-    return tokens, scores.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]  # one pass, which logsumexp is not
+    logprobs = scores.log_softmax(dim=-1)  # one pass, which logsumexp is not
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
 def filter_scores(scores: Tensor, params: SamplingTensors) -> Tensor:
@@ -78,7 +79,8 @@ def filter_scores(scores: Tensor, params: SamplingTensors) -> Tensor:
     if limited.any():
         best = scores.topk(int(top_k[limited].max()), dim=-1).values
         kth = best.gather(1, (top_k - 1).clamp(0, best.shape[1] - 1)[:, None])
-        scores = scores.masked_fill(scores < torch.where(limited[:, None], kth, -torch.inf), -torch.inf)
+        least = torch.where(limited[:, None], kth, -torch.inf)
+        scores = scores.masked_fill(scores < least, -torch.inf)
     if (top_p < 1).any():
         nucleus = _filter_top_p(scores, (1 - top_p).float()[:, None])
         scores = torch.where(top_p[:, None] < 1, nucleus, scores)

@@ -24,7 +24,8 @@ from nanosafe.randomness import derive_seed
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import Sequence
 
-PACKING_PAYS = 32  # New tokens from which packing the weights, on a CPU, takes less time than it saves.
+PACKING_PAYS = 32  # new tokens; to pack a CPU's weights for fewer takes longer than it saves
+Prompts = Many[Many[int]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,23 @@ class SamplingParams:
 
     def __post_init__(self):
         # logits / temperature must not overflow float32.
-        self._check("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0 or at least 1e-6")
+        temperature_valid = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
+        self._check("temperature", temperature_valid, "0 or at least 1e-6")
         self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
-        self._check("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
+        top_k_valid = isinstance(self.top_k, int) and self.top_k >= 0
+        self._check("top_k", top_k_valid, "an integer of at least 0")
         self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
         for name in ("max_new_tokens", "n"):
             value = getattr(self, name)
             self._check(name, isinstance(value, int) and value > 0, "a positive integer")
-        self._check("seed", self.seed is None or isinstance(self.seed, int), "an integer or None")
-        self._check("stop_token_ids", all(isinstance(token, int) for token in self.stop_token_ids), "integers")
+        self._check("seed", isinstance(self.seed, int | None), "an integer or None")
+        all_integers = all(isinstance(token, int) for token in self.stop_token_ids)
+        self._check("stop_token_ids", all_integers, "integers")
 
-    def _check(self, name: str, good: bool, meaning: str) -> None:
-        if not good:
-            raise ValueError(f"SamplingParams.{name} must be {meaning}, got {getattr(self, name)!r}")
+    def _check(self, name: str, valid: bool, meaning: str) -> None:
+        if not valid:
+            value = getattr(self, name)
+            raise ValueError(f"SamplingParams.{name} must be {meaning}, got {value!r}")
 
 
 @dataclass
@@ -68,9 +73,10 @@ class Completion:
     finish_reason: str
 
 
-def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams], *,
-             progress: bool = False, finished: Callable[[int, Completion], None] | None = None,
-             **engine_options) -> list[list[Completion]]:  # fmt: skip
+def generate(
+    model: Decoder, prompts: Prompts, params: SamplingParams | Many[SamplingParams], *,
+    progress: bool = False, finished: Callable[[int, Completion], None] | None = None, **engine_options,
+) -> list[list[Completion]]:  # fmt: skip
     """Sample `params.n` completions of every prompt (token ids); the result is a list of n Completions per prompt.
 
     Stops at the checkpoint's EOS ids (ModelConfig.eos_ids; not if ignore_eos) and at stop_token_ids.
@@ -95,16 +101,19 @@ def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | 
     engine = Engine(model, max_tokens=longest, requests=len(places), pack=pack, **engine_options)
     for request in places:
         engine.add(request)
-    with tqdm(total=len(places), desc="sampling", unit="seq", disable=not progress, delay=2, leave=False) as bar:
+    bar = tqdm(desc="sampling", total=len(places), unit="seq", disable=not progress, delay=2, leave=False)
+    with bar:
         while engine.busy:
             for request in engine.step():
-                if request.finish_reason:
-                    index, sample = places[request]
-                    completion = Completion(request.token_ids, request.logprobs, request.finish_reason)
-                    completions[index][sample] = completion
-                    bar.update()
-                    if finished:
-                        finished(index, completion)
+                reason = request.finish_reason
+                if not reason:
+                    continue
+                index, sample = places[request]
+                completion = Completion(request.token_ids, request.logprobs, reason)
+                completions[index][sample] = completion
+                bar.update()
+                if finished:
+                    finished(index, completion)
     del engine
     if model.head_weight.is_cuda:
         # What training makes next would lie in the memory of the KV cache, and keep all of it from being given back.
@@ -112,37 +121,41 @@ def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | 
     return completions
 
 
-def generate_over_ranks(model: Decoder, prompts: Many[Many[int]], params: Many[SamplingParams], ranks: Ranks,
-                        **options) -> list[list[Completion]]:  # fmt: skip
+def generate_over_ranks(
+    model: Decoder, prompts: Prompts, params: Many[SamplingParams], ranks: Ranks, **options
+) -> list[list[Completion]]:
     """`generate` with the prompts spread over the ranks; every rank calls it with all of them and gets all completions.
 
     Each rank takes a run of neighbours, so that equal prompts meet in one engine, of about the same number of tokens:
     those of the prompts, and as many new ones as may come. The ranks meet only at the end.
     """
 
-    def sample(requests: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
-        return generate(model, [prompt for prompt, _ in requests], [one for _, one in requests], **options)
+    def work(requests: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
+        prompts = [prompt for prompt, _ in requests]
+        return generate(model, prompts, [one for _, one in requests], **options)
 
     def cost(request: tuple[Many[int], SamplingParams]) -> int:
         prompt, one = request
         return one.n * (len(prompt) + one.max_new_tokens)
 
-    return ranks.split_work(list(zip(prompts, params, strict=True)), sample, cost=cost)
+    return ranks.split_work(list(zip(prompts, params, strict=True)), work, cost=cost)
 
 
 def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: int = 0, sample: int = 0) -> Sequence:
     """Sample number `sample` of prompt number `index` as the engine wants it; raises ValueError for a bad prompt."""
+    config = model.config
     if not prompt:
-        raise ValueError(f"prompt {index} is empty: a completion needs at least one token to start from")
-    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-        raise ValueError(f"prompt {index} has a token id outside the vocabulary of {model.config.vocab_size}")
-    limit = model.config.max_position_embeddings
-    if len(prompt) + params.max_new_tokens > limit:
-        raise ValueError(f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} it "
-                         f"passes the model's max_position_embeddings={limit}")  # fmt: skip
-    eos = () if params.ignore_eos else model.config.eos_ids
+        raise ValueError(f"prompt {index} is empty: a completion needs at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        raise ValueError(f"prompt {index} has a token id outside the vocabulary of {config.vocab_size}")
+    if len(prompt) + params.max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} "
+            f"it passes the model's max_position_embeddings={config.max_position_embeddings}"
+        )
+    eos_ids = () if params.ignore_eos else config.eos_ids
     seed = secrets.randbits(63) if params.seed is None else derive_seed(params.seed, sample, *prompt)
     return Sequence(
-        prompt, params.max_new_tokens, stop_ids=frozenset(eos) | frozenset(params.stop_token_ids), seed=seed,
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+        prompt, params.max_new_tokens, frozenset(eos_ids) | frozenset(params.stop_token_ids), seed,
+        params.temperature, params.top_k, params.top_p, params.min_p,
     )  # fmt: skip

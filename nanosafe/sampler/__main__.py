@@ -5,8 +5,9 @@
 
 The answer is printed while it is drawn, its thought (<think> to </think>) dimmed. It alone goes to stdout; settings,
 speed and errors go to stderr. A line is a question; /new starts afresh, /quit or Ctrl-D leaves, Ctrl-C stops an answer
-and, at the prompt, leaves. Simplified: each turn computes the whole conversation again, because chat templates rewrite
-what came before, most of them without its thoughts.
+and, at the prompt, leaves. Where no flag says how to draw, the checkpoint's generation_config.json does. Simplified:
+each turn computes the whole conversation again, because chat templates rewrite what came before, most of them without
+its thoughts.
 """
 
 import signal
@@ -30,32 +31,30 @@ from nanosafe.text.thoughts import THINK
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli
 
-DEFAULT_CONTEXT = 8192  # tokens; memory for all 131,072 positions of some models would not fit beside their weights
+# In tokens; memory for all 131,072 positions of some models would not fit beside their weights.
+DEFAULT_CONTEXT = 8192
 FILTERS = ("temperature", "top_p", "top_k", "min_p")
 
 
 def flags() -> ArgumentParser:
-    parser = ArgumentParser(
-        "python -m nanosafe.sampler", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    raw = RawDescriptionHelpFormatter  # keeps the lines of the description
+    parser = ArgumentParser("python -m nanosafe.sampler", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder")
+    add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name[@revision]) or folder")
     add("--prompt", metavar="TEXT", help="answer this one question and exit")
     add("--system", metavar="TEXT", help="system message of every conversation")
     add("--thinking", **cli.THINKING)
-    add("--temperature", type=float, help="0 always takes the likeliest token (default: the checkpoint's own, or 1)")
-    add("--top-p", type=float, help="draw from the fewest tokens that reach this probability (default: the same, or 1)")
-    add("--top-k", type=int, help="draw from this many likeliest tokens (default: the same, or 0: from all)")
-    add("--min-p", type=float, help="leave out tokens less likely than this share of the likeliest one's probability "
-        "(default: the same, or 0)")
-    add("--max-new-tokens", type=cli.positive_int, help="of one answer (default: all that --max-tokens leaves)")
-    add("--max-tokens", type=cli.positive_int, help="of a conversation; memory is set aside for them (default: as "
-        f"many as the model has positions, but at most {DEFAULT_CONTEXT})")
-    add("--seed", type=int, help="with it the same questions get the same answers (default: a fresh one each time)")
+    add("--temperature", type=float, help="0 always takes the likeliest token")
+    add("--top-p", type=float, help="draw from the fewest tokens that reach this probability")
+    add("--top-k", type=int, help="draw from this many likeliest tokens; 0: from all")
+    add("--min-p", type=float, help="leave out tokens with less than this share of the likeliest's probability")
+    add("--max-new-tokens", type=cli.positive_int, help="of one answer (default: all that is left)")
+    add("--max-tokens", type=cli.positive_int, help="of a conversation; memory is set aside for them "
+        f"(default: as many as the model has positions, but at most {DEFAULT_CONTEXT})")  # fmt: skip
+    add("--seed", type=int, help="the same questions get the same answers (default: a fresh one each time)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="bfloat16 takes half the memory and is often faster (default: bfloat16 on cuda, float32 on cpu)")
-    add("--plain", action="store_true", help="no dimming; also where NO_COLOR is set or the output is no terminal")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on cuda, float32 on cpu)")
+    add("--plain", action="store_true", help="no dimming; also where NO_COLOR is set or stdout is no terminal")
     return parser
 
 
@@ -72,9 +71,10 @@ def talk(args: Namespace) -> None:
     # Mistakes that show without the weights are reported before these are read.
     tokenizer.render([*opening, {"role": "user", "content": "?"}])
     config = ModelConfig.from_folder(tokenizer.folder)
-    limit = args.max_tokens or min(config.max_position_embeddings, DEFAULT_CONTEXT)
-    if limit > config.max_position_embeddings:
-        raise ValueError(f"--max-tokens {limit}: {args.model} has only {config.max_position_embeddings} positions")
+    positions = config.max_position_embeddings
+    limit = args.max_tokens or min(positions, DEFAULT_CONTEXT)
+    if limit > positions:
+        raise ValueError(f"--max-tokens {limit}: {args.model} has only {positions} positions")
     path = tokenizer.folder / "generation_config.json"
     settings = sampling_settings(args, config.generation or {}, console, path)
     settings |= dict(seed=args.seed, stop_token_ids=tokenizer.eos_ids)
@@ -94,8 +94,10 @@ def talk(args: Namespace) -> None:
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
         room = limit - len(prompt)
         if room < 1:
-            raise ValueError(f"the conversation has {len(prompt)} tokens, which leaves no room for an answer within "
-                             f"--max-tokens {limit}: raise it, or start afresh with /new")  # fmt: skip
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens, which leaves no room for an answer "
+                f"within --max-tokens {limit}: raise it, or start afresh with /new"
+            )
         params = SamplingParams(max_new_tokens=min(args.max_new_tokens or room, room), **settings)
         return print_answer(engine, sequence(model, prompt, params), tokenizer, console)
 
@@ -105,7 +107,7 @@ def talk(args: Namespace) -> None:
         answer([*opening, {"role": "user", "content": args.prompt}])
 
 
-def sampling_settings(args: Namespace, checkpoint: dict, console: Console, path: str | Path) -> dict:
+def sampling_settings(args: Namespace, checkpoint: dict, console: Console, path: Path) -> dict:
     """Fields of SamplingParams by the command line, or else by `checkpoint`, the object in generation_config.json.
 
     Raises ValueError, which names its `path`, where that asks for what is not computed and no --temperature is given.
@@ -120,12 +122,16 @@ def sampling_settings(args: Namespace, checkpoint: dict, console: Console, path:
     if args.temperature is None:
         if not fields["do_sample"]:
             defaults["temperature"] = 0.0  # greedy, whatever temperature the file has
-        if fields["repetition_penalty"] != 1:
-            raise ValueError(f"{path} asks for a repetition_penalty of {fields['repetition_penalty']}, which is not "
-                             "computed: set --temperature to draw without it")  # fmt: skip
+        penalty = fields["repetition_penalty"]
+        if penalty != 1:
+            raise ValueError(
+                f"{path} asks for a repetition_penalty of {penalty}, which is not computed: "
+                "set --temperature to draw without it"
+            )
     for origin, settings in (("the command line", given), ("generation_config.json", defaults)):
         if settings:
-            console.note(f"from {origin}: {', '.join(f'{name} {value}' for name, value in settings.items())}")
+            listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+            console.note(f"from {origin}: {listed}")
     return defaults | given
 
 
@@ -143,7 +149,8 @@ def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: 
             messages = [*history, {"role": "user", "content": line}]
             try:
                 history = [*messages, {"role": "assistant", "content": answer(messages)}]
-            except ValueError as error:  # too long, or not to the template's liking: as if it had not been asked
+            except ValueError as error:
+                # It is too long, or the template refuses it: as if it had not been asked.
                 console.note(f"error: {error}")
 
 
@@ -172,8 +179,9 @@ def print_answer(engine: Engine, request: Sequence, tokenizer: Tokenizer, consol
         console.end_answer()
     end = time.perf_counter()
     rate = f", then {(shown - 1) / (end - first):.1f} tokens/s" if shown > 1 else ""
-    reason = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}[request.finish_reason]
-    console.note(f"{shown} tokens in {end - start:.1f} s: the first after {first - start:.2f} s{rate}{reason}")
+    ends = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}
+    speed = f"{end - start:.1f} s: the first after {first - start:.2f} s{rate}"
+    console.note(f"{shown} tokens in {speed}{ends[request.finish_reason]}")
     return text
 
 

@@ -29,12 +29,12 @@ from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
 class EngineOptions:
     max_tokens: int  # of the longest sequence
     requests: int | None = None  # that will come, where their number is known
-    max_batch: int | None = None  # sequences that decode together (default: 64 on a CPU, 256 on CUDA)
+    max_batch: int | None = None  # that decode together (default: 64 on a CPU, 256 on CUDA)
     # Memory of the KV cache, at most half of it for the states of Mamba layers (default: of what is free, half on a CPU
     # and 80 % on CUDA).
     cache_bytes: int | None = None
     prefill_tokens: int | None = None  # of one prefill (default: default_prefill_tokens)
-    block_size: int | None = None  # positions per block (default: 64 on CUDA, one slot per sequence elsewhere)
+    block_size: int | None = None  # positions (default: 64 on CUDA, elsewhere max_tokens)
     banned_token_ids: Iterable[int] = ()  # never drawn, and log-probs are those of what is left
     pack: bool = True  # On a CPU, multiply by weights that are packed once more, if memory allows.
 
@@ -64,7 +64,8 @@ def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]
     max_batch = min(options.max_batch or runner.max_batch, options.requests or sys.maxsize)
     slot_bytes = KVCache.bytes_per_slot(config, dtype)
     if slot_bytes:
-        max_batch = max(1, min(max_batch, cache_bytes // 2 // slot_bytes - 1))  # One more slot is scratch.
+        # One more slot is scratch.
+        max_batch = max(1, min(max_batch, cache_bytes // 2 // slot_bytes - 1))
     block_size = options.block_size or runner.block_size or options.max_tokens
     block_bytes = KVCache.bytes_per_position(config, dtype) * block_size
     table_width = -(-options.max_tokens // block_size)
@@ -94,7 +95,7 @@ class Engine:
         pack = options.pack and device.type == "cpu"
         view = packed_view(model, free_memory(device)) if pack else model
         self.cache, max_batch = make_cache(model, options, runner)
-        pool = BlockPool(self.cache.scratch, self.cache.block_size)
+        pool = BlockPool(self.cache.scratch, self.cache.block_size)  # all blocks but the scratch one
         self.table_width = pool.blocks_for(options.max_tokens)  # blocks of the longest sequence
         self.runner = runner(view, self.cache, self.table_width, options.banned_token_ids)
         prefill_tokens = options.prefill_tokens or default_prefill_tokens(config, device.type)
@@ -187,4 +188,4 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return host_memory()[1]
+    return host_memory()[1]  # Zeroed pages count only once they are written.

@@ -67,7 +67,7 @@ class PagedRunner:
     steps_per_look = 1  # decode steps between two looks of the host at what was drawn
     # What an engine does unless it is told otherwise.
     max_batch = 64
-    memory_share = 0.5  # of free memory, for the cache; a host's zeroed pages count only once they are written
+    memory_share = 0.5  # of what is free, for the cache
     block_size: int | None = None  # None: a block is as long as the longest sequence
 
     def __init__(self, model: Decoder, cache: KVCache, table_width: int, banned_token_ids: Iterable[int] = ()):

@@ -6,9 +6,10 @@ import sys
 from nanosafe.text.thoughts import END_THINK, THINK
 from nanosafe.text.tokenizer import Tokenizer
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not, or not yet, a character
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not yet a character
 LONGEST_BROKEN = 32  # tokens; bytes that are no character by then will never be one
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], BROKEN)  # With them a text can rule a terminal.
+# Control characters, all but tab and newline: with them a text can rule a terminal.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], BROKEN)
 
 
 class TextStream:
@@ -16,7 +17,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self.decode = tokenizer.decode
-        self.before: list[int] = []  # what was returned last; some decoders drop a space before the very first token
+        # Some decoders drop a space before the very first token, so what was returned last is decoded once more.
+        self.before: list[int] = []
         self.new: list[int] = []  # what was not returned yet
 
     def add(self, token: int) -> str:
@@ -41,7 +43,8 @@ class Console:
     def __init__(self, plain: bool):
         self.terminal = sys.stdout.isatty()
         self.held_back = ""  # the end of what was written, which may become a tag
-        dims = self.terminal and sys.stderr.isatty() and not plain and not os.environ.get("NO_COLOR")
+        plain = plain or os.environ.get("NO_COLOR")
+        dims = self.terminal and sys.stderr.isatty() and not plain
         self.dim, self.normal = ("\033[2m", "\033[0m") if dims else ("", "")
 
     def write(self, piece: str) -> str:
