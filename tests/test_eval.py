@@ -21,10 +21,24 @@ from nanosafe.evals import plots
 from nanosafe.evals import run as harness
 from nanosafe.evals import tiny_suite as tiny_tasks
 from nanosafe.evals.benchmark import Benchmark, Question, adapt
-from nanosafe.evals.results import RecordFile
-from nanosafe.evals.run import add_rewards, protocol, respond, summarize
+from nanosafe.evals.records import RecordFile
+from nanosafe.evals.results import (
+    BenchmarkResult,
+    Metric,
+    Result,
+    categories,
+    difference,
+    estimate,
+    headline,
+    mean,
+    read_result,
+    values,
+    write_result,
+)
+from nanosafe.evals.run import add_rewards, protocol, respond
+from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate
-from nanosafe.evals.tables import Row, difference, estimate, headline, protocols, sections, table, terminal
+from nanosafe.evals.tables import protocols, sections, table, terminal
 from nanosafe.evals.tiny_suite import grade_tiny, tiny_suite
 from nanosafe.io.files import read_json
 from nanosafe.names import load_model, load_reward, load_reward_model, load_tokenizer
@@ -94,10 +108,25 @@ def comparable(value):
     return pytest.approx(value, abs=2e-4) if isinstance(value, float) else value
 
 
+def of(part: BenchmarkResult) -> Result:
+    """A result of one benchmark."""
+    return Result("", {"b": part})
+
+
+def estimates(part: BenchmarkResult) -> dict[str, Estimate]:
+    """Those of the grader's metrics and of the diagnostics that were measured."""
+    found = {name: estimate(of(part), Metric("b", name)) for name in dict.fromkeys([*part.metrics, *part.scores])}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def scored(part: BenchmarkResult, name: str) -> dict[str, float]:
+    return values(of(part), Metric("b", name))
+
+
 # Sums
 
 
-def test_a_summary_equals_the_sums_by_hand():
+def test_a_summary_equals_the_sums_by_hand(tmp_path):
     right = {"q0": [1, 0, 0, 0], "q1": [1, 1, 1, 1], "q2": [0, 0, 1, 1]}
     records = [record(q, i, float(x)) for q, values in right.items() for i, x in enumerate(values)]
     records[1] |= {"truncated": True, "tokens": 50, "response": "<think>\nstill"}
@@ -107,8 +136,8 @@ def test_a_summary_equals_the_sums_by_hand():
     for i, one in enumerate(records):
         one["reward"] = float(i)
     part = summarize(small_benchmark(samples=4), records, reflection=[5])
-    means = {name: value["mean"] for name, value in (part["metrics"] | part["diagnostics"]).items()}
-    assert means == pytest.approx({
+    found = estimates(part)
+    assert {name: value.mean for name, value in found.items()} == pytest.approx({
         "right": (1 / 4 + 1 + 1 / 2) / 3,
         "pass@2": (1 / 2 + 1 + 5 / 6) / 3,  # 1 - C(3,2)/C(4,2), 1, 1 - C(2,2)/C(4,2)
         "pass@4": 1.0,
@@ -116,44 +145,49 @@ def test_a_summary_equals_the_sums_by_hand():
         "token_entropy": (2.0 + 0.25 + 4.0) / 3,
         "reflection_entropy": (2.0 + 4.0) / 2,  # q1 has no reflection token
     })  # fmt: skip
-    assert part["responses"] == 12 and part["metrics"]["right"]["n"] == 3, "questions are counted, not samples"
-    assert part["metrics"]["pass@4"]["low"] < 1 and part["diagnostics"]["reflection_entropy"]["n"] == 2
-    assert part["items"]["right"] == {"q0": 0.25, "q1": 1.0, "q2": 0.5}
-    assert part["category_of"] == {"q0": "even", "q1": "odd", "q2": "even"}
-    assert part["categories"]["even"]["right"]["mean"] == 0.375 and part["categories"]["odd"]["right"]["n"] == 1
-    assert part["reflection"]["values"] == [1.0, 3.0, 4.0]
-    assert part["reflection"]["entropy_per_token"] == pytest.approx(8 / 3)
-    assert part["reflection"]["entropy_per_response_or_zero"] == pytest.approx(2.0)
-    assert part["reflection"]["all_token_entropy"] == pytest.approx(10.5 / 6)
-    assert json.loads(json.dumps(part)) == part
+    assert part.responses == 12 and found["right"].n == 3, "questions are counted, not samples"
+    assert found["pass@4"].low < 1 and found["reflection_entropy"].n == 2
+    assert scored(part, "right") == {"q0": 0.25, "q1": 1.0, "q2": 0.5}
+    assert [score[:2] for score in part.scores["right"]] == [("q0", "even"), ("q1", "odd"), ("q2", "even")]
+    even, odd = (Metric("b", "right", category) for category in categories(of(part), Metric("b", "right")))
+    assert (even.category, odd.category) == ("even", "odd")
+    assert estimate(of(part), even).mean == mean(of(part), even) == 0.375 and estimate(of(part), odd).n == 1
+    assert part.pooled["entropy_per_token"] == pytest.approx(8 / 3)
+    assert part.pooled["entropy_per_response_or_zero"] == pytest.approx(2.0)
+    assert part.pooled["all_token_entropy"] == pytest.approx(10.5 / 6)
+    write_result(tmp_path / "result.json", of(part))
+    assert read_result(tmp_path / "result.json") == of(part)
+    assert json.loads((tmp_path / "result.json").read_text())["rows"][0] == ["b", "right", "q0", "even", False, 0.25]
 
 
 def test_pass_at_k_is_for_reasoning_only():
     records = [record(f"q{q}", i, 1.0) for q in range(3) for i in range(4)]
-    assert "pass@4" in summarize(small_benchmark(samples=4), records)["metrics"]
-    assert list(summarize(small_benchmark(samples=4, about="safety"), records)["metrics"]) == ["right"]
+    assert "pass@4" in summarize(small_benchmark(samples=4), records).metrics
+    assert summarize(small_benchmark(samples=4, about="safety"), records).metrics == ["right"]
 
 
 def test_the_gap_of_thought_and_answer_has_a_paired_interval():
-    values = [dict(thought=1.0, answer=0.0), dict(thought=0.0, answer=0.0), dict(thought=0.0, answer=1.0)]
-    records = [record(f"q{i}", 0, 0.0, values=v) for i, v in enumerate(values)]
+    verdicts = [dict(thought=1.0, answer=0.0), dict(thought=0.0, answer=0.0), dict(thought=0.0, answer=1.0)]
+    records = [record(f"q{i}", 0, 0.0, values=v) for i, v in enumerate(verdicts)]
     benchmark = small_benchmark(headline="answer", about="safety", differences={"gap": ("thought", "answer")})
     part = summarize(benchmark, records)
-    gap = part["metrics"]["gap"]
-    assert gap["mean"] == 0 and gap["low"] == pytest.approx(-gap["high"]) and gap["over"] == "pairs"
-    assert part["items"]["gap"] == {"q0": 1.0, "q1": 0.0, "q2": -1.0}
+    gap = estimates(part)["gap"]
+    assert gap.mean == 0 and gap.low == pytest.approx(-gap.high) and gap.over == "pairs"
+    assert scored(part, "gap") == {"q0": 1.0, "q1": 0.0, "q2": -1.0}
 
 
 def test_what_was_not_judged_is_missing_and_not_zero():
-    values = [dict(thought=1.0, answer=0.0, unjudged=0.0), dict(thought=1.0, unjudged=1.0), dict(unjudged=1.0)]
-    records = [record(f"q{i}", 0, 0.0, values=v) for i, v in enumerate(values)]
+    verdicts = [dict(thought=1.0, answer=0.0, unjudged=0.0), dict(thought=1.0, unjudged=1.0), dict(unjudged=1.0)]
+    records = [record(f"q{i}", 0, 0.0, values=v) for i, v in enumerate(verdicts)]
     benchmark = small_benchmark(headline="answer", about="safety", differences={"gap": ("thought", "answer")})
     part = summarize(benchmark, records)
-    assert {metric: (e["mean"], e["n"]) for metric, e in part["metrics"].items()} == {
+    found = estimates(part)
+    assert {metric: (found[metric].mean, found[metric].n) for metric in part.metrics} == {
         "thought": (1.0, 2), "answer": (0.0, 1), "gap": (1.0, 1), "unjudged": (pytest.approx(2 / 3), 3)}
-    assert part["items"]["gap"] == {"q0": 1.0}
+    assert scored(part, "gap") == {"q0": 1.0}
     nothing = summarize(benchmark, [r | {"values": {"unjudged": 1.0}} for r in records])
-    assert list(nothing["metrics"]) == ["unjudged"] and nothing["metrics"]["unjudged"]["mean"] == 1
+    assert [metric for metric in nothing.metrics if metric in estimates(nothing)] == ["unjudged"]
+    assert estimates(nothing)["unjudged"].mean == 1
 
 
 # The tiny suite
@@ -260,14 +294,14 @@ def test_what_the_template_opens_is_graded_once_and_stands_in_the_protocol(polic
 
     def responses(prefill: str) -> list[dict]:
         benchmark = small_benchmark(prefill)
-        prompts[:] = [harness._encode(policy[0], tokenizer, benchmark, q, opened) for q in benchmark.questions]
+        prompts[:] = [request.prompt_ids for request in harness._requests(policy[0], tokenizer, benchmark, 0)]
         return respond(policy[0], tokenizer, benchmark, ranks=Ranks("cpu"), seed=0)
 
     plain = responses("")
     assert all(r["response"].startswith(opened) for r in plain) and tokenizer.decode(prompts[0]).endswith(opened)
     assert protocol(small_benchmark(), tokenizer, 3)["thought_opened_by_template"] == opened
     if opened.endswith("</think>\n\n"):
-        assert summarize(small_benchmark(), plain)["diagnostics"]["unclosed_thought"]["mean"] == 0
+        assert estimates(summarize(small_benchmark(), plain))["unclosed_thought"].mean == 0
     else:
         records = responses("<think>\nOkay")
         assert tokenizer.decode(prompts[0]).endswith("assistant\n<think>\nOkay")
@@ -281,7 +315,7 @@ def test_entropies_are_of_first_samples_and_can_be_left_out(policy):
     without = respond(*policy, benchmark, ranks=Ranks("cpu"), seed=0, tokens_per_microbatch=None)
     assert not any("entropies" in r for r in without)
     assert [r["response"] for r in without] == [r["response"] for r in records]
-    assert "token_entropy" not in summarize(benchmark, without)["diagnostics"]
+    assert "token_entropy" not in summarize(benchmark, without).scores
 
 
 def test_rewards_are_the_models_scores_of_thought_and_answer(world, policy):
@@ -304,7 +338,7 @@ def test_a_reward_of_an_eval_that_is_nan_names_model_and_text_and_an_unread_one_
     values = [float("-inf"), *range(1, len(records))]
     add_rewards(records, lambda *_: torch.tensor(values), "rm", Ranks("cpu"))
     assert [record["reward"] for record in records] == [None, *values[1:]]
-    assert len(summarize(benchmark, records)["items"]["reward"]) == len(benchmark.questions) - 1
+    assert len(scored(summarize(benchmark, records), "reward")) == len(benchmark.questions) - 1
     with pytest.raises(ValueError, match="owner/rm gives .* not a number to '<think>"):
         add_rewards(records, lambda *_: torch.tensor([float("nan")] * len(records)), "owner/rm", Ranks("cpu"))
 
@@ -386,10 +420,10 @@ def test_another_grader_or_fewer_questions_need_no_new_responses(world, measured
     refuse = lambda questions, texts: grade_tiny(questions, ["I cannot help with that."] * len(texts))  # noqa: E731
     monkeypatch.setattr(tiny_tasks, "grade_tiny", refuse)
     evaluation.main(arguments(world, out, "--limit", "3"))
-    result = read_json(out / "result.json")
-    assert counts == [] and estimate(result, Row("safety", "safe"))[:1] == (1.0,)
-    assert estimate(result, Row("benign look-alikes", "over_refusal")).n == 3
-    assert estimate(read_json(measured / "result.json"), Row("safety", "safe")).mean == 0.0
+    result = read_result(out / "result.json")
+    assert counts == [] and estimate(result, Metric("safety", "safe"))[:1] == (1.0,)
+    assert estimate(result, Metric("benign look-alikes", "over_refusal")).n == 3
+    assert estimate(read_result(measured / "result.json"), Metric("safety", "safe")).mean == 0.0
     safe = [r["values"]["safe"] for r in lines(out / "records.jsonl") if r["benchmark"] == "safety"]
     assert sorted(safe) == [0.0, 1.0, 1.0, 1.0], "the fourth is no longer asked for, and stays as it was"
 
@@ -408,8 +442,10 @@ def test_two_ranks_write_what_one_does(world, measured, tmp_path):
     (records, result), (two_records, two_result) = results
     assert two_records == comparable(records) and len(records) == 24 and all("reward" in r for r in records)
     assert two_result | {"label": "policy"} == comparable(result | {"label": "policy"})
-    assert len(result["memorization"]["items"]["log_likelihood"]) == 4, "--limit holds for these rows too"
-    assert result["memorization"]["metrics"]["log_likelihood"]["mean"] < 0
+    known = Metric("memorization", "log_likelihood")
+    found = read_result(tmp_path / "two" / "result.json")
+    assert len(values(found, known)) == 4, "--limit holds for these rows too"
+    assert estimate(found, known).mean < 0
 
 
 def test_a_comparison_has_one_date(tmp_path, monkeypatch):
@@ -481,6 +517,7 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path, row):
 @pytest.mark.parametrize("damage", [
     lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: text.replace('"benchmarks"', '"benchmark"'),
     lambda text: text.replace('"headline"', '"head"', 1), lambda text: text.replace('"protocol"', '"protocols"', 1),
+    lambda text: text.replace('["safety", ', '["danger", ', 1), lambda text: text.replace(", false, ", ", 0, ", 1),
 ])  # fmt: skip
 def test_a_damaged_result_is_named_with_its_cure(world, measured, tmp_path, damage):
     out = shutil.copytree(measured, tmp_path / "out")
@@ -489,6 +526,16 @@ def test_a_damaged_result_is_named_with_its_cure(world, measured, tmp_path, dama
     expect_error(["--compare", str(out), str(measured)], f"{out}/result.json is damaged")
     (out / "result.json").unlink()
     expect_error(arguments(world, out), "holds responses of another model or evaluation", "delete it")
+
+
+def test_a_result_of_the_earlier_form_is_to_be_measured_anew(world, measured, tmp_path):
+    out = shutil.copytree(measured, tmp_path / "out")
+    result = read_json(out / "result.json")
+    del result["format"], result["rows"]
+    (out / "result.json").write_text(json.dumps(result))
+    expect_error(["--compare", str(measured), str(out)], f"{out}/result.json was written by an earlier version",
+                 "measure policy anew")  # fmt: skip
+    expect_error(arguments(world, out), "measure policy anew")
 
 
 def test_an_evaluation_that_another_process_writes_is_left_to_it(world, measured, tmp_path):
@@ -503,7 +550,7 @@ def test_an_evaluation_that_another_process_writes_is_left_to_it(world, measured
 # Comparison
 
 
-def result_of(label: str, right: dict[str, float], step: int | None = None, **more) -> dict:
+def result_of(label: str, right: dict[str, float], step: int | None = None, run: str = "runs/rl") -> Result:
     """A result with one safety, one over-refusal and one reasoning benchmark, the questions of each scoring `right`."""
     parts = {}
     for name, about in (("harm", "safety"), ("look-alikes", "over-refusal"), ("sums", "reasoning")):
@@ -511,11 +558,11 @@ def result_of(label: str, right: dict[str, float], step: int | None = None, **mo
         benchmark = small_benchmark(name=name, about=about, questions=questions)
         records = [record(i, 0, value, token_ids=[5, 6], entropies=[1.0 + value, 0.5], reward=2 * value)
                    for i, value in right.items()]  # fmt: skip
-        parts[name] = summarize(benchmark, records, [5]) | {"protocol": {
+        parts[name] = summarize(benchmark, records, [5])
+        parts[name].protocol = {
             "questions": len(right), "of": 100, "samples": 1, "temperature": 1.0, "top_p": 1.0,
-            "max_response_tokens": 6, "template_vars": {}, "thinking": True}}  # fmt: skip
-    return {"model": label, "label": label, "run": None if step is None else "runs/rl", "step": step,
-            "memorization": None, "benchmarks": parts} | more  # fmt: skip
+            "max_response_tokens": 6, "template_vars": {}, "thinking": True}  # fmt: skip
+    return Result(label, parts, model=label, run=None if step is None else run, step=step)
 
 
 def cells(text: str, label: str) -> list[str]:
@@ -528,7 +575,7 @@ def test_a_table_marks_the_differences_whose_interval_excludes_zero():
     base = result_of("base", {i: 0.0 for i in ids})
     better = result_of("RL", {i: float(n % 2 == 0) for n, i in enumerate(ids)})
     same = result_of("SFT", {i: float(n == 0) for n, i in enumerate(ids[:30])})
-    del same["benchmarks"]["look-alikes"]
+    del same.benchmarks["look-alikes"]
     text = table([base, better, same])
     before, after, change, other, other_change, n = cells(text, "harm: right answer")
     assert before.startswith("0.000 [0.000,") and after.startswith("0.500 [") and other.startswith("0.033 [")
@@ -537,7 +584,7 @@ def test_a_table_marks_the_differences_whose_interval_excludes_zero():
     # Bonett and Price: differences with one of each sign added, 42 values: 21 ones, one -1, 20 zeros
     mean, square = 20 / 42, 22 / 42
     half = 1.959964 * math.sqrt((square - mean**2) / 42)
-    assert difference(base, better, Row("harm", "right"))[1:3] == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert difference(base, better, Metric("harm", "right"))[1:3] == pytest.approx((mean - half, mean + half), abs=1e-6)
     assert cells(text, "look-alikes: right answer")[3:5] == ["–", "–"], "a partial result leaves its cells empty"
     assert cells(text, "harm (even): right answer")[2].endswith("] *")
     assert cells(text, "harm (odd): right answer")[1] == "0.000 [0.000, 0.161]"
@@ -550,9 +597,10 @@ def test_what_the_terminal_shows_fits_100_columns_with_one_number_a_cell():
     ids = [f"q{i}" for i in range(40)]
     base = result_of("base", {i: 0.0 for i in ids})
     better = result_of("a-very-long-name-of-a-run-" * 5 + "step-000010", {i: float(n % 2) for n, i in enumerate(ids)})
-    better["benchmarks"]["harm"]["metrics"]["unjudged"] = Estimate(0.025, 0.0, 0.1, 40, "items")._asdict()
-    better["benchmarks"]["harm"]["bounds"] = [0.5, 0.525]
-    for results in ([base], [base, better], [base, better, better | {"label": "third"}]):
+    scores = better.benchmarks["harm"].scores
+    scores["unjudged"] = [score._replace(value=float(n == 0)) for n, score in enumerate(scores["right"])]
+    better.benchmarks["harm"].bounds = [0.5, 0.525]
+    for results in ([base], [base, better], [base, better, replace(better, label="third")]):
         lines = terminal(results, ["Overview", "Diagnostics"]).splitlines()
         assert max(map(len, lines)) <= 100 and lines == [line.rstrip() for line in lines]
         rows = lines[: lines.index("**Diagnostics**")]
@@ -570,7 +618,7 @@ def test_what_the_terminal_shows_fits_100_columns_with_one_number_a_cell():
 
 
 def test_a_model_that_never_thinks_has_no_thought_columns():
-    def values(harmful: float) -> dict:
+    def verdicts(harmful: float) -> dict:
         return dict(safe=1 - harmful, harmful=harmful, harmful_thought=0.0, harmful_anywhere=harmful, unjudged=0.0,
                     **{"harmful_thought (guard)": 0.0, "harmful (guard)": harmful})  # fmt: skip
 
@@ -579,46 +627,46 @@ def test_a_model_that_never_thinks_has_no_thought_columns():
     parts = {}
     for label, response in (("plain", "Here is how."), ("empty", "<think>\n\n</think>\n\nHere is how."),
                             ("thinks", "<think>\nHm.\n</think>\n\nHere is how.")):  # fmt: skip
-        records = [record(f"q{i}", 0, 0.0, values=values(1.0), response=response) for i in range(3)]
+        records = [record(f"q{i}", 0, 0.0, values=verdicts(1.0), response=response) for i in range(3)]
         parts[label] = summarize(small_benchmark(**about), records)
     for label in ("plain", "empty"):
-        assert set(parts[label]["metrics"]) == {"safe", "harmful", "unjudged", "harmful (guard)"}
-        assert not {"thought_gap", "harmful_thought"} & parts[label]["items"].keys()
-    assert parts["thinks"]["metrics"]["thought_gap"]["mean"] == -1 and "harmful_anywhere" in parts["thinks"]["metrics"]
-    assert "unclosed_thought" not in parts["plain"]["diagnostics"]
-    assert parts["empty"]["diagnostics"]["unclosed_thought"]["mean"] == 0
-    plain, thinks = ({"label": label, "memorization": None, "benchmarks": {"harm": parts[label]}}
-                     for label in ("plain", "thinks"))  # fmt: skip
-    assert [row.metric for row in sections([plain])["Overview"]] == ["safe", "harmful"]
+        found = estimates(parts[label])
+        assert found.keys() & set(parts[label].metrics) == {"safe", "harmful", "unjudged", "harmful (guard)"}
+        assert not scored(parts[label], "thought_gap") and not scored(parts[label], "harmful_thought")
+    assert estimates(parts["thinks"])["thought_gap"].mean == -1 and "harmful_anywhere" in parts["thinks"].metrics
+    assert "unclosed_thought" not in parts["plain"].scores
+    assert estimates(parts["empty"])["unclosed_thought"].mean == 0
+    plain, thinks = (Result(label, {"harm": parts[label]}) for label in ("plain", "thinks"))
+    assert [metric.name for metric in sections([plain])["Overview"]] == ["safe", "harmful"]
     assert "thought" not in str(sections([plain])) and "thought_gap" in str(sections([plain, thinks]))
 
 
 def test_unjudged_responses_are_bounds_of_the_headline():
-    values = [{"safe": 1.0}, {"unjudged": 1.0}, {"safe": 0.0}, {"safe": 1.0}, {"unjudged": 1.0}, {"unjudged": 1.0}]
-    records = [record(f"q{i // 2}", i % 2, 0.0, values=v) for i, v in enumerate(values)]
+    verdicts = [{"safe": 1.0}, {"unjudged": 1.0}, {"safe": 0.0}, {"safe": 1.0}, {"unjudged": 1.0}, {"unjudged": 1.0}]
+    records = [record(f"q{i // 2}", i % 2, 0.0, values=v) for i, v in enumerate(verdicts)]
     part = summarize(small_benchmark(about="safety", headline="safe", samples=2), records)
-    assert part["metrics"]["safe"]["mean"] == 0.75 and part["metrics"]["safe"]["n"] == 2
-    assert part["bounds"] == pytest.approx([(0.5 + 0.5 + 0) / 3, (1 + 0.5 + 1) / 3])
-    assert summarize(small_benchmark(), [record(f"q{i}", 0, 1.0) for i in range(3)])["bounds"] is None
+    assert estimates(part)["safe"].mean == 0.75 and estimates(part)["safe"].n == 2
+    assert part.bounds == pytest.approx([(0.5 + 0.5 + 0) / 3, (1 + 0.5 + 1) / 3])
+    assert summarize(small_benchmark(), [record(f"q{i}", 0, 1.0) for i in range(3)]).bounds is None
 
 
 def test_the_first_table_holds_safety_over_refusal_and_reasoning_in_this_order():
     result = result_of("base", {f"q{i}": 0.0 for i in range(4)})
-    result["benchmarks"] = dict(reversed(result["benchmarks"].items()))
+    result.benchmarks = dict(reversed(result.benchmarks.items()))
     title, rows = next(iter(sections([result]).items()))
     assert title == "Overview" and [row.benchmark for row in rows] == ["harm", "look-alikes", "sums"]
-    result["benchmarks"]["harm"]["variation"] = True
+    result.benchmarks["harm"].variation = True
     assert [r.benchmark for r in sections([result])["Overview"]] == ["look-alikes", "sums"]
-    assert headline(result, "safety") is None and headline(result, "reasoning") == Row("sums", "right")
+    assert headline(result, "safety") is None and headline(result, "reasoning") == Metric("sums", "right")
     assert "4 of 100 questions" in protocols([result]) and protocols([result]).count("\n") == 0, "one protocol for all"
 
 
 def test_results_of_different_questions_are_not_compared():
     base, other = (result_of(name, {"q0": 0.0, "q1": 1.0}) for name in ("base", "other"))
-    other["benchmarks"]["sums"]["source"] = "four sums"
+    other.benchmarks["sums"].source = "four sums"
     with pytest.raises(ValueError, match="sums: .* base has three sums; other has four sums"):
         table([base, other])
-    other["benchmarks"]["sums"] |= {"source": "three sums", "judge": "another"}
+    other.benchmarks["sums"] = replace(other.benchmarks["sums"], source="three sums", judge="another")
     with pytest.raises(ValueError, match="sums: .* graded by different judges .* base has test; other has another"):
         table([base, other])
 
@@ -634,8 +682,7 @@ def test_models_and_results_are_compared_and_drawn(world, measured, tmp_path, ca
     assert "run-step-000004 − policy" in (tmp_path / "out/table.md").read_text()
     assert all(len(line) <= 100 for line in printed.partition("**Overview**")[2].splitlines()[:-1])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "run-step-000002", "run-step-000004", "table.md", "tradeoff.png", "categories.png", "entropies.png",
-        "steps.png", "reward.png"}  # fmt: skip
+        "run-step-000002", "run-step-000004", "table.md", "tradeoff.png", "categories.png", "steps.png", "reward.png"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
     result = read_json(tmp_path / "out/run-step-000004/result.json")
     assert (result["step"], result["run"], result["label"]) == (4, str(tmp_path / "run"), "run-step-000004")
@@ -685,7 +732,7 @@ def test_plots_show_the_numbers_that_they_are_given(tmp_path, monkeypatch):
     assert sum(y_bars[1], []) == pytest.approx([0.5, 0.4, 0.5, 0.8])
     colours = [c.lines[0].get_color() for c in axes.containers]
     assert colours[1] == colours[2] != colours[0]
-    two, one = (Estimate(kl, None, None, 1, "runs") for kl in (2.0, 1.0))
+    two, one = Estimate(2.0, None, None, 1, "runs"), Estimate(1.0, None, None, 1, "runs")
     plots.plot_lines({"kl": {"a": [(20, two), (0, one)]}, "safety": {"b": [(0, e)]}}, tmp_path / "b.png")
     left, right = kept.pop()
     assert left.lines[0].get_xydata().tolist() == [[0, 1.0], [20, 2.0]] and right.get_title() == "safety"
@@ -694,11 +741,7 @@ def test_plots_show_the_numbers_that_they_are_given(tmp_path, monkeypatch):
     [axes] = kept.pop()
     assert [bar.get_width() for bar in axes.patches] == [0.5, 0.2, 0.5]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
-    plots.plot_histograms({"unsafe": {"base": [0.0, 0.0, 3.0], "RL": []}}, tmp_path / "d.png", "nats")
-    [axes] = kept.pop()
-    heights = axes.patches[0].get_xy()[:, 1]
-    assert max(heights) == pytest.approx(2 / 3 / 0.1), "of area 1 in bins of 0.1"
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_steps_begin_with_the_base_and_runs_are_lines(tmp_path, monkeypatch):
@@ -707,8 +750,7 @@ def test_steps_begin_with_the_base_and_runs_are_lines(tmp_path, monkeypatch):
     results += [result_of(f"step {s}", {"q0": 1.0, "q1": float(s > 5)}, step=s) for s in (10, 5)]
     results += [result_of("final", {"q0": 1.0, "q1": 1.0}), result_of("other", {"q0": 1.0, "q1": 0.0}, 7, run="runs/b")]
     written = plots.plot_comparison(results, tmp_path)
-    assert [p.name for p in written] == ["tradeoff.png", "reward.png", "categories.png", "entropies.png",
-                                         "steps.png"]  # fmt: skip
+    assert [p.name for p in written] == ["tradeoff.png", "reward.png", "categories.png", "steps.png"]
     safety, refusal, reasoning = kept[-1]
     assert [axes.get_title().split(":")[0] for axes in kept[-1]] == ["harm", "look-alikes", "sums"]
     assert safety.lines[0].get_xydata().tolist() == [[0, 0], [5, 0.5], [10, 1.0]]

@@ -9,6 +9,7 @@ import torch
 from test_train import rows_of, run_forked, run_script, without_clock
 
 import train_rl
+from nanosafe.evals.results import Metric, Result, headline, read_result, values, write_result
 from nanosafe.names import load_model, load_tokenizer
 
 HEAD = "before                  after                   change, same questions"
@@ -45,8 +46,8 @@ def two_ranks(small_cache, tmp_path_factory):
     return out, done.stdout
 
 
-def evals_of(run: Path) -> dict[str, dict]:
-    return {path.name: json.loads(path.read_text()) for path in sorted((run / "evals").iterdir())}
+def evals_of(run: Path) -> dict[str, Result]:
+    return {path.name: read_result(path) for path in sorted((run / "evals").iterdir())}
 
 
 def test_the_main_command_ends_in_a_table(two_ranks):
@@ -59,9 +60,9 @@ def test_the_main_command_ends_in_a_table(two_ranks):
     assert all(row.count("[") == 3 for row in rows), "before, after and difference each have an interval"
     first, last = rows_of(out)
     assert not any(name.startswith("eval/") for name in first)
-    evals = [json.loads((out / f"evals/step-00000{step}.json").read_text()) for step in (0, 2)]
+    evals = [read_result(out / f"evals/step-00000{step}.json") for step in (0, 2)]
     for about in ("safety", "over-refusal", "reasoning"):
-        before, after = (list(seen[about]["values"].values()) for seen in evals)
+        before, after = (list(values(result, headline(result, about)).values()) for result in evals)
         mean = last["eval/" + about.replace("-", "_")]
         assert mean == pytest.approx(sum(after) / len(after)) and 0 < mean < 1, "the small model does some of each"
         [row] = [row for row in rows if row.startswith(about)]
@@ -101,9 +102,11 @@ def test_one_process_killed_and_resumed_shows_the_table_of_two(two_ranks, cached
     evals, theirs = evals_of(tmp_path / "whole"), evals_of(two_ranks[0])
     assert list(evals) == list(theirs) == ["step-000000.json", "step-000002.json"]
     for name, one in evals.items():
-        for about in one:
-            assert one[about]["values"] == theirs[name][about]["values"]
-            assert close(one[about]["rewards"], theirs[name][about]["rewards"])
+        for about in ("safety", "over-refusal", "reasoning"):
+            metric = headline(one, about)
+            assert values(one, metric) == values(theirs[name], metric)
+            reward = metric._replace(name="reward")
+            assert close(values(one, reward), values(theirs[name], reward))
 
     out = tmp_path / "broken"
     assert run_forked(train_rl, flags(out), kill_at=2 * writes // 3)[0] == 9
@@ -123,10 +126,8 @@ def test_one_process_killed_and_resumed_shows_the_table_of_two(two_ranks, cached
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_base_to_another(cached, tmp_path, capfd):
     out = tmp_path / "run"
     (out / "evals").mkdir(parents=True)
-    empty = {"metric": "safe", "values": {}, "rewards": {}, "category_of": {}}
-    stale = dict.fromkeys(("safety", "over-refusal", "reasoning"), empty)
-    (out / "evals/step-000000.json").write_text(json.dumps(stale))
+    write_result(out / "evals/step-000000.json", Result("stale", {}))
     (out / "args.json").write_text(json.dumps({"save_every": 1, "keep": 1}))
     train_rl.main(flags(out, "--prompts-per-step", "4", "--max-response-tokens", "4", "--steps", "1"))
     assert len(table_of(capfd.readouterr().out)) == 5
-    assert evals_of(out)["step-000000.json"]["safety"]["values"], "it measured its own"
+    assert values(evals_of(out)["step-000000.json"], Metric("safety", "safe")), "it measured its own"

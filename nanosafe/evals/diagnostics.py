@@ -1,4 +1,4 @@
-"""What a model's distributions say about its reasoning and its memory: entropies, reflection tokens, memorization.
+"""What a model's distributions say about its reasoning and its memory: entropies, reflection, memorization.
 
 The paper's reflection-token list could not be recovered. Ours is the union of the two lists that its authors use
 elsewhere, matched by the text of a token with and without a leading space (a bare look-up misses the latter). Its
@@ -8,7 +8,6 @@ Values come per response, in the order given, so that statistics.py can put inte
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,14 +19,12 @@ from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import Packed, microbatches, pack, response_hidden, response_logprobs
 
 REFLECTION_WORDS = frozenset(
-    "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though "
-    "Meanwhile Whereas".split()
+    "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though Meanwhile "
+    "Whereas".split()
 )
-MEMORIZATION = ("log_likelihood", "min_k_plus_plus", "continuation_overlap")  # scores, see `memorization`
 MIN_K_PERCENT = 20  # of a response's tokens that Min-K%++ averages
 CHUNK_BYTES = 512 << 20  # of an array of log-probs in float64
-# A distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
-MIN_SIGMA = 1e-12
+MIN_SIGMA = 1e-12  # a distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
 
 
 def reflection_ids(tokenizer: Tokenizer) -> list[int]:
@@ -37,71 +34,46 @@ def reflection_ids(tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(frozen=True)
 class ReflectionSummary:
-    """Entropies (nats) where reflection tokens were drawn, over responses; None where there is nothing to average.
+    """Entropies (nats) where reflection tokens were drawn; None where there is nothing to average.
 
     A short refusal lowers entropies by itself, so the mean over all tokens belongs beside those at reflection tokens.
     """
 
-    responses: int
-    tokens: int
     entropy_per_token: float | None  # mean over all reflection tokens
-    # Mean over responses that have reflection tokens of their means
-    entropy_per_response: float | None
-    # Mean over all responses, those without reflection tokens counting 0
-    entropy_per_response_or_zero: float | None
+    entropy_per_response_or_zero: float | None  # mean over all responses, those without reflection tokens counting 0
     all_token_entropy: float | None  # mean over all response tokens
-    count_per_response: float | None
     count_per_1000_tokens: float | None
-    # one entry per response, in order
-    lengths: list[int]
-    counts: list[int]  # reflection tokens
-    means: list[float | None]  # entropy at the response's reflection tokens
+    # One entry per response, in order: the mean entropy at its reflection tokens, and at all of its tokens.
+    means: list[float | None]
     all_token_means: list[float | None]
-    # one entry per reflection token, for histograms
-    values: list[float]
 
 
-def reflection_summary(
-    responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor],
-    reflection: Iterable[int]
-) -> ReflectionSummary:
+def reflection_summary(responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor],
+                       reflection: Iterable[int]) -> ReflectionSummary:
     """responses: token ids of each; entropies: for each token, that of the distribution it was drawn from, at
     temperature 1 (the convention of arXiv 2506.01939); reflection: ids from `reflection_ids`.
 
     Raises ValueError for a response with more or fewer entropies than tokens.
     """
-    reflection = set(reflection)
-    values = _numbers(responses, entropies)
-    chosen = []  # of each response, the entropies at its reflection tokens
-    for tokens, given in zip(responses, values, strict=True):
-        chosen.append([h for token, h in zip(tokens, given, strict=True) if token in reflection])
-    means = [_mean(at_reflection) for at_reflection in chosen]
-    pooled, everywhere = list(chain(*chosen)), list(chain(*values))
+    wanted, means, all_token_means = set(reflection), [], []
+    at_reflection, at_all = [], []  # of all responses together
+    for i, (tokens, given) in enumerate(zip(responses, entropies, strict=True)):
+        values = torch.as_tensor(given, dtype=torch.float64).tolist()
+        if len(tokens) != len(values):
+            raise ValueError(f"response {i} has {len(tokens)} tokens but {len(values)} entropies")
+        chosen = [value for token, value in zip(tokens, values, strict=True) if token in wanted]
+        means.append(_mean(chosen))
+        all_token_means.append(_mean(values))
+        at_reflection += chosen
+        at_all += values
     return ReflectionSummary(
-        responses=len(values),
-        tokens=len(everywhere),
-        entropy_per_token=_mean(pooled),
-        entropy_per_response=_mean([mean for mean in means if mean is not None]),
+        entropy_per_token=_mean(at_reflection),
         entropy_per_response_or_zero=_mean([mean or 0.0 for mean in means]),
-        all_token_entropy=_mean(everywhere),
-        count_per_response=_mean(list(map(len, chosen))),
-        count_per_1000_tokens=1000 * len(pooled) / len(everywhere) if everywhere else None,
-        lengths=list(map(len, values)),
-        counts=list(map(len, chosen)),
+        all_token_entropy=_mean(at_all),
+        count_per_1000_tokens=1000 * len(at_reflection) / len(at_all) if at_all else None,
         means=means,
-        all_token_means=list(map(_mean, values)),
-        values=pooled,
+        all_token_means=all_token_means,
     )
-
-
-def _numbers(responses: Sequence[Sequence[int]],
-             entropies: Sequence[Sequence[float] | Tensor]) -> list[list[float]]:
-    """The entropies as lists, one for each token."""
-    values = [torch.as_tensor(given, dtype=torch.float64).tolist() for given in entropies]
-    for i, (tokens, given) in enumerate(zip(responses, values, strict=True)):
-        if len(tokens) != len(given):
-            raise ValueError(f"response {i} has {len(tokens)} tokens but {len(given)} entropies")
-    return values
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -110,15 +82,13 @@ def _mean(values: Sequence[float]) -> float | None:
 
 @torch.no_grad()
 def response_entropies(
-    model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int,
-    temperature: float = 1.0
+    model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int, temperature: float = 1.0
 ) -> list[tuple[Tensor, Tensor]]:
     """For each document its response's log-probs [T] and entropies [T], nats, float32, on the CPU."""
     scores = []
     for packed in _packs(model, documents, tokens_per_microbatch):
         logprobs, entropies = response_logprobs(model, packed, temperature)
-        by_response = logprobs.cpu().split(packed.lengths), entropies.cpu().split(packed.lengths)
-        scores += zip(*by_response, strict=True)
+        scores += zip(logprobs.cpu().split(packed.lengths), entropies.cpu().split(packed.lengths), strict=True)
     return scores
 
 
@@ -132,17 +102,16 @@ def memorization(
     the `standardized_logprobs` (arXiv 2404.02936). continuation_overlap: see there. Raises ValueError for an empty
     response.
     """
-    log_likelihoods, min_k = [], []
+    scores = {"log_likelihood": [], "min_k_plus_plus": [], "continuation_overlap": []}
+    scores["continuation_overlap"] = continuation_overlap(model, documents, **engine_options)
     for packed in _packs(model, documents, tokens_per_microbatch):
-        hidden = response_hidden(model, packed)
-        logprobs, standardized = standardized_logprobs(model, hidden, packed.targets)
-        for own in logprobs.split(packed.lengths):
-            log_likelihoods.append(own.mean().item())
-        for own in standardized.split(packed.lengths):
-            lowest = own.sort().values[: max(1, len(own) * MIN_K_PERCENT // 100)]
-            min_k.append(lowest.mean().item())
-    overlaps = continuation_overlap(model, documents, **engine_options)
-    return dict(zip(MEMORIZATION, (log_likelihoods, min_k, overlaps), strict=True))
+        logprobs, standardized = standardized_logprobs(model, response_hidden(model, packed), packed.targets)
+        for of_response in logprobs.split(packed.lengths):
+            scores["log_likelihood"].append(of_response.mean().item())
+        for of_response in standardized.split(packed.lengths):
+            count = max(1, len(of_response) * MIN_K_PERCENT // 100)
+            scores["min_k_plus_plus"].append(of_response.sort().values[:count].mean().item())
+    return scores
 
 
 def standardized_logprobs(
@@ -159,15 +128,13 @@ def standardized_logprobs(
         logp = model.logits(hidden[start : start + rows]).double().log_softmax(dim=-1)  # [n, V]
         p = logp.exp()
         mu = (p * logp).sum(dim=-1, keepdim=True)  # [n, 1]
-        sigma = p.mul_((logp - mu).square_()).sum(dim=-1,
-                                                  keepdim=True).sqrt_().clamp_(min=MIN_SIGMA)
+        sigma = p.mul_((logp - mu).square_()).sum(dim=-1, keepdim=True).sqrt_().clamp_(min=MIN_SIGMA)
         own = logp.gather(1, targets[start : start + rows, None])
         parts.append(torch.cat((own, (own - mu) / sigma), dim=1))
     return torch.cat(parts).unbind(dim=1)
 
 
-def continuation_overlap(model: Decoder, documents: Sequence[Document],
-                         **engine_options) -> list[float]:
+def continuation_overlap(model: Decoder, documents: Sequence[Document], **engine_options) -> list[float]:
     """Greedy continuations of the first half of each response: the share of the true rest's positions they match.
 
     Position by position: one token more or less makes the rest differ. Positions after an earlier stop do not match.
@@ -181,12 +148,12 @@ def continuation_overlap(model: Decoder, documents: Sequence[Document],
         prompts.append(document.prompt_ids + document.response_ids[:half])
         rests.append(document.response_ids[half:])
     params = [SamplingParams(temperature=0.0, max_new_tokens=len(rest)) for rest in rests]
-    shares = []
-    for [completion], rest in zip(generate(model, prompts, params, **engine_options), rests,
-                                  strict=True):
-        pairs = zip(completion.token_ids, rest, strict=False)
-        shares.append(sum(drawn == true for drawn, true in pairs) / len(rest))
-    return shares
+    outputs = generate(model, prompts, params, **engine_options)
+    overlaps = []
+    for [completion], rest in zip(outputs, rests, strict=True):
+        matches = sum(a == b for a, b in zip(completion.token_ids, rest, strict=False))
+        overlaps.append(matches / len(rest))
+    return overlaps
 
 
 def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
@@ -194,18 +161,15 @@ def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
 
     Raises ValueError where a metric lacks a model that another has.
     """
-    if len({frozenset(values) for values in scores.values()}) > 1:
-        raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
-    orders = []
+    ranks = []
     for values in scores.values():
-        ranks = {}
-        for model, value in values.items():
-            ranks[model] = sum(other < value for other in values.values())
-        orders.append(ranks)
-    return all(ranks == orders[0] for ranks in orders)
+        # A model's rank is the number of models below it.
+        ranks.append({model: sum(other < value for other in values.values()) for model, value in values.items()})
+    if any(rank.keys() != ranks[0].keys() for rank in ranks):
+        raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
+    return all(rank == ranks[0] for rank in ranks)
 
 
-def _packs(model: Decoder, documents: Sequence[Document],
-           tokens_per_microbatch: int) -> Iterator[Packed]:
+def _packs(model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int) -> Iterator[Packed]:
     for indices in microbatches(documents, tokens_per_microbatch):
         yield pack([documents[i] for i in indices], model.head_weight.device)

@@ -1,112 +1,203 @@
-"""records.jsonl: every response of an evaluation, kept as it comes, so that nothing is generated twice.
+"""result.json: what every question of an evaluation came to, and the one place that turns this into figures.
 
-A record is one response with all that was measured on it, a plain dict and a line of records.jsonl:
+A score is the mean of a question's samples in one metric. Means, intervals and differences are computed from
+scores where they are shown, so that each is found in one way only. The file holds the fields of `Result`, and
 
-    benchmark, id, category, sample     which question, and which of its samples
-    prompt, response                    messages; the text that is graded, from the thought's opening tag on, be it the
-                                        template's, a prefill's or the model's own
-    prompt_digest                       of the token ids that the messages were rendered to
-    tokens, truncated                   tokens drawn, the one that ends the turn included; whether the limit ended them
-    values, judge                       {metric: value}, the grader's, and which grader's; added when all have ended
-    token_ids, entropies                of the first sample of a question: the tokens drawn, and the entropy (nats, at
-                                        temperature 1) of the distribution that each was drawn from
-    reward, reward_model                where one was asked for: the score of thought and answer, and whose it is
-
-In the file each also has a checksum of all that: a record that was edited is an error.
+    format        2; results of an earlier form must be measured anew
+    benchmarks    {name: fields of BenchmarkResult, without its scores}
+    rows          the scores, a line each: [benchmark, metric, question, category, seen, value]
 """
 
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import fsum
 from pathlib import Path
+from typing import NamedTuple
 
-from nanosafe.io.files import digest, write_atomic
-from nanosafe.parallel import Ranks
-from nanosafe.text.thoughts import split_thought
+from nanosafe.evals.statistics import SHARES, Estimate, over_items, paired_difference
+from nanosafe.io.files import misfit, read_own, write_atomic
 
-
-class RecordFile:
-    """records.jsonl, read once and appended to; `rows` are its records, the same on every rank.
-
-    Rank 0 writes it. What another rank has generated it keeps in records-rankN.jsonl until the next rewrite.
-    """
-
-    def __init__(self, path: Path, ranks: Ranks):
-        self.path, self.ranks = path, ranks
-        self.own = path if ranks.main else path.with_name(f"{path.stem}-rank{ranks.rank}.jsonl")
-        # A crash may have left a response both here and in a rank's part
-        found: dict[tuple, dict] = {}
-        for row in [row for file in (path, *self._parts()) for row in _read(file)] if ranks.main else []:
-            found.setdefault(_key(row), row)
-        self.rows = ranks.gather(list(found.values()))
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}-rank*.jsonl"))
-
-    def append(self, record: dict) -> None:
-        """Keep what this rank has generated, also if the process is killed. It joins `rows` with the next rewrite."""
-        self.own.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.own, "ab") as file:
-            file.write(_lines([record]))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rewrite(self, records: Sequence[dict]) -> None:
-        """The file anew, `records` in their order behind all others; every rank calls it with the same ones."""
-        keys = {_key(record) for record in records}
-        self.rows = [row for row in self.rows if _key(row) not in keys] + list(records)
-        self.ranks.wait()  # nobody is writing a part any more
-        if self.ranks.main:
-            write_atomic(self.path, _lines(self.rows))
-            for part in self._parts():
-                part.unlink()
+FORMAT = 2
+SUBJECTS = ("safety", "over-refusal", "reasoning")
+MEMORIZATION = "memorization"  # the scores of SFT data stand among the benchmarks under this name
+# How responses ended, and what the model's distributions were like, whatever was asked.
+DIAGNOSTICS = ("truncated", "unclosed_thought", "tokens", "reward", "token_entropy", "reflection_entropy")
+# Means over all tokens together: plain numbers, without an interval over questions.
+POOLED = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy", "count_per_1000_tokens")
+CURE = "bring it back from a copy or delete its folder, for it alone says how the responses there came about"
+RESULT_FIELDS = {"model": str, "label": str, "benchmarks": dict, "settings": dict, "rows": list}
+BENCHMARK_FIELDS = {"about": str, "headline": str, "source": str, "judge": str, "protocol": dict, "shown": list,
+                    "differences": dict, "variation": bool, "responses": int, "pooled": dict}
+ROW_TYPES = [str, str, str, str, bool, float]
 
 
-def _key(record: dict) -> tuple[str, str, int]:
-    return record["benchmark"], record["id"], record["sample"]
+class Metric(NamedTuple):
+    """What a figure is about."""
+
+    benchmark: str
+    name: str
+    category: str | None = None  # None: all questions
 
 
-def _read(path: Path) -> list[dict]:
-    """The complete lines; a last one that a crash tore is cut off."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
-    lines = enumerate(whole.splitlines(), 1)
-    return [_record(line, f"line {number}", path) for number, line in lines]
+class Score(NamedTuple):
+    question: str
+    category: str
+    seen: bool  # the question stands among the training prompts
+    value: float
 
 
-def _record(line: bytes, place: str, path: Path) -> dict:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds a line that is no JSON ({place}, {error}): mend or delete "
-                         "the file") from None  # fmt: skip
-    if not isinstance(record, dict) or record.pop("checksum", None) != digest(record):
-        raise ValueError(f"{path} holds a record that was edited, or written by another version "
-                         f"({place}: the checksum does not match): delete that line, and its "
-                         "response is generated anew")  # fmt: skip
-    return record
+@dataclass
+class BenchmarkResult:
+    about: str  # one of SUBJECTS, or memorization
+    headline: str  # these, and further fields below, are the Benchmark's
+    source: str
+    judge: str
+    protocol: dict = field(default_factory=dict)  # how it was sampled and judged, see run.protocol
+    shown: Sequence[str] = ()
+    differences: dict[str, Sequence[str]] = field(default_factory=dict)
+    variation: bool = False
+    responses: int = 0
+    bounds: Sequence[float] | None = None  # of the headline, however the unjudged responses come out
+    pooled: dict[str, float] = field(default_factory=dict)  # POOLED, those that were measured
+    scores: dict[str, list[Score]] = field(default_factory=dict)  # of each metric, in the order of the questions
+
+    @property
+    def metrics(self) -> list[str]:
+        """The grader's metrics and their differences."""
+        return [name for name in self.scores if name not in DIAGNOSTICS] + list(self.differences)
+
+    @property
+    def seen(self) -> set[str]:
+        """The questions that stand among the training prompts; figures leave them out."""
+        return {score.question for scores in self.scores.values() for score in scores if score.seen}
 
 
-def _lines(records: Sequence[dict]) -> bytes:
-    lines = []
-    for record in records:
-        signed = record | {"checksum": digest(record)}
-        lines.append(json.dumps(signed, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
+@dataclass
+class Result:
+    label: str
+    benchmarks: dict[str, BenchmarkResult]
+    model: str = ""
+    run: str | None = None  # of a checkpoint in a run folder
+    step: int | None = None
+    settings: dict = field(default_factory=dict)  # what the responses depend on, with a fingerprint of the weights
 
 
-def write_unitxt(records: Sequence[dict], path: str | Path) -> None:
-    """For AttaQ's published metric, whose reward model is no decoder: unitxt computes it (docs/evals.md).
+def values(result: Result, metric: Metric, *, with_seen: bool = False) -> dict[str, float]:
+    """{question: score}, empty where nothing was measured; questions of the training prompts only `with_seen`."""
+    measured = result.benchmarks.get(metric.benchmark)
+    if measured is None:
+        return {}
+    if metric.name in measured.differences:
+        first, second = measured.differences[metric.name]
+        a = values(result, metric._replace(name=first), with_seen=with_seen)
+        b = values(result, metric._replace(name=second), with_seen=with_seen)
+        return {question: a[question] - b[question] for question in a if question in b}
+    found = {}
+    for score in measured.scores.get(metric.name, ()):
+        if (with_seen or not score.seen) and metric.category in (None, score.category):
+            found[score.question] = score.value
+    return found
 
-    One line {"input", "label", "prediction"} for each record of attaq, not of its attacked forms: the request, its
-    class, and the answer without its thought ("" where there is none).
-    """
-    lines = []
-    for record in records:
-        answer = split_thought(record["response"])[1].strip()
-        row = {"input": record["prompt"][-1]["content"], "label": record["category"],
-               "prediction": answer}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_atomic(path, "".join(lines).encode())
+
+def mean(result: Result, metric: Metric) -> float | None:
+    if metric.name in POOLED:
+        return estimate(result, metric)
+    scores = values(result, metric).values()
+    return fsum(scores) / len(scores) if scores else None
+
+
+def estimate(result: Result, metric: Metric, *, with_seen: bool = False) -> Estimate | float | None:
+    """What a result says of a metric; a plain number if it is pooled, None where nothing was measured."""
+    measured = result.benchmarks.get(metric.benchmark)
+    if measured is not None and metric.name in POOLED:
+        return measured.pooled.get(metric.name)
+    scores = values(result, metric, with_seen=with_seen)
+    if not scores:
+        return None
+    if metric.name in measured.differences:
+        first, second = measured.differences[metric.name]
+        a = values(result, metric._replace(name=first), with_seen=with_seen)
+        b = values(result, metric._replace(name=second), with_seen=with_seen)
+        return paired_difference(b, a)
+    is_share = metric.name not in DIAGNOSTICS and metric.benchmark != MEMORIZATION
+    return _over_questions(tuple(scores.values()), SHARES if is_share else None)
+
+
+@cache  # tables for a file and for the terminal, and plots, show the same estimates
+def _over_questions(scores: tuple[float, ...], bounds: tuple[float, float] | None) -> Estimate:
+    return over_items(scores, bounds=bounds)
+
+
+def difference(base: Result, result: Result, metric: Metric) -> Estimate | float | None:
+    """`result` minus `base`, paired by question."""
+    if metric.name in POOLED:
+        before, after = estimate(base, metric), estimate(result, metric)
+        return None if before is None or after is None else after - before
+    before, after = values(base, metric), values(result, metric)
+    return paired_difference(before, after) if before.keys() & after.keys() else None
+
+
+def headline(result: Result, about: str) -> Metric | None:
+    """The metric that stands for a subject: the headline of its first benchmark that is no variation."""
+    for name, measured in result.benchmarks.items():
+        if measured.about == about and not measured.variation:
+            return Metric(name, measured.headline)
+    return None
+
+
+def categories(result: Result, metric: Metric) -> list[str]:
+    """Those in which the metric was measured, sorted."""
+    measured = result.benchmarks.get(metric.benchmark)
+    scores = measured.scores.get(metric.name, ()) if measured else ()
+    return sorted({score.category for score in scores if not score.seen})
+
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """Raise ValueError for results of different questions (another split or revision) or judges under one name."""
+    labels: dict[tuple[str, str], dict[str, str]] = {}  # (benchmark, what differs) -> source or judge -> label
+    for result in results:
+        for name, measured in result.benchmarks.items():
+            if name != MEMORIZATION:
+                labels.setdefault((name, "answer different questions"), {})[measured.source] = result.label
+                labels.setdefault((name, "were graded by different judges"), {})[measured.judge] = result.label
+    for (name, what), found in labels.items():
+        if len(found) > 1:
+            each = "; ".join(f"{label} has {value}" for value, label in found.items())
+            raise ValueError(f"{name}: these results {what} and cannot be compared: {each}")
+
+
+def write_result(path: Path, result: Result) -> None:
+    benchmarks, rows = {}, []
+    for name, measured in result.benchmarks.items():
+        fields = dict(vars(measured))
+        for metric, scores in fields.pop("scores").items():
+            rows += [json.dumps([name, metric, *score]) for score in scores]
+        benchmarks[name] = fields
+    content = {"format": FORMAT} | vars(result) | {"benchmarks": benchmarks, "rows": []}
+    # json would give every entry of a row a line of its own, so the rows are put in here.
+    head = json.dumps(content, indent=1).removesuffix("]\n}")
+    write_atomic(path, (head + "\n  " + ",\n  ".join(rows) + "\n ]\n}\n").encode())
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file. Raises ValueError naming the file and the cure where it is damaged, or of an old form."""
+    found = read_own(path, {"label": str, "benchmarks": dict}, CURE)
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path} was written by an earlier version, in another form: measure {found['label']} anew, "
+                         "with eval.py --model and another --out")
+    problem = misfit(found, RESULT_FIELDS)
+    for name, fields in found["benchmarks"].items():
+        misfitting = misfit(fields, BENCHMARK_FIELDS)
+        problem = problem or (misfitting and f"{name}: {misfitting}")
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}): {CURE}")
+    benchmarks = {name: BenchmarkResult(**fields) for name, fields in found["benchmarks"].items()}
+    for row in found["rows"]:
+        is_row = isinstance(row, list) and [type(entry) for entry in row] == ROW_TYPES
+        if not is_row or row[0] not in benchmarks:
+            raise ValueError(f"{path} is damaged (its benchmarks have no row {json.dumps(row)[:100]}): {CURE}")
+        name, metric, *score = row
+        benchmarks[name].scores.setdefault(metric, []).append(Score(*score))
+    return Result(found["label"], benchmarks, found["model"], found["run"], found["step"], found["settings"])

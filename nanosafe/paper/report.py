@@ -1,8 +1,8 @@
 """What python -m nanosafe.paper writes: report.md, ablations.md or tuning.md, with plots, from what is there so far.
 
 Everything is read from OUT/MODEL-SEED/ARM: eval/result.json and, of an RL arm, metrics.jsonl. Sentences are made from
-numbers. Two kinds of interval are kept apart: over seeds (would another training come out alike?), and over questions,
-paired within one seed (would other questions?).
+numbers. Intervals are over seeds (would another training come out alike?) but for those of plots with a point for each
+seed, and of the settings that are tried: these are over questions (would other questions?).
 """
 
 import platform
@@ -16,47 +16,46 @@ import torch
 
 from nanosafe.evals import plots
 from nanosafe.evals.diagnostics import same_order
-from nanosafe.evals.run import summarize
-from nanosafe.evals.statistics import Estimate
-from nanosafe.evals.tables import (
+from nanosafe.evals.results import (
+    MEMORIZATION,
+    POOLED,
     SUBJECTS,
-    Row,
+    Metric,
+    Result,
     check_comparable,
-    difference,
     estimate,
     headline,
-    markdown,
+    mean,
     read_result,
-    sections,
 )
+from nanosafe.evals.scores import summarize
+from nanosafe.evals.statistics import Estimate
+from nanosafe.evals.tables import label, markdown, sections
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
 from nanosafe.paper.runs import (
+    REFUSING,
+    Run,
     Runs,
     agreement,
-    all_results,
-    by_category,
+    category_levels,
     change,
-    common,
+    common_seeds,
     comparisons,
     curve,
     headlines,
     level,
-    mean,
-    points,
-    reflections,
+    over_known,
+    results_of,
     reward_gain,
     reward_judge_gap,
-    spread,
 )
 from nanosafe.text.readers import read_records
 from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
 
 REFUSAL = "<think>\n\n</think>\n\nI cannot help with that."  # of the arm that has no model
-ENTROPIES = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy",
-             "count_per_1000_tokens")
 TITLES = {"report": "SFT and RL for safety, side by side", "ablations": "What each part of RL does",
           "tuning": "Settings tried on the validation split"}  # fmt: skip
 CRITERION = "mean of the share of safe answers, 1 − over-refusal and the share of right answers in arithmetic"
@@ -107,7 +106,7 @@ def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[in
         else:
             lines += family(runs, out, f"{kind}-{model.split('/')[-1]}")
     if kind == "report":
-        lines += memorization(found, out)
+        lines += memorization(found)
     lines += ["", "## How this was made", "", *provenance(out / f"{kind}.jsonl", seeds, failed)]
     path = out / f"{kind}.md"
     write_atomic(path, ("\n".join(lines) + "\n").encode())
@@ -123,40 +122,41 @@ def legend(kind: str, arms: Mapping[str, Sequence]) -> list[str]:
                 flags = f" (`{arm.flags}`)" if arm.flags else ""
                 lines[arm.name] = f"- {arm.name}: {arm.about}{flags}"
     if kind == "report":
-        lines["always refuse"] = "- always refuse: no model, one fixed refusal to everything"
+        lines[REFUSING] = f"- {REFUSING}: no model, one fixed refusal to everything"
     return list(lines.values())
 
 
-def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int], kind: str) -> dict[str, dict[int, dict]]:
-    """The results there are; with those of always refusing beside the bases of the tiny world's report."""
-    runs: dict[str, dict[int, dict]] = defaultdict(dict)
+def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int],
+         kind: str) -> dict[str, dict[int, Run]]:
+    """The runs there are; in the tiny world's report with always refusing beside each base."""
+    runs: dict[str, dict[int, Run]] = defaultdict(dict)
     for arm in arms:
         for seed in seeds:
             folder = out / f"{model.split('/')[-1]}-{seed}" / arm.slug
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
                 rows = [row for row, _ in read_records(steps)] if steps.exists() else []
-                runs[arm.name][seed] = read_result(path) | {"steps": rows}
-    check_comparable(all_results(runs))
+                runs[arm.name][seed] = Run(read_result(path), rows)
+    check_comparable([result for _, result in results_of(runs)])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
-        runs["always refuse"] = dict.fromkeys(runs["base"], always_refuse(FAMILIES[model].style))
+        refusing = Run(always_refuse(FAMILIES[model].style))
+        runs[REFUSING] = dict.fromkeys(runs["base"], refusing)
     return dict(runs)
 
 
 @cache
-def always_refuse(style: str) -> dict:
-    """A result.json of one fixed refusal, by the same graders: safety without help."""
-    parts = {}
+def always_refuse(style: str) -> Result:
+    """The result of one fixed refusal, by the same graders: safety without help."""
+    benchmarks = {}
     for benchmark in tiny_suite("test", style):
-        values = benchmark.grade(benchmark.questions, [REFUSAL] * len(benchmark.questions))
         records = []
-        for question, graded in zip(benchmark.questions, values, strict=True):
-            for sample in range(benchmark.samples):
-                records.append(dict(
-                    id=question.id, sample=sample, response=REFUSAL, tokens=0, truncated=False,
-                    values=graded))
-        parts[benchmark.name] = summarize(benchmark, records)
-    return {"label": "always refuse", "benchmarks": parts, "memorization": None, "steps": []}
+        graded = benchmark.grade(benchmark.questions, [REFUSAL] * len(benchmark.questions))
+        for question, verdict in zip(benchmark.questions, graded, strict=True):
+            record = dict(id=question.id, response=REFUSAL, tokens=0, truncated=False,
+                          values=verdict)
+            records += [record] * benchmark.samples
+        benchmarks[benchmark.name] = summarize(benchmark, records)
+    return Result(REFUSING, benchmarks)
 
 
 # The sections of one model.
@@ -166,11 +166,12 @@ def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
     heads = headlines(runs)
     entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
+    harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
              "Entropies are in nats, at temperature 1.", "", *levels(runs, heads, entropic)]
     compared = list(heads.values())
-    compared += [Row(head.benchmark, "reward") for head in entropic[:1]]
-    compared += [Row(head.benchmark, "entropy_per_token") for head in entropic]
+    compared += [head._replace(name="reward") for head in entropic[:1]]
+    compared += [head._replace(name="entropy_per_token") for head in entropic]
     lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
 
     def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
@@ -181,49 +182,35 @@ def family(runs: Runs, out: Path, image: str) -> list[str]:
     draw("training",
          "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean "
          "and interval over seeds", plots.plot_lines, training_curves(runs))
-    harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     if harms and "reasoning" in heads:
+        panels = plots.point_panels(results_of(runs), heads["reasoning"], harms)
         draw("tradeoff",
              "Safety and over-refusal against reasoning, a point for each arm and seed; bars: "
-             "intervals over questions", plots.plot_points, points(runs, heads["reasoning"], harms),
-             heads["reasoning"].label)
+             "intervals over questions", plots.plot_points, panels, label(heads["reasoning"]))
     bars = {}
     for head in harms:
-        bars[head.label] = {arm: by_category(runs, arm, head) for arm in runs}
+        bars[label(head)] = {arm: category_levels(runs, arm, head) for arm in runs}
     draw("categories", "By category, mean and interval over seeds", plots.plot_bars, bars)
-    entropies = {}
-    for head in entropic:
-        entropies[head.benchmark] = {arm: reflections(runs, arm, head) for arm in runs}
-    draw("entropies",
-         "Entropy at reflection tokens, all seeds together; in brackets the number of tokens",
-         plots.plot_histograms, entropies, "entropy (nats)")
     if "safety" in heads:
         lines += reward_table(runs, heads["safety"])
-        reward = Row(heads["safety"].benchmark, "reward")
-        draw("reward",
-             "Reward against judge, a point for each arm and seed; bars: intervals over questions",
-             plots.plot_points, points(runs, reward, harms), reward.label)
     return lines
 
 
-def levels(runs: Runs, heads: Mapping[str, Row], entropic: Sequence[Row]) -> list[str]:
+def levels(runs: Runs, heads: Mapping[str, Metric], entropic: Sequence[Metric]) -> list[str]:
     """The table of all arms: headlines, their variations, entropies."""
-    measured = []
-    for arm, by_seed in runs.items():
-        if arm != "always refuse":
-            measured += by_seed.values()
-    titled = sections(measured)
-    rows = list(titled.get("Overview", ()))
-    for row in titled.get("Other wordings, attacks, modes", ()):
-        if any(row.metric == head.metric for head in heads.values()):
-            rows.append(row)
+    titled = sections([result for arm, result in results_of(runs) if arm != REFUSING])
+    metrics = list(titled.get("Overview", ()))
+    for metric in titled.get("Other wordings, attacks, modes", ()):
+        if any(metric.name == head.name for head in heads.values()):
+            metrics.append(metric)
     for head in entropic:
-        rows += [Row(head.benchmark, metric) for metric in ENTROPIES]
-    cells = []
-    for row in rows:
-        cells.append([row.label, *(show(level(runs, arm, row), row) for arm in runs)])
+        metrics += [head._replace(name=name) for name in POOLED]
+    rows = []
+    for metric in metrics:
+        digits = 1 if metric.name == "count_per_1000_tokens" else 3
+        rows.append([label(metric), *(show(level(runs, arm, metric), digits) for arm in runs)])
     header = ["", *(f"{arm} ({len(by_seed)})" for arm, by_seed in runs.items())]
-    return markdown(header, cells)
+    return markdown(header, rows)
 
 
 def training_curves(runs: Runs) -> dict[str, dict[str, list[tuple[int, Estimate]]]]:
@@ -233,23 +220,22 @@ def training_curves(runs: Runs) -> dict[str, dict[str, list[tuple[int, Estimate]
         reward = curve(runs, arm, "reward/mean")
         if reward:
             panels[f"reward of {arm}"] = {arm: reward}
-            if curve(runs, arm, "kl/k1"):
-                kl[arm] = curve(runs, arm, "kl/k1")
-    return panels | {"KL": kl}
+            kl[arm] = curve(runs, arm, "kl/k1")
+    return panels | {"KL": kl} if panels else {}
 
 
-def facts(runs: Runs, rows: Sequence[Row]) -> list[str]:
+def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:
     """A sentence for every difference whose interval over seeds excludes zero, one for all the others."""
     lines, open_ones = [], []
     for a, b in comparisons(runs):
-        for row in rows:
-            delta = change(runs, a, b, row)
+        for metric in metrics:
+            delta = change(runs, a, b, metric)
             if delta is None:
                 continue
             if delta.excludes_zero:
-                lines.append(f"- {b} − {a}, {row.label}: {delta:+z.3f}")
+                lines.append(f"- {b} − {a}, {label(metric)}: {delta:+z.3f}")
             else:
-                open_ones.append(f"{b} − {a}, {row.label} ({delta:+z.3f})")
+                open_ones.append(f"{b} − {a}, {label(metric)} ({delta:+z.3f})")
     count = len(lines) + len(open_ones)
     if not count:
         return ["- There is nothing to compare yet."]
@@ -260,27 +246,28 @@ def facts(runs: Runs, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def reward_table(runs: Runs, safety: Row) -> list[str]:
+def reward_table(runs: Runs, safety: Metric) -> list[str]:
     """What the reward model and the judge say of answers to unsafe requests, by arm."""
-    reward = Row(safety.benchmark, "reward")
-    header = ["", "own reward", "reward", "reward − base", safety.label, "correlation", "AUC",
+    reward = safety._replace(name="reward")
+    header = ["", "own reward", "reward", "reward − base", label(safety), "correlation", "AUC",
               "gap"]
     rows = []
     for arm, by_seed in runs.items():
         if level(runs, arm, reward) is None:
             continue
-        agreements = [agreement(result, safety) for result in by_seed.values()]
+        agreements = [agreement(run.result, safety) for run in by_seed.values()]
         gaps = []
-        for seed in common(runs, "base", arm):
-            gaps.append(reward_judge_gap(runs["base"][seed], by_seed[seed], safety))
+        for seed in common_seeds(runs, "base", arm):
+            base = runs["base"][seed].result
+            gaps.append(reward_judge_gap(base, by_seed[seed].result, safety))
         cells = [
-            spread(reward_gain(result["steps"]) for result in by_seed.values()),
+            over_known(reward_gain(run.steps) for run in by_seed.values()),
             level(runs, arm, reward),
             None if arm == "base" else change(runs, "base", arm, reward),
             level(runs, arm, safety),
-            spread(correlation for correlation, _ in agreements),
-            spread(area for _, area in agreements),
-            spread(gaps),
+            over_known(correlation for correlation, _ in agreements),
+            over_known(area for _, area in agreements),
+            over_known(gaps),
         ]
         rows.append([arm, *map(show, cells)])
     if not rows:
@@ -291,61 +278,49 @@ def reward_table(runs: Runs, safety: Row) -> list[str]:
 # What is not about one model.
 
 
-def memorization(found: Mapping[str, Runs], out: Path) -> list[str]:
+def memorization(found: Mapping[str, Runs]) -> list[str]:
     """How well each base knows the SFT set's responses, beside what SFT changed."""
-    lines, header = [], []
+    rows, header = [], []
     orders: dict[str, dict[str, float]] = defaultdict(dict)  # metric -> model -> score
-    panels: dict[str, list[tuple[str, Estimate, Estimate]]] = defaultdict(list)
     for model, runs in found.items():
-        known = [seed for seed, result in runs.get("base", {}).items() if result["memorization"]]
-        if not known:
+        bases = [run.result for run in runs.get("base", {}).values()]
+        bases = [base for base in bases if MEMORIZATION in base.benchmarks]
+        if not bases:
             continue
-        first = runs["base"][known[0]]
-        scores = [Row("memorization", metric) for metric in first["memorization"]["metrics"]]
-        heads = [headline(first, about) for about in SUBJECTS]
+        heads = [headline(bases[0], about) for about in SUBJECTS]
         heads = [head for head in heads if head is not None]
+        scores = [Metric(MEMORIZATION, name) for name in bases[0].benchmarks[MEMORIZATION].scores]
         cells = [model]
         for score in scores:
-            known_by_base = level(runs, "base", score)
-            orders[score.metric][model] = known_by_base.mean
-            cells.append(show(known_by_base))
+            known = level(runs, "base", score)
+            orders[score.name][model] = known.mean
+            cells.append(show(known))
         for head in heads:
-            title = f"SFT − base, {head.label}"
             cells.append(show(change(runs, "base", "SFT", head), sign="+"))
-            for seed in common(runs, "base", "SFT"):
-                if seed in known:
-                    base, sft = runs["base"][seed], runs["SFT"][seed]
-                    panels[title].append((model, estimate(base, scores[0]),
-                                          difference(base, sft, head)))
-        lines.append(cells)
-        header = ["", *(score.label for score in scores), *(f"SFT − base, {head.label}" for head in heads)]
-    if not lines:
+        rows.append(cells)
+        header = ["", *map(label, scores), *(f"SFT − base, {label(head)}" for head in heads)]
+    if not rows:
         return []
-    text = ["", "## Memorization of the SFT set by the bases", "", *markdown(header, lines)]
-    if len(lines) > 1:
-        text += ["", "The three scores order the models "
-                     f"{'alike' if same_order(orders) else 'differently'}."]
-    if any(panels.values()):
-        plots.plot_points(panels, out / "report-memorization.png",
-                          "log-likelihood of the SFT set under the base")
-        text += ["", "![Memorization against what SFT changed, a point for each "
-                     "seed](report-memorization.png)"]
-    return text
+    lines = ["", "## Memorization of the SFT set by the bases", "", *markdown(header, rows)]
+    if len(rows) > 1:
+        alike = "alike" if same_order(orders) else "differently"
+        lines += ["", f"The three scores order the models {alike}."]
+    return lines
 
 
 def tuning(runs: Runs) -> list[str]:
     """Every setting that was tried, and the base beside them."""
-    lines, header = [], []
-    for arm, by_seed in runs.items():
-        for result in by_seed.values():
-            heads = [headline(result, about) for about in SUBJECTS]
-            if None not in heads:
-                safe, refused, right = (mean(result, head) for head in heads)
-                cells = [show(estimate(result, head)) for head in heads]
-                lines.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
-                header = ["", *(head.label for head in heads), "criterion"]
-    note = f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is chosen here."
-    return [note, "", *markdown(header, lines)]
+    rows, header = [], []
+    for arm, result in results_of(runs):
+        heads = [headline(result, about) for about in SUBJECTS]
+        if None not in heads:
+            safe, refused, right = [mean(result, head) for head in heads]
+            cells = [show(estimate(result, head)) for head in heads]
+            rows.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
+            header = ["", *map(label, heads), "criterion"]
+    note = (f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is "
+            "chosen here.")
+    return [note, "", *markdown(header, rows)]
 
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
@@ -373,6 +348,5 @@ def cpu_name() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def show(value: Estimate | float | None, row: Row | None = None, sign: str = "") -> str:
-    digits = ".1f" if row and row.metric == "count_per_1000_tokens" else ".3f"
-    return "–" if value is None else format(value, f"{sign}z{digits}")
+def show(value: Estimate | None, digits: int = 3, sign: str = "") -> str:
+    return "–" if value is None else format(value, f"{sign}z.{digits}f")

@@ -67,28 +67,25 @@ def test_a_summary_equals_sums_by_hand():
     entropies = [[1.0, 0.5, 2.0, 0.5], [0.25, 0.75], torch.tensor([0.0, 0.5, 1.0, 1.0, 1.0, 1.0]), [4.0]]
     summary = reflection_summary(responses, entropies, [8, 7, 99])
     assert asdict(summary) == {
-        "responses": 4, "tokens": 13,
         "entropy_per_token": 3.5 / 4,  # 1, 2, 0, 0.5
-        "entropy_per_response": (1.5 + 0.25) / 2,
         "entropy_per_response_or_zero": (1.5 + 0 + 0.25 + 0) / 4,
         "all_token_entropy": (4 + 1 + 4.5 + 4) / 13,
-        "count_per_response": 1.0, "count_per_1000_tokens": pytest.approx(1000 * 4 / 13),
-        "lengths": [4, 2, 6, 1], "counts": [2, 0, 2, 0], "means": [1.5, None, 0.25, None],
-        "all_token_means": [1.0, 0.5, 0.75, 4.0], "values": [1.0, 2.0, 0.0, 0.5],
+        "count_per_1000_tokens": pytest.approx(1000 * 4 / 13),
+        "means": [1.5, None, 0.25, None], "all_token_means": [1.0, 0.5, 0.75, 4.0],
     }  # fmt: skip
     estimate = over_items([mean for mean in summary.means if mean is not None])
-    assert estimate.mean == summary.entropy_per_response and estimate.n == 2
+    assert estimate.mean == (1.5 + 0.25) / 2 and estimate.n == 2
 
 
 def test_a_summary_without_reflection_tokens_has_no_mean():
     summary = reflection_summary([[1, 2]], [[0.5, 0.7]], [8])
-    assert summary.entropy_per_token is None and summary.entropy_per_response is None and summary.values == []
+    assert summary.entropy_per_token is None and summary.means == [None]
     assert summary.entropy_per_response_or_zero == 0 == summary.count_per_1000_tokens
     assert summary.all_token_entropy == pytest.approx(0.6)
     nothing = reflection_summary([], [], [8])
-    assert nothing.tokens == 0 and nothing.all_token_entropy is None and nothing.count_per_1000_tokens is None
+    assert nothing.all_token_entropy is None and nothing.count_per_1000_tokens is None and nothing.means == []
     empty = reflection_summary([[], [8]], [[], [1.0]], [8])
-    assert empty.all_token_means == [None, 1.0] and empty.count_per_response == 0.5
+    assert empty.all_token_means == [None, 1.0] and empty.means == [None, 1.0]
 
 
 def test_a_summary_refuses_entropies_of_other_tokens():

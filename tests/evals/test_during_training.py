@@ -1,42 +1,43 @@
 """The watch over a training run: warnings, table and what it recalls, on measurements written by hand."""
 
-import json
 import math
 
 import pytest
 import torch
 
 from nanosafe.evals.during_training import Watch, reward_accuracy
+from nanosafe.evals.results import BenchmarkResult, Result, Score, write_result
 from nanosafe.evals.statistics import Z
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Pair
 
 
 def seen(safe: list[float], refused: list[float], right: list[float], rewards: list[float] | None = None,
-         categories: list[str] | None = None) -> dict:
+         categories: list[str] | None = None) -> Result:
     """A measurement; question i of each benchmark came to the i-th value."""
-    def part(name: str, metric: str, values: list[float], scores: list[float], kinds: list[str]) -> dict:
-        ids = [f"{name}-{i}" for i in range(len(values))]
-        return {"metric": metric, "values": dict(zip(ids, values, strict=True)),
-                "rewards": dict(zip(ids, scores, strict=False)), "category_of": dict(zip(ids, kinds, strict=True))}
-
-    rewards = rewards or [0.0] * len(safe)
-    return {"safety": part("unsafe", "safe", safe, rewards, categories or ["violence"] * len(safe)),
-            "over-refusal": part("benign", "over_refusal", refused, [], ["violence"] * len(refused)),
-            "reasoning": part("arithmetic", "right", right, [], ["2 steps"] * len(right))}  # fmt: skip
+    rewards, categories = rewards or [0.0] * len(safe), categories or ["violence"] * len(safe)
+    parts = {}
+    for about, metric, scores, kinds in (("safety", "safe", safe, categories),
+                                         ("over-refusal", "over_refusal", refused, ["violence"] * len(refused)),
+                                         ("reasoning", "right", right, ["2 steps"] * len(right))):  # fmt: skip
+        found = [Score(f"{about}-{i}", kind, False, x) for i, (x, kind) in enumerate(zip(scores, kinds, strict=True))]
+        parts[about] = BenchmarkResult(about, metric, "", "", scores={metric: found}, shown=[])
+    parts["safety"].scores["reward"] = [
+        score._replace(value=x) for score, x in zip(parts["safety"].scores["safe"], rewards, strict=True)]
+    return Result("", parts)
 
 
 def ones(count: int, of: int = 100) -> list[float]:
     return [1.0] * count + [0.0] * (of - count)
 
 
-def watch(tmp_path, base: dict, now: dict) -> Watch:
+def watch(tmp_path, base: Result, now: Result) -> Watch:
     one = Watch([], None, None, "", tmp_path, Ranks("cpu"))
     one.base, one.now = base, now
     return one
 
 
-def warnings(tmp_path, base: dict, now: dict) -> list[str]:
+def warnings(tmp_path, base: Result, now: Result) -> list[str]:
     return watch(tmp_path, base, now).warnings()
 
 
@@ -86,7 +87,7 @@ def test_reward_up_while_the_judge_is_flat(tmp_path):
 def test_categories_that_disagree(tmp_path):
     categories = ["deception"] * 40 + ["violence"] * 40 + ["personal data"] * 20
 
-    def measured(*safe: int) -> dict:
+    def measured(*safe: int) -> Result:
         values = ones(safe[0], 40) + ones(safe[1], 40) + ones(safe[2], 20)
         return seen(values, ones(10), ones(100), categories=categories)
 
@@ -132,10 +133,9 @@ def test_the_table_fits_100_columns_whatever_the_rewards(tmp_path):
 
 
 def test_a_resumed_run_recalls_its_base_and_its_last_measurement(tmp_path):
-    (tmp_path / "evals").mkdir()
     kept = {step: seen(ones(30 + step), ones(10), ones(100)) for step in (0, 10, 20)}
     for step, values in kept.items():
-        (tmp_path / f"evals/step-{step:06d}.json").write_text(json.dumps(values))
+        write_result(tmp_path / f"evals/step-{step:06d}.json", values)
     for step, last in ((5, 0), (10, 10), (19, 10), (20, 20), (25, 20)):  # what lies beyond the step will come again
         one = watch(tmp_path, None, None)
         one.recall(step)

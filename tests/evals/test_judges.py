@@ -22,7 +22,7 @@ from nanosafe.evals import judges, rubrics
 from nanosafe.evals.benchmark import Question
 from nanosafe.evals.graders import RefusalGrader, judge_graders
 from nanosafe.evals.judges import load_judge
-from nanosafe.evals.results import write_unitxt
+from nanosafe.evals.records import write_unitxt
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.names import load_reward_model
 from nanosafe.sampler import Completion

@@ -21,15 +21,15 @@ import train_rl
 import train_sft
 from nanosafe import plan
 from nanosafe.evals.benchmark import adapt
-from nanosafe.evals.run import summarize
-from nanosafe.evals.tables import Row
+from nanosafe.evals.results import BenchmarkResult, Metric, Result, Score, mean, write_result
+from nanosafe.evals.scores import summarize, summarize_memorization
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.paper import __main__ as paper
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
-SAFETY = Row("safety", "safe")
+SAFETY = Metric("safety", "safe")
 MODES = {"paper": [], "ablations": ["--ablations"], "tune": ["--tune"]}
 
 
@@ -283,8 +283,8 @@ def test_control_characters_of_a_jobs_log_are_shown_and_not_sent(fake, capfd):
 # What the report says.
 
 
-def result(label: str, seed: int, safe: float, right: float, over: float = 0.1, shift: float = 0.0) -> dict:
-    """A result.json with about these shares; the reward is the verdict, plus `shift` and noise."""
+def result(label: str, seed: int, safe: float, right: float, over: float = 0.1, shift: float = 0.0) -> Result:
+    """A result with about these shares; the reward is the verdict, plus `shift` and noise."""
     parts, rng = {}, Random(f"{label}/{seed}")
     for benchmark in tiny_suite("test", "okay"):
         if benchmark.name not in ("safety", "safety, role play", "benign look-alikes", "arithmetic"):
@@ -300,15 +300,13 @@ def result(label: str, seed: int, safe: float, right: float, over: float = 0.1, 
                     id=question.id, sample=sample, response="</think>", tokens=2, truncated=False, values=values,
                     reward=good + shift + rng.uniform(-0.2, 0.2), **ids))
         parts[benchmark.name] = summarize(benchmark, records, reflection=[1])
-    known = dict(low=None, high=None, n=1, over="items")
-    scores = {"a": known | {"mean": -1.0 + seed / 10}, "b": known | {"mean": seed / 10}}
-    memory = {"about": "memorization", "metrics": scores, "items": {}} if label == "base" else None
-    return {"label": label, "benchmarks": parts, "memorization": memory}
+    if label == "base":
+        parts["memorization"] = summarize_memorization("rows", [{"a": -1.0 + seed / 10, "b": seed / 10}])
+    return Result(label, parts)
 
 
-def put(out: Path, folder: str, found: dict, rewards: tuple[float, ...] = ()) -> None:
-    (out / folder / "eval").mkdir(parents=True)
-    (out / folder / "eval" / "result.json").write_text(json.dumps(found))
+def put(out: Path, folder: str, found: Result, rewards: tuple[float, ...] = ()) -> None:
+    write_result(out / folder / "eval" / "result.json", found)
     if rewards:
         rows = [{"step": i + 1, "reward/mean": r, "kl/k1": 0.01 * i} for i, r in enumerate(rewards)]
         (out / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -366,7 +364,7 @@ def test_partial_results_failures_and_origin_are_told(report):
     assert "failed: tiny-0/rl-exact-judge: exit code 1; log\n" in text and "`THE COMMAND`" in text
     assert "1.5 minutes in 1 session(s)" in text and "What a toy cannot show" in text and "PyTorch" in text
     assert "base (1)" in section(text, "tiny-llama")
-    for name in ("training", "tradeoff", "categories", "entropies", "reward"):
+    for name in ("training", "tradeoff", "categories"):
         assert (out / f"report-tiny-{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"](report-tiny-{name}.png)" in text
     assert not (out / "report-tiny-llama-training.png").exists()
@@ -376,7 +374,7 @@ def test_memorization_stands_beside_what_sft_changed(report):
     text, out = report
     part = section(text, "Memorization of the SFT set by the bases")
     assert "| tiny | -0.900 [" in part and "+0.250 [+0.250, +0.250]" in part
-    assert "order the models alike" in part and (out / "report-memorization.png").exists()
+    assert "order the models alike" in part
 
 
 def test_reward_against_judge(report):
@@ -388,9 +386,11 @@ def test_reward_against_judge(report):
     assert cells["RL"][2].startswith("0.7")  # 0.5 of it safer, 0.25 of it for nothing
 
 
-def made(scores: list[float], verdicts: list[float]) -> dict:
-    items = {"reward": dict(enumerate(scores)), "safe": dict(enumerate(verdicts))}
-    return {"benchmarks": {"safety": {"items": items}}}
+def made(scores: list[float], verdicts: list[float]) -> Result:
+    found = {}
+    for metric, values in (("reward", scores), ("safe", verdicts)):
+        found[metric] = [Score(str(i), "", False, value) for i, value in enumerate(values)]
+    return Result("", {"safety": BenchmarkResult("safety", "safe", "", "", scores=found)})
 
 
 def test_the_gap_between_reward_and_judge_by_hand():
@@ -398,19 +398,19 @@ def test_the_gap_between_reward_and_judge_by_hand():
     assert paper_report.reward_judge_gap(base, base, SAFETY) == 0
     assert paper_report.reward_judge_gap(base, made([3, 3, 9, 2.9], [1, 0, 0, 0]), SAFETY) == 0.5  # 3 of 4 and 1 of 4
     assert paper_report.reward_judge_gap(made([1, 2], [0, 0]), made([9, 9], [0, 1]), SAFETY) == -0.5
-    assert paper_report.reward_judge_gap(base, {"benchmarks": {}}, SAFETY) is None
+    assert paper_report.reward_judge_gap(base, Result("", {}), SAFETY) is None
 
 
 def test_agreement_by_hand():
     linear, area = paper_report.agreement(made([1, 2, 3, 4], [0, 1, 0, 1]), SAFETY)
     assert linear == pytest.approx(1 / 5**0.5) and area == 0.75  # covariance 0.25 over sqrt(1.25 * 0.25); 3 pairs of 4
     assert paper_report.agreement(made([1, 2], [1, 1]), SAFETY) == (None, None)
-    assert paper_report.agreement({"benchmarks": {}}, SAFETY) == (None, None)
+    assert paper_report.agreement(Result("", {}), SAFETY) == (None, None)
 
 
 def test_always_refusing_is_safe_and_helps_nobody():
-    parts = paper_report.always_refuse("task")["benchmarks"]
-    means = {name: part["metrics"][part["headline"]]["mean"] for name, part in parts.items()}
+    found = paper_report.always_refuse("task")
+    means = {name: mean(found, Metric(name, part.headline)) for name, part in found.benchmarks.items()}
     assert all(mean == 1 for name, mean in means.items() if name.startswith("safety"))
     assert means["benign look-alikes"] == 1 and means["arithmetic"] == 0 and means["arithmetic, no thought"] == 0
 
@@ -439,7 +439,7 @@ def test_ablations_compare_each_with_the_base_and_with_rl(tmp_path):
 def test_results_of_other_questions_are_not_mixed(tmp_path):
     put(tmp_path, "tiny-0/base", result("base", 0, 0.25, 0.5))
     other = result("SFT", 0, 0.5, 0.5)
-    other["benchmarks"]["safety"]["source"] = "the validation split"
+    other.benchmarks["safety"].source = "the validation split"
     put(tmp_path, "tiny-0/sft", other)
     with pytest.raises(ValueError, match="cannot be compared"):
         paper_report.write("report", tmp_path, {"tiny": (paper.BASE, paper.SFT, paper.RL)}, [0], {})
@@ -457,7 +457,7 @@ def test_the_whole_command_runs_resumes_and_reports(tmp_path, monkeypatch, capfd
     (work / "nanosafe" / "tiny").mkdir(parents=True)
     (work / "nanosafe" / "__init__.py").write_text("")  # without it Python would go on looking, and find the real one
     (work / "nanosafe" / "tiny" / "__init__.py").write_text("")
-    (work / "canned.json").write_text(json.dumps(result("base", 0, 0.5, 0.5)))
+    write_result(work / "canned.json", result("base", 0, 0.5, 0.5))
     note = "import sys, pathlib\nwith open('ran.txt', 'a') as f: f.write(' '.join(sys.argv[1:]) + '\\n')\n"
     out_of = "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
     (work / "nanosafe" / "tiny" / "build.py").write_text(note)
