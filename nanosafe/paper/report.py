@@ -6,6 +6,7 @@ seed, and of the settings that are tried: these are over questions (would other 
 """
 
 import platform
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from nanosafe.evals.results import (
     check_comparable,
     estimate,
     headline,
+    headlines,
     mean,
     read_result,
 )
@@ -44,7 +46,6 @@ from nanosafe.paper.runs import (
     common_seeds,
     comparisons,
     curve,
-    headlines,
     level,
     over_known,
     results_of,
@@ -135,13 +136,17 @@ def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int],
             folder = out / f"{model.split('/')[-1]}-{seed}" / arm.slug
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
-                rows = [row for row, _ in read_records(steps)] if steps.exists() else []
-                runs[arm.name][seed] = Run(read_result(path), rows)
+                runs[arm.name][seed] = Run(read_result(path), read_rows(steps))
     check_comparable([result for _, result in results_of(runs)])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
         refusing = Run(always_refuse(FAMILIES[model].style))
         runs[REFUSING] = dict.fromkeys(runs["base"], refusing)
     return dict(runs)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file that may be missing."""
+    return [row for row, _ in read_records(path)] if path.exists() else []
 
 
 @cache
@@ -164,11 +169,12 @@ def always_refuse(style: str) -> Result:
 
 def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
-    heads = headlines(runs)
+    trained = [result for arm, result in results_of(runs) if arm != REFUSING]
+    heads = headlines(trained)
     entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
     harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
-             "Entropies are in nats, at temperature 1.", "", *levels(runs, heads, entropic)]
+             "Entropies are in nats, at temperature 1.", "", *levels(runs, sections(trained), heads)]
     compared = list(heads.values())
     compared += [head._replace(name="reward") for head in entropic[:1]]
     compared += [head._replace(name="entropy_per_token") for head in entropic]
@@ -196,15 +202,19 @@ def family(runs: Runs, out: Path, image: str) -> list[str]:
     return lines
 
 
-def levels(runs: Runs, heads: Mapping[str, Metric], entropic: Sequence[Metric]) -> list[str]:
-    """The table of all arms: headlines, their variations, entropies."""
-    titled = sections([result for arm, result in results_of(runs) if arm != REFUSING])
+def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
+           heads: Mapping[str, Metric]) -> list[str]:
+    """The table of all arms: the overview, the headlines of variations, entropies.
+
+    titled: the sections of the arms' results.
+    """
     metrics = list(titled.get("Overview", ()))
-    for metric in titled.get("Other wordings, attacks, modes", ()):
-        if any(metric.name == head.name for head in heads.values()):
-            metrics.append(metric)
-    for head in entropic:
-        metrics += [head._replace(name=name) for name in POOLED]
+    names = {head.name for head in heads.values()}
+    metrics += [metric for metric in titled.get("Other wordings, attacks, modes", ())
+                if metric.name in names]
+    for about in ("safety", "reasoning"):
+        if about in heads:
+            metrics += [heads[about]._replace(name=name) for name in POOLED]
     rows = []
     for metric in metrics:
         digits = 1 if metric.name == "count_per_1000_tokens" else 3
@@ -324,7 +334,7 @@ def tuning(runs: Runs) -> list[str]:
 
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
-    rows = [row for row, _ in read_records(sessions)] if sessions.exists() else []
+    rows = read_rows(sessions)
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     minutes = sum(row["seconds"] for row in rows) / 60
@@ -343,9 +353,10 @@ def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) 
 
 def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
+    names = re.findall(r"^model name\s*:\s*(.*\S)", path.read_text() if path.exists() else "", re.M)
+    if names:
+        return f"{len(names)} cores of {names[0]}"
+    return platform.processor() or platform.machine()
 
 
 def show(value: Estimate | None, digits: int = 3, sign: str = "") -> str:

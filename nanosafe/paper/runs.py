@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation
 
-from nanosafe.evals.results import SUBJECTS, Metric, Result, categories, headline, mean, values
+from nanosafe.evals.results import Metric, Result, categories, mean, values
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 
 REFUSING = "always refuse"  # the arm that has no model
@@ -59,17 +59,6 @@ def comparisons(runs: Runs) -> list[tuple[str, str]]:
     else:
         pairs += [("RL", arm) for arm in arms if arm != "RL"]
     return [pair for pair in pairs if common_seeds(runs, *pair)]
-
-
-def headlines(runs: Runs) -> dict[str, Metric]:
-    """Subject -> the metric that stands for it, in the first result that has one."""
-    heads = {}
-    for about in SUBJECTS:
-        for arm, result in results_of(runs):
-            metric = headline(result, about)
-            if arm != REFUSING and metric and about not in heads:
-                heads[about] = metric
-    return heads
 
 
 def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]:
