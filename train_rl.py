@@ -24,7 +24,7 @@ import torch
 
 from nanosafe import plan
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.evals.preflight import start_watch, try_reward
+from nanosafe.evals.preflight import announce_sampling, start_watch, try_reward
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.complete:
         return ranks.close()
 
+    # Data and reward: a name is looked up by the main rank first, which alone downloads.
     with ranks.main_first():
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
 
-    # The policy goes on from the newest checkpoint; the reference stays what the policy was at the start.
+    # The policy goes on from the newest checkpoint. The reference stays what the policy was at the start.
     policy = load_model(run.resumed or base, device=ranks.device, dtype=run.dtype, ranks=ranks)
     policy.recompute(ranks.device.type == "cuda" and not args.no_recompute)
     reference = None
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = Optimizer(policy, low_memory=args.low_memory)
     run.attach(policy, tokenizer, optimizer)
 
+    # Whatever can be known to fail is refused now, and not after hours.
     prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
     ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
     check_rows([row for row, _ in prompts], reward, args.reward_model)
@@ -185,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = score_tokens(policy, reference, episodes, args, ranks)
         metrics = rollout_metrics(batch, reflection)
         clock.lap("logprobs")
+
         updates = args.minibatches * args.epochs
         if math.isfinite(metrics["reward/mean"]):
             metrics |= set_advantages(batch, args)
@@ -201,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             warnings = watch.warnings()
             clock.lap("eval")
 
+        # The row of metrics is on disk before the checkpoint that covers it.
         run.log("samples.jsonl", sample_rows(episodes, step))
         tokens = metrics["response/tokens"]
         metrics |= clock.metrics(rollout=tokens, update=tokens)
@@ -217,25 +221,12 @@ def main(argv: list[str] | None = None) -> None:
     ranks.close()
 
 
-def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
-    """Training samples from the distribution it scores, so the checkpoint's own sampling settings are not used."""
-    text = f"sampling at temperature {args.temperature}, top-p {args.top_p}, top-k off"
-    generation = policy.config.generation or {}
-    names = [name for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None]
-    if names:
-        unused = ", ".join(f"{name} {generation[name]}" for name in names)
-        text += f"; generation_config.json's {unused} are not used"
-    ranks.print(text)
-    if args.top_p < 1:
-        ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution "
-                    "that is sampled")
-
-
 def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace,
             ranks: Ranks, step: int) -> list[Episode]:
     """Sample the step's rollout. Row r is sample r % n of the step's prompt r // n."""
     P, n = args.prompts_per_step, args.samples_per_prompt
     drawn = shuffled_passes(len(prompts), range(step * P, (step + 1) * P), args.seed, "prompts")
+    # All samples of a prompt are neighbours: the sampler computes their prompt once.
     asked = [prompts[drawn[row // n]] for row in range(P * n)]
     prompt_ids, params = [], []
     for row, (_, ids) in enumerate(asked):
@@ -284,6 +275,7 @@ def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: N
 
     rewards = ranks.split_work(episodes, rewards_of)
     for episode, value in zip(episodes, rewards, strict=True):
+        # --truncated NUMBER overrules what the reward says of half a response.
         fixed = episode.truncated and isinstance(args.truncated, float)
         episode.reward = args.truncated if fixed else value
 
@@ -318,6 +310,7 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
             rows = order[i * len(order) // count : (i + 1) * len(order) // count]
             sums = backward(policy, batch, rows, args, ranks)
             loss = sums["loss_sum"] / max(sums["denominator"], 1)
+            # Every rank has the same sums, so all step or none does.
             usable = sums["denominator"] > 0 and math.isfinite(loss)
             norm = optimizer.step(lr) if usable else optimizer.discard()
             if math.isfinite(norm):
@@ -361,6 +354,7 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
         if args.estimator == "reinforce++-baseline" and args.kl_coef:
             kl = reinforce.kl_loss(logprobs, batch.ref_logprobs[rows, :T], mask, **mean_of)
             loss = loss + args.kl_coef * kl
+        # Also without a row: under sharding the other ranks wait for this backward pass.
         (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
     named = dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))

@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.complete:
         return ranks.close()
 
+    # A name is looked up by the main rank first, which alone downloads.
     with ranks.main_first():
         base = checkpoint(args.model)
         rows = load_rows(args.data)
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     tracker = Tracker(args, ranks)
     for step in run.steps(steps):
         clock = Clock(ranks)
+        # The batch is a function of seed and step, so that a resumed run needs no generator's state.
         positions = range(step * args.batch_size, (step + 1) * args.batch_size)
         batch = [documents[i] for i in shuffled_passes(len(documents), positions, args.seed, "data")]
         metrics = backward(model, batch, args.tokens_per_microbatch, ranks)
@@ -121,6 +123,7 @@ def backward(model: Decoder, batch: list[Document], tokens_per_microbatch: int,
     for indices in local_microbatches(batch, tokens_per_microbatch, ranks):
         packed = pack([batch[i] for i in indices], ranks.device)
         logprobs, entropies = response_logprobs(model, packed)
+        # Also without a document: under sharding the other ranks wait for this backward pass.
         (-logprobs.sum() / tokens + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([-logprobs.double().sum(), entropies.double().sum()]).detach()
     loss, entropy = (ranks.sum_(sums) / tokens).tolist()

@@ -27,7 +27,7 @@ from nanosafe.model.attention import KVCache, PagedDecode, SlotDecode  # noqa: E
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder  # noqa: E402
 from nanosafe.plan.shapes import SHAPES
-from nanosafe.sampler.engine import DecodeGraph  # noqa: E402
+from nanosafe.sampler.graphs import DecodeGraph  # noqa: E402
 
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
 BLOCK = 64  # positions of a cache block on CUDA, the engine's
@@ -71,7 +71,7 @@ class Decoding:
         self.tables = torch.arange(batch * self.pages, device=device, dtype=torch.int32).view(batch, -1)
         self.positions, self.run = torch.zeros_like(self.slots), self.step
         if device.type == "cuda":  # as the sampler does; else the time would be that of launching kernels
-            self.run = DecodeGraph(Decoding.step, self, None).graph.replay
+            self.run = DecodeGraph(Decoding.step, self, None).replay
 
     @torch.no_grad()
     def step(self) -> None:

@@ -39,7 +39,9 @@ from nanosafe import SamplingParams, generate, load_model, save_model
 from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.sampler.engine import Columns, Engine, Rows
+from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.graphs import GraphRunner
+from nanosafe.sampler.runner import InputBatch
 
 SHARED = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=128, vocab_size=151936, rope_theta=1e6,
               rms_norm_eps=1e-6, max_position_embeddings=40960, tie_word_embeddings=True, torch_dtype="bfloat16")
@@ -93,19 +95,19 @@ def decode_steps(model: Decoder, B: int, context: int):
     for held in (engine.cache.keys, engine.cache.values):
         held.normal_(std=0.1)
     with torch.no_grad():
-        if engine.graphed:
-            graph = engine.capture(B)
-            rows, step = graph.rows, graph.graph.replay
+        if isinstance(engine.runner, GraphRunner):
+            graph = engine.runner.capture(B)
+            batch, step = graph.batch, graph.replay
         else:
-            rows = Rows(Columns.of([], B, width, engine.cache), engine.device)
-            step = partial(engine.advance, rows)
-    rows.tables.copy_(torch.arange(rows.tables.numel(), device=engine.device).view_as(rows.tables))
-    rows.temperature.fill_(1.0)
-    rows.top_p.fill_(1.0)
+            batch = InputBatch([], engine.cache, engine.runner.device, B, width)
+            step = partial(engine.runner.advance, batch)
+    batch.tables.copy_(torch.arange(batch.tables.numel(), device=engine.runner.device).view_as(batch.tables))
+    batch.temperature.fill_(1.0)
+    batch.top_p.fill_(1.0)
 
     @torch.no_grad()
     def run(steps: int) -> None:
-        rows.positions.fill_(context)
+        batch.positions.fill_(context)
         for _ in range(steps):
             step()
 

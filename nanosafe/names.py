@@ -81,6 +81,7 @@ def load_reward(spec: str, *, scope: str = "response", device: str | torch.devic
     if spec.startswith("rule:"):
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
     model = RewardModel.load(checkpoint(spec), device, dtype, offload=offload)
+    # Scores of a run that is resumed must not change with the day.
     model.tokenizer.date = date or model.tokenizer.date
     model.check_scope(scope, spec)
     return model
@@ -122,6 +123,7 @@ def recipe(script: str, model: str) -> dict:
     if seed is None:
         return RECIPES[script]
     settings = dict(RECIPES[script])
+    # Data and reward model are those of the world that the model grew in.
     for name, value in TINY_RECIPES[script].items():
         settings[name] = f"{value}@{seed}" if str(value).startswith("tiny-") else value
     return settings

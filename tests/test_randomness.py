@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanosafe.kernels.sample import W, _keys, _mix, first_ring, gumbel_noise
+from nanosafe.kernels.noise import W, first_ring, gumbel_noise, mix, noise_keys
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 
 EULER = 0.5772156649
@@ -75,7 +75,7 @@ def chi_square_z(counts: torch.Tensor) -> float:
 
 def test_hash_has_the_published_values_of_murmurhash3():
     # MurmurHash3_x86_32 of the empty string is the finaliser of its seed
-    assert [int(_mix(torch.tensor(x))) for x in (0, 1, 0xFFFFFFFF)] == [0, 0x514E28B7, 0x81F16F39]
+    assert [int(mix(torch.tensor(x))) for x in (0, 1, 0xFFFFFFFF)] == [0, 0x514E28B7, 0x81F16F39]
 
 
 def test_noise_equals_the_pure_python_hash():
@@ -85,7 +85,8 @@ def test_noise_equals_the_pure_python_hash():
     assert ours.dtype == torch.float32
     for row, seed, step in zip(ours, seeds, steps, strict=True):
         assert row.tolist() == pytest.approx([python_noise(seed, step, token) for token in tokens], abs=5e-6)
-        assert row[4:132].max() == -first_ring(_keys(torch.tensor(seed), torch.tensor(step)), torch.tensor(1))[0].log()
+        keys = noise_keys(torch.tensor(seed), torch.tensor(step))
+        assert row[4:132].max() == -first_ring(keys, torch.tensor(1))[0].log()
 
 
 def test_values_are_pinned():
@@ -177,6 +178,6 @@ def test_the_smallest_and_the_largest_hash_give_finite_noise():
     # -log(2^-33 / W), and float32 ends at 1 - 2^-24
     assert highest.tolist() == pytest.approx([40 * math.log(2), -math.log(24 * math.log(2) / W)], abs=1e-5)
     seeds = [seed_for(word, 5) for word in words]  # the clock of token 5
-    first, owner = first_ring(_keys(torch.tensor(seeds), torch.tensor(0)), torch.tensor(0))
+    first, owner = first_ring(noise_keys(torch.tensor(seeds), torch.tensor(0)), torch.tensor(0))
     later = torch.exp(-noise_of(seeds, [0, 0], [5])[:, 0]) - first
     assert 5 not in owner and later.tolist() == pytest.approx([2.0**-33, 24 * math.log(2)], rel=1e-5, abs=1e-8)

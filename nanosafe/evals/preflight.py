@@ -1,4 +1,4 @@
-"""What train_rl.py measures before its first step: the reward model on labelled pairs, and what the base can do."""
+"""What train_rl.py says and measures before its first step: how it samples, the reward model, what the base can do."""
 
 from argparse import Namespace
 
@@ -10,6 +10,20 @@ from nanosafe.parallel import Ranks, unsharded
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.rewards import Reward
 from nanosafe.train.run_folder import RunFolder
+
+
+def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
+    """Training samples from the distribution it scores, so the checkpoint's own sampling settings are not used."""
+    text = f"sampling at temperature {args.temperature}, top-p {args.top_p}, top-k off"
+    generation = policy.config.generation or {}
+    names = [name for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None]
+    if names:
+        unused = ", ".join(f"{name} {generation[name]}" for name in names)
+        text += f"; generation_config.json's {unused} are not used"
+    ranks.print(text)
+    if args.top_p < 1:
+        ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution "
+                    "that is sampled")
 
 
 def try_reward(reward: Reward, args: Namespace, ranks: Ranks) -> None:

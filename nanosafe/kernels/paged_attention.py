@@ -7,23 +7,15 @@ goes over its share in tiles with an online softmax (Milakov and Gimelshein, arX
 combines the shares. Simplified: one tile size and one launch configuration for all shapes, no autotuning.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not every platform has it; the plain twin runs everywhere
-    triton = None
+from nanosafe.kernels import INTERPRETED, tl, triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides the same way, when a kernel is defined
-
-PROGRAMS_PER_PROCESSOR = 4  # about what fits; more would only add partial results to combine
-SMALLEST_SHARE = 128  # positions; below this, starting a program costs more than it reads
-MOST_SPLITS = 64  # _combine_shares holds all shares of a head in registers
+PROGRAMS_PER_PROCESSOR = 4  # About as many fit; more would only add partial results to combine.
+SMALLEST_SHARE = 128  # positions; to start a program for fewer costs more than it reads
+MOST_SPLITS = 64  # _combine_shares holds all shares of a head in registers.
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -37,23 +29,25 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, len
     Reads nothing back to the host, so a CUDA graph can capture it once a call with the same shapes has compiled the
     kernels; a replay sees tables and lengths changed in place.
     """
-    attend = triton_paged_attention if triton is not None and (q.is_cuda or INTERPRETED) else plain_paged_attention
-    return attend(q, keys, values, tables, lengths, scale)
+    if triton is not None and (q.is_cuda or INTERPRETED):
+        return triton_paged_attention(q, keys, values, tables, lengths, scale)
+    return plain_paged_attention(q, keys, values, tables, lengths, scale)
 
 
 def plain_paged_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """`paged_attention` by copying each sequence's blocks behind one another."""
-    heads, block_size = keys.shape[1:3]
-    pages = tables[:, None], torch.arange(heads, device=q.device)[:, None]  # broadcast to [B, H_kv, M]
-    keys, values = (pool[pages].flatten(2, 3) for pool in (keys, values))  # [B, H_kv, M * block_size, head_dim]
+    H_kv, block_size = keys.shape[1:3]
+    pages = tables[:, None], torch.arange(H_kv, device=q.device)[:, None]  # broadcast to [B, H_kv, M]
+    # [B, H_kv, M * block_size, head_dim]
+    keys, values = keys[pages].flatten(2, 3), values[pages].flatten(2, 3)
     seen = torch.arange(tables.shape[1] * block_size, device=q.device) < lengths[:, None]
     seen = seen[:, None, None, :]  # [B, 1, 1, M * block_size]
-    for copy in (keys, values):  # a weight of 0 does not hide a NaN of uninitialised memory
-        copy.masked_fill_(~seen.mT, 0)
+    for copy in (keys, values):
+        copy.masked_fill_(~seen.mT, 0)  # A weight of 0 does not hide a NaN of uninitialised memory.
     # The query heads that share a key head become query rows: SDPA's own grouping is several times slower.
-    grouped = q.unflatten(1, (heads, -1))  # [B, H_kv, H / H_kv, head_dim]
+    grouped = q.unflatten(1, (H_kv, -1))  # [B, H_kv, H / H_kv, head_dim]
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scale).flatten(1, 2)
 
 
@@ -71,15 +65,16 @@ def triton_paged_attention(
     if splits > 1:
         partial = q.new_empty(B, H, splits, head_dim, dtype=torch.float32)
         logsumexp = q.new_empty(B, H, splits, dtype=torch.float32)
-    columns = max(16, triton.next_power_of_2(head_dim))  # tl.dot takes powers of two from 16 in each direction
+    columns = max(16, triton.next_power_of_2(head_dim))  # tl.dot takes powers of two from 16 in each direction.
     _attend_share[B, H_kv, splits](
         q.contiguous(), keys, values, tables, lengths.contiguous(), partial, logsumexp, scale,
         keys.stride(0), tables.stride(0), GROUP=H // H_kv, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE=16 if q.dtype == torch.float32 else 64,  # float32 has no tensor cores here; larger tiles spill registers
+        # There are no tensor cores for float32; larger tiles of it would spill registers.
+        TILE=16 if q.dtype == torch.float32 else 64,
         ROWS=max(16, triton.next_power_of_2(H // H_kv)), COLUMNS=columns,
         # Keys wait for the block numbers, which halves the depth: 5 stages have two tiles in flight while one is used.
         num_warps=4, num_stages=5,
-    )
+    )  # fmt: skip
     if splits > 1:
         _combine_shares[(B * H,)](
             partial, logsumexp, out, splits, HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(splits), COLUMNS=columns
@@ -103,7 +98,7 @@ if triton is not None:
         q, keys, values, tables, lengths, out, logsumexp, scale, block_stride, table_stride,
         GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
         TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):
+    ):  # fmt: skip
         """Program (sequence, key head, split): its share's softmax over values -> out [B, H, splits, HEAD_DIM], and
         the log of the softmax's denominator -> logsumexp [B, H, splits] (or None); a share of no positions: 0, -inf."""
         sequence = tl.program_id(0).to(tl.int64)
@@ -123,7 +118,7 @@ if triton is not None:
             position = start + offset
             seen = position < end
             table = tables + sequence * table_stride
-            if BLOCK_SIZE % TILE == 0:  # tiles begin at multiples of TILE: all positions lie in one block
+            if BLOCK_SIZE % TILE == 0:  # Tiles begin at multiples of TILE, so a tile lies in one block.
                 block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
             else:
                 block = tl.load(table + position // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
@@ -141,7 +136,8 @@ if triton is not None:
             highest = higher
 
         target = head * splits + split
-        weighted /= tl.maximum(total, 1.0)[:, None]  # the highest score adds exactly 1, so only an empty share has less
+        # The highest score adds exactly 1 to the total, so only an empty share has less.
+        weighted /= tl.maximum(total, 1.0)[:, None]
         tl.store(out + target[:, None] * HEAD_DIM + column[None, :], weighted, mask=inside)
         if logsumexp is not None:
             tl.store(logsumexp + target, highest + tl.log(total), mask=row < GROUP)

@@ -1,9 +1,9 @@
 """Sampling: prompts in, completions with log-probs out.
 
-`generate` is what callers see; the work is done by engine.py. Noise is hashed from (seed, step, token id): what a
-request yields does not depend on its neighbours, their order or the rank, up to the rounding of a matrix product's
-rows. A request's seed is derived from its prompt too, or one seed for many prompts would make all of them draw with the
-same noise.
+`generate` is what callers see. It makes a `Sequence` (scheduler.py) of each requested completion and runs an `Engine`
+(engine.py) until all are finished. Noise is hashed from (seed, step, token id): what a request yields does not depend
+on its neighbours, their order or the rank, up to the rounding of a matrix product's rows. A request's seed is derived
+from its prompt too, or one seed for many prompts would make all of them draw with the same noise.
 
     python -m nanosafe.sampler --model qwen3-0.6b        # talk to a checkpoint
 """
@@ -24,7 +24,8 @@ from nanosafe.randomness import derive_seed
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import Sequence
 
-PACKING_PAYS = 32  # new tokens from which packing the weights, on a CPU, takes less time than it saves
+PACKING_PAYS = 32  # new tokens; to pack a CPU's weights for fewer takes longer than it saves
+Prompts = Many[Many[int]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,24 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        for name, good, meaning in (
-            # logits / temperature must not overflow float32
-            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0 or at least 1e-6"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens > 0, "a positive integer"),
-            ("n", isinstance(self.n, int) and self.n > 0, "a positive integer"),
-            ("seed", self.seed is None or isinstance(self.seed, int), "an integer or None"),
-            ("stop_token_ids", all(isinstance(token, int) for token in self.stop_token_ids), "integers"),
-        ):
-            if not good:
-                raise ValueError(f"SamplingParams.{name} must be {meaning}, got {getattr(self, name)!r}")
+        # logits / temperature must not overflow float32.
+        temperature_valid = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
+        self._check("temperature", temperature_valid, "0 or at least 1e-6")
+        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        top_k_valid = isinstance(self.top_k, int) and self.top_k >= 0
+        self._check("top_k", top_k_valid, "an integer of at least 0")
+        self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        for name in ("max_new_tokens", "n"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, int) and value > 0, "a positive integer")
+        self._check("seed", isinstance(self.seed, int | None), "an integer or None")
+        all_integers = all(isinstance(token, int) for token in self.stop_token_ids)
+        self._check("stop_token_ids", all_integers, "integers")
+
+    def _check(self, name: str, valid: bool, meaning: str) -> None:
+        if not valid:
+            value = getattr(self, name)
+            raise ValueError(f"SamplingParams.{name} must be {meaning}, got {value!r}")
 
 
 @dataclass
@@ -67,77 +73,89 @@ class Completion:
     finish_reason: str
 
 
-def generate(model: Decoder, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams], *,
-             max_batch: int | None = None, cache_bytes: int | None = None, prefill_tokens: int | None = None,
-             block_size: int | None = None, banned_token_ids: Many[int] = (), progress: bool = False,
-             finished: Callable[[int, Completion], None] | None = None) -> list[list[Completion]]:
+def generate(
+    model: Decoder, prompts: Prompts, params: SamplingParams | Many[SamplingParams], *,
+    progress: bool = False, finished: Callable[[int, Completion], None] | None = None, **engine_options,
+) -> list[list[Completion]]:  # fmt: skip
     """Sample `params.n` completions of every prompt (token ids); the result is a list of n Completions per prompt.
 
     Stops at the checkpoint's EOS ids (ModelConfig.eos_ids; not if ignore_eos) and at stop_token_ids.
     finished(i, completion) is called as soon as a completion of prompt number i ends, for whoever must not lose it.
-    The other options are those of the engine, which see. Raises ValueError where a prompt is empty, outside the
-    vocabulary or too long, where `params` are not one per prompt, or where the longest request does not fit into the KV
-    cache alone; and where a token's log-prob is not finite, naming the model.
+    The other options are those of EngineOptions. Raises ValueError where a prompt is empty, outside the vocabulary or
+    too long, where `params` are not one per prompt, or where the longest request does not fit into the KV cache alone;
+    and where a token's log-prob is not finite, naming the model.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams")
-    sequences = [sequence(model, [operator.index(token) for token in prompt], one, index, sample)
-                 for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)) for sample in range(one.n)]
-    if not sequences:
-        return [[] for _ in each]
-    engine = Engine(model, max_tokens=max(s.longest for s in sequences), max_batch=max_batch, cache_bytes=cache_bytes,
-                    prefill_tokens=prefill_tokens, block_size=block_size, requests=len(sequences),
-                    banned_token_ids=banned_token_ids,
-                    pack=max(one.max_new_tokens for one in each) >= PACKING_PAYS)
-    for one in sequences:
-        engine.add(one)
-    number = {id(one): i for i, one in enumerate(sequences)}
-    prompt_of = [i for i, one in enumerate(each) for _ in range(one.n)]
-    done: list[Completion | None] = [None] * len(sequences)
-    with tqdm(total=len(sequences), desc="sampling", unit="seq", disable=not progress, delay=2, leave=False) as bar:
+    places: dict[Sequence, tuple[int, int]] = {}  # number of the prompt, and of its sample
+    for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+        prompt = [operator.index(token) for token in prompt]
+        for sample in range(one.n):
+            places[sequence(model, prompt, one, index, sample)] = index, sample
+    completions: list[list[Completion | None]] = [[None] * one.n for one in each]
+    if not places:
+        return completions
+    pack = max(one.max_new_tokens for one in each) >= PACKING_PAYS
+    longest = max(request.longest for request in places)
+    engine = Engine(model, max_tokens=longest, requests=len(places), pack=pack, **engine_options)
+    for request in places:
+        engine.add(request)
+    bar = tqdm(desc="sampling", total=len(places), unit="seq", disable=not progress, delay=2, leave=False)
+    with bar:
         while engine.busy:
-            for i in [number[id(one)] for one in engine.step() if one.finish_reason]:
-                done[i] = Completion(sequences[i].token_ids, sequences[i].logprobs, sequences[i].finish_reason)
+            for request in engine.step():
+                reason = request.finish_reason
+                if not reason:
+                    continue
+                index, sample = places[request]
+                completion = Completion(request.token_ids, request.logprobs, reason)
+                completions[index][sample] = completion
                 bar.update()
                 if finished:
-                    finished(prompt_of[i], done[i])
+                    finished(index, completion)
     del engine
     if model.head_weight.is_cuda:
         # What training makes next would lie in the memory of the KV cache, and keep all of it from being given back.
         torch.cuda.empty_cache()
-    completions = iter(done)
-    return [[next(completions) for _ in range(one.n)] for one in each]
+    return completions
 
 
-def generate_over_ranks(model: Decoder, prompts: Many[Many[int]], params: Many[SamplingParams], ranks: Ranks,
-                        **options) -> list[list[Completion]]:
+def generate_over_ranks(
+    model: Decoder, prompts: Prompts, params: Many[SamplingParams], ranks: Ranks, **options
+) -> list[list[Completion]]:
     """`generate` with the prompts spread over the ranks; every rank calls it with all of them and gets all completions.
 
     Each rank takes a run of neighbours, so that equal prompts meet in one engine, of about the same number of tokens:
     those of the prompts, and as many new ones as may come. The ranks meet only at the end.
     """
 
-    def sample(part: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
-        return generate(model, [prompt for prompt, _ in part], [one for _, one in part], **options)
+    def work(requests: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
+        prompts = [prompt for prompt, _ in requests]
+        return generate(model, prompts, [one for _, one in requests], **options)
 
-    return ranks.split_work(list(zip(prompts, params, strict=True)), sample,
-                        cost=lambda request: request[1].n * (len(request[0]) + request[1].max_new_tokens))
+    def cost(request: tuple[Many[int], SamplingParams]) -> int:
+        prompt, one = request
+        return one.n * (len(prompt) + one.max_new_tokens)
+
+    return ranks.split_work(list(zip(prompts, params, strict=True)), work, cost=cost)
 
 
 def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: int = 0, sample: int = 0) -> Sequence:
     """Sample number `sample` of prompt number `index` as the engine wants it; raises ValueError for a bad prompt."""
+    config = model.config
     if not prompt:
-        raise ValueError(f"prompt {index} is empty: a completion needs at least one token to start from")
-    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-        raise ValueError(f"prompt {index} has a token id outside the vocabulary of {model.config.vocab_size}")
-    if len(prompt) + params.max_new_tokens > (limit := model.config.max_position_embeddings):
-        raise ValueError(f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} it "
-                         f"passes the model's max_position_embeddings={limit}")
-    eos = () if params.ignore_eos else model.config.eos_ids
+        raise ValueError(f"prompt {index} is empty: a completion needs at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        raise ValueError(f"prompt {index} has a token id outside the vocabulary of {config.vocab_size}")
+    if len(prompt) + params.max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} "
+            f"it passes the model's max_position_embeddings={config.max_position_embeddings}"
+        )
+    eos_ids = () if params.ignore_eos else config.eos_ids
+    seed = secrets.randbits(63) if params.seed is None else derive_seed(params.seed, sample, *prompt)
     return Sequence(
-        prompt, params.max_new_tokens, stop_ids=frozenset(eos) | frozenset(params.stop_token_ids),
-        seed=secrets.randbits(63) if params.seed is None else derive_seed(params.seed, sample, *prompt),
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
-    )
-
+        prompt, params.max_new_tokens, frozenset(eos_ids) | frozenset(params.stop_token_ids), seed,
+        params.temperature, params.top_k, params.top_p, params.min_p,
+    )  # fmt: skip

@@ -5,17 +5,16 @@
 
 The answer is printed while it is drawn, its thought (<think> to </think>) dimmed. It alone goes to stdout; settings,
 speed and errors go to stderr. A line is a question; /new starts afresh, /quit or Ctrl-D leaves, Ctrl-C stops an answer
-and, at the prompt, leaves. Simplified: each turn computes the whole conversation again, because chat templates rewrite
-what came before, most of them without its thoughts.
+and, at the prompt, leaves. Where no flag says how to draw, the checkpoint's generation_config.json does. Simplified:
+each turn computes the whole conversation again, because chat templates rewrite what came before, most of them without
+its thoughts.
 """
 
-import os
 import signal
-import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,37 +26,35 @@ from nanosafe.parallel import Ranks
 from nanosafe.sampler import sequence
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.scheduler import Sequence
-from nanosafe.text.thoughts import END_THINK, THINK
+from nanosafe.sampler.terminal import Console, TextStream
+from nanosafe.text.thoughts import THINK
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli
 
-DEFAULT_CONTEXT = 8192  # tokens; memory for all 131,072 positions of some models would not fit beside their weights
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not, or not yet, a character
-LONGEST_BROKEN = 32  # tokens; bytes that are no character by then will never be one
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], BROKEN)  # with them a text can rule a terminal
+# In tokens; memory for all 131,072 positions of some models would not fit beside their weights.
+DEFAULT_CONTEXT = 8192
+FILTERS = ("temperature", "top_p", "top_k", "min_p")
 
 
 def flags() -> ArgumentParser:
-    parser = ArgumentParser("python -m nanosafe.sampler", description=__doc__,
-                            formatter_class=RawDescriptionHelpFormatter)
+    raw = RawDescriptionHelpFormatter  # keeps the lines of the description
+    parser = ArgumentParser("python -m nanosafe.sampler", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name, owner/name@revision) or folder")
+    add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name[@revision]) or folder")
     add("--prompt", metavar="TEXT", help="answer this one question and exit")
     add("--system", metavar="TEXT", help="system message of every conversation")
     add("--thinking", **cli.THINKING)
-    add("--temperature", type=float, help="0 always takes the likeliest token (default: the checkpoint's own, or 1)")
-    add("--top-p", type=float, help="draw from the fewest tokens that reach this probability (default: the same, or 1)")
-    add("--top-k", type=int, help="draw from this many likeliest tokens (default: the same, or 0: from all)")
-    add("--min-p", type=float, help="leave out tokens less likely than this share of the likeliest one's probability "
-        "(default: the same, or 0)")
-    add("--max-new-tokens", type=cli.positive_int, help="of one answer (default: all that --max-tokens leaves)")
-    add("--max-tokens", type=cli.positive_int, help="of a conversation; memory is set aside for them (default: as "
-        f"many as the model has positions, but at most {DEFAULT_CONTEXT})")
-    add("--seed", type=int, help="with it the same questions get the same answers (default: a fresh one each time)")
+    add("--temperature", type=float, help="0 always takes the likeliest token")
+    add("--top-p", type=float, help="draw from the fewest tokens that reach this probability")
+    add("--top-k", type=int, help="draw from this many likeliest tokens; 0: from all")
+    add("--min-p", type=float, help="leave out tokens with less than this share of the likeliest's probability")
+    add("--max-new-tokens", type=cli.positive_int, help="of one answer (default: all that is left)")
+    add("--max-tokens", type=cli.positive_int, help="of a conversation; memory is set aside for them "
+        f"(default: as many as the model has positions, but at most {DEFAULT_CONTEXT})")  # fmt: skip
+    add("--seed", type=int, help="the same questions get the same answers (default: a fresh one each time)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="bfloat16 takes half the memory and is often faster (default: bfloat16 on cuda, float32 on cpu)")
-    add("--plain", action="store_true", help="no dimming; also where NO_COLOR is set or the output is no terminal")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on cuda, float32 on cpu)")
+    add("--plain", action="store_true", help="no dimming; also where NO_COLOR is set or stdout is no terminal")
     return parser
 
 
@@ -74,9 +71,10 @@ def talk(args: Namespace) -> None:
     # Mistakes that show without the weights are reported before these are read.
     tokenizer.render([*opening, {"role": "user", "content": "?"}])
     config = ModelConfig.from_folder(tokenizer.folder)
-    limit = args.max_tokens or min(config.max_position_embeddings, DEFAULT_CONTEXT)
-    if limit > config.max_position_embeddings:
-        raise ValueError(f"--max-tokens {limit}: {args.model} has only {config.max_position_embeddings} positions")
+    positions = config.max_position_embeddings
+    limit = args.max_tokens or min(positions, DEFAULT_CONTEXT)
+    if limit > positions:
+        raise ValueError(f"--max-tokens {limit}: {args.model} has only {positions} positions")
     path = tokenizer.folder / "generation_config.json"
     settings = sampling_settings(args, config.generation or {}, console, path)
     settings |= dict(seed=args.seed, stop_token_ids=tokenizer.eos_ids)
@@ -96,10 +94,12 @@ def talk(args: Namespace) -> None:
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
         room = limit - len(prompt)
         if room < 1:
-            raise ValueError(f"the conversation has {len(prompt)} tokens, which leaves no room for an answer within "
-                             f"--max-tokens {limit}: raise it, or start afresh with /new")
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens, which leaves no room for an answer "
+                f"within --max-tokens {limit}: raise it, or start afresh with /new"
+            )
         params = SamplingParams(max_new_tokens=min(args.max_new_tokens or room, room), **settings)
-        return stream(engine, sequence(model, prompt, params), tokenizer, console)
+        return print_answer(engine, sequence(model, prompt, params), tokenizer, console)
 
     if args.prompt is None:
         converse(answer, opening, console)
@@ -107,30 +107,35 @@ def talk(args: Namespace) -> None:
         answer([*opening, {"role": "user", "content": args.prompt}])
 
 
-def sampling_settings(args: Namespace, checkpoint: dict, console: "Console",
-                      path: str | Path = "generation_config.json") -> dict:
-    """Fields of SamplingParams by the command line, or else by `checkpoint`, the object in `path`.
+def sampling_settings(args: Namespace, checkpoint: dict, console: Console, path: Path) -> dict:
+    """Fields of SamplingParams by the command line, or else by `checkpoint`, the object in generation_config.json.
 
-    Raises ValueError where that asks for what is not computed and no --temperature is given.
+    Raises ValueError, which names its `path`, where that asks for what is not computed and no --temperature is given.
     """
-    names = ("temperature", "top_p", "top_k", "min_p")
-    ours = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     fields = check(checkpoint, GENERATION, path)
-    theirs = {name: fields[name] for name in names if fields[name] is not None and name not in ours}
+    given, defaults = {}, {}
+    for name in FILTERS:
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+        elif fields[name] is not None:
+            defaults[name] = fields[name]
     if args.temperature is None:
         if not fields["do_sample"]:
-            theirs["temperature"] = 0.0  # greedy, whatever temperature the file has
-        if fields["repetition_penalty"] != 1:
-            penalty = f"a repetition_penalty of {fields['repetition_penalty']}"
-            raise ValueError(f"{path} asks for {penalty}, which is not computed: "
-                             "set --temperature to draw without it")
-    for origin, values in (("the command line", ours), ("generation_config.json", theirs)):
-        if values:
-            console.note(f"from {origin}: {', '.join(f'{name} {value}' for name, value in values.items())}")
-    return theirs | ours
+            defaults["temperature"] = 0.0  # greedy, whatever temperature the file has
+        penalty = fields["repetition_penalty"]
+        if penalty != 1:
+            raise ValueError(
+                f"{path} asks for a repetition_penalty of {penalty}, which is not computed: "
+                "set --temperature to draw without it"
+            )
+    for origin, settings in (("the command line", given), ("generation_config.json", defaults)):
+        if settings:
+            listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+            console.note(f"from {origin}: {listed}")
+    return defaults | given
 
 
-def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: "Console") -> None:
+def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: Console) -> None:
     """Answer each line of stdin, given all that was said before it, until they end."""
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  gives input() line editing and a history
@@ -144,105 +149,41 @@ def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: 
             messages = [*history, {"role": "user", "content": line}]
             try:
                 history = [*messages, {"role": "assistant", "content": answer(messages)}]
-            except ValueError as error:  # too long, or not to the template's liking: as if it had not been asked
+            except ValueError as error:
+                # It is too long, or the template refuses it: as if it had not been asked.
                 console.note(f"error: {error}")
 
 
-def stream(engine: Engine, request: Sequence, tokenizer: Tokenizer, console: "Console") -> str:
+def print_answer(engine: Engine, request: Sequence, tokenizer: Tokenizer, console: Console) -> str:
     """Run `request` and print its text as it comes, then its speed; Ctrl-C ends it early. Returns the text.
 
     Where the prompt has opened the thought, the tag is put in front, for the reader and the template of the next turn.
     """
-    start, decoder, drawn = time.perf_counter(), TextStream(tokenizer), 0
+    start, first, shown, stream = time.perf_counter(), None, 0, TextStream(tokenizer)
     text = console.write(f"{THINK}\n" if tokenizer.opens_thought(request.prompt) else "")
+    interrupts = []  # Ctrl-C is only noted, for a step of the engine must not end halfway.
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     engine.add(request)
     try:
-        with noted_interrupts() as interrupts:
-            while engine.busy:
-                engine.step()
-                if not drawn:
-                    first = time.perf_counter()
-                new, drawn = request.token_ids[drawn:], len(request.token_ids)
-                text += console.write("".join(decoder.add(token) for token in new if token not in request.stop_ids))
-                if interrupts and engine.busy:
-                    engine.scheduler.remove(request)
-        text += console.write(decoder.pending())
+        while engine.busy:
+            engine.step()
+            first = first or time.perf_counter()
+            new = [token for token in request.token_ids[shown:] if token not in request.stop_ids]
+            shown = len(request.token_ids)
+            text += console.write("".join(stream.add(token) for token in new))
+            if interrupts and engine.busy:
+                engine.scheduler.remove(request)
+        text += console.write(stream.pending())
     finally:
+        signal.signal(signal.SIGINT, handler)
         console.end_answer()
     end = time.perf_counter()
-    rate = f", then {(drawn - 1) / (end - first):.1f} tokens/s" if drawn > 1 else ""
-    reason = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}[request.finish_reason]
-    console.note(f"{drawn} tokens in {end - start:.1f} s: the first after {first - start:.2f} s{rate}{reason}")
+    rate = f", then {(shown - 1) / (end - first):.1f} tokens/s" if shown > 1 else ""
+    ends = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}
+    speed = f"{end - start:.1f} s: the first after {first - start:.2f} s{rate}"
+    console.note(f"{shown} tokens in {speed}{ends[request.finish_reason]}")
     return text
 
-
-@contextmanager
-def noted_interrupts() -> Iterator[list[bool]]:
-    """In the block Ctrl-C only adds to the list, for a step of the engine must not end halfway; a second one raises."""
-    noted: list[bool] = []
-    before = signal.signal(
-        signal.SIGINT, lambda *event: signal.default_int_handler(*event) if noted else noted.append(True))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class TextStream:
-    """Token ids to text, one by one and never half a character; only a window is decoded, however long the text is."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.decode = tokenizer.decode
-        self.before: list[int] = []  # what was returned last; some decoders drop a space before the very first token
-        self.new: list[int] = []  # what was not returned yet
-
-    def add(self, token: int) -> str:
-        """The text that is now certain; special tokens have none, but for the thought's tags."""
-        if self.decode([token]) and not self.decode([token], skip_special_tokens=True):
-            return ""
-        self.new.append(token)
-        text = self.pending()
-        if text.endswith(BROKEN) and len(self.new) < LONGEST_BROKEN:
-            return ""
-        self.before, self.new = self.new, []
-        return text
-
-    def pending(self) -> str:
-        """The text that was held back."""
-        return self.decode(self.before + self.new)[len(self.decode(self.before)) :]
-
-
-class Console:
-    """stdout for answers, stderr for the rest; dims where both are terminals, without `plain` and NO_COLOR."""
-
-    def __init__(self, plain: bool):
-        self.terminal, self.held = sys.stdout.isatty(), ""
-        dims = self.terminal and sys.stderr.isatty() and not plain and not os.environ.get("NO_COLOR")
-        self.dim, self.normal = ("\033[2m", "\033[0m") if dims else ("", "")
-
-    def write(self, piece: str) -> str:
-        """Print a piece of an answer, and return it; an end that may become a tag is held back until the next."""
-        text = self.held + (piece.translate(CONTROLS) if self.terminal else piece)
-        held = max(n for tag in (THINK, END_THINK) for n in range(len(tag)) if text.endswith(tag[:n]))
-        text, self.held = text[: len(text) - held], text[len(text) - held :]
-        text = text.replace(THINK, self.dim + THINK).replace(END_THINK, END_THINK + self.normal)
-        print(text, end="", flush=True)
-        return piece
-
-    def end_answer(self) -> None:
-        print(self.held + self.normal, flush=True)
-        self.held = ""
-
-    def note(self, text: str) -> None:
-        print(f"{self.dim}{text}{self.normal}", file=sys.stderr, flush=True)
-
-    def ask(self) -> str:
-        """A line of stdin, or /quit where it ends and for Ctrl-C."""
-        try:
-            return input("\n> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            self.note("")
-            return "/quit"
 
 
 if __name__ == "__main__":

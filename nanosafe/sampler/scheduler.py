@@ -1,8 +1,8 @@
-"""Who runs, in which blocks of the cache: plain data, without a tensor.
+"""Who runs, and in which blocks of the cache: plain data, without a tensor.
 
-A `Sequence` is one completion in the making. `BlockPool` counts who holds which cache block; `Scheduler` lets sequences
-in while rows and blocks last, says what is prefilled, and takes blocks back: when they run out, the youngest sequence
-gives all of its own back and is computed anew later.
+A `Sequence` is one completion in the making. `BlockPool` counts who holds which cache block. `Scheduler` admits waiting
+sequences while rows and blocks last, and says what is prefilled. When blocks run out, the youngest sequence is
+preempted: it gives its blocks back, waits, and is computed anew later.
 """
 
 import heapq
@@ -56,7 +56,7 @@ class BlockPool:
 
     def __init__(self, blocks: int, block_size: int):
         self.total, self.block_size = blocks, block_size
-        self.free = list(range(blocks))  # a heap: the lowest number first keeps slots together
+        self.free = list(range(blocks))  # A heap: to take the lowest number first keeps slots together.
         self.holders = [0] * blocks
 
     def take(self) -> int:
@@ -78,7 +78,7 @@ class BlockPool:
 
 
 Copy = tuple[int, int, int]  # source block, target block, how many positions
-Begin = tuple[int, int | None]  # a slot, and the slot whose state it begins with
+Begin = tuple[int, int | None]  # a slot, and the slot whose state it begins with (None: an empty state)
 
 
 class Scheduler:
@@ -89,9 +89,10 @@ class Scheduler:
     """
 
     def __init__(self, pool: BlockPool, max_batch: int, prefill_tokens: int, recurrent: bool = False):
-        self.pool, self.max_batch, self.prefill_tokens, self.recurrent = pool, max_batch, prefill_tokens, recurrent
+        self.pool, self.max_batch = pool, max_batch
+        self.prefill_tokens, self.recurrent = prefill_tokens, recurrent
         self.slots = BlockPool(max_batch, 1)  # of states
-        self.begins: list[Begin] = []  # states to be set, in order, before a step
+        self.begins: list[Begin] = []  # to be done, in order, before a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the oldest first
 
@@ -105,13 +106,14 @@ class Scheduler:
         copies, held_back = [], []
         while self.waiting and len(self.running) + len(held_back) < self.max_batch:
             sequence = self.waiting.popleft()
-            donor, cached, coming = self._donor(sequence)
-            if coming - cached >= SHORTEST_SHARED:
+            shared_prefix = self._find_donor(sequence)
+            if shared_prefix is None:
                 held_back.append(sequence)
                 continue
+            donor, cached = shared_prefix
             shared, rest = divmod(cached, self.pool.block_size)
             needed = self.pool.blocks_for(len(sequence)) - shared
-            # One block more for every sequence that may still grow, or the new one would soon be sent back.
+            # One block more for every sequence that may still grow, or the new one would soon be preempted.
             growing = sum(len(s.blocks) < self.pool.blocks_for(s.longest) for s in self.running)
             if self.running and needed + growing > len(self.pool.free):
                 held_back.append(sequence)
@@ -127,24 +129,24 @@ class Scheduler:
         self.waiting.extendleft(reversed(held_back))
         return copies
 
-    def _donor(self, sequence: Sequence) -> tuple[Sequence | None, int, int]:
-        """The running sequence with the most cached tokens of a common prefix, how many, and how many there will be."""
-        donor, most, coming = None, 0, 0
+    def _find_donor(self, sequence: Sequence) -> tuple[Sequence | None, int] | None:
+        """The running sequence with the most cached tokens of a common prefix, and how many; None: wait for more."""
+        donor, cached, coming = None, 0, 0
         for other in self.running:
             if other.prompt[:SHORTEST_SHARED] != sequence.prompt[:SHORTEST_SHARED]:
                 continue
             # One token is always left to compute: its hidden state draws the next.
             common = min(common_prefix(sequence.prompt, other.prompt), len(sequence) - 1)
-            if self.recurrent and other.cached > common:
-                continue  # its state is of more than the common tokens
-            if common >= SHORTEST_SHARED:
-                stop = len(other) - 1 if self.recurrent else common  # where its prefill can be taken over
-                coming = max(coming, stop if stop <= common else 0)
-                if (cached := min(common, other.cached)) > most:
-                    donor, most = other, cached
-                    if most == len(sequence) - 1:
-                        break
-        return donor, most, coming
+            if common < SHORTEST_SHARED or self.recurrent and other.cached > common:
+                continue  # The prefix is too short, or the other's state is of more than it.
+            end = len(other) - 1 if self.recurrent else common  # where the other's prefill can be taken over
+            if end <= common:
+                coming = max(coming, end)
+            if min(common, other.cached) > cached:
+                donor, cached = other, min(common, other.cached)
+                if cached == len(sequence) - 1:
+                    break
+        return None if coming - cached >= SHORTEST_SHARED else (donor, cached)
 
     def prefill(self) -> list[tuple[Sequence, int]]:
         """Running sequences that are not ready to decode, each with how many tokens to compute now.
@@ -157,14 +159,16 @@ class Scheduler:
                 count = sequence.pending - self.recurrent
                 if chunks and count > room:
                     break
-                chunks.append((sequence, min(count, room)))
-                room -= chunks[-1][1]
+                count = min(count, room)
+                chunks.append((sequence, count))
+                room -= count
         return chunks
 
     def grow(self, steps: int) -> None:
-        """Give every running sequence blocks for `steps` more tokens; where none is left, the youngest goes back."""
+        """Give every running sequence blocks for `steps` more tokens; where none is free, the youngest is preempted."""
         for sequence in list(self.running):
-            while self.pool.blocks_for(sequence.cached + steps) > len(sequence.blocks) and sequence in self.running:
+            needed = self.pool.blocks_for(sequence.cached + steps)
+            while sequence in self.running and len(sequence.blocks) < needed:
                 if self.pool.free:
                     sequence.blocks.append(self.pool.take())
                 else:
@@ -193,5 +197,6 @@ class Scheduler:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading tokens two prompts share."""
-    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
+    """How many leading tokens two prompts share: the first length, found by halving, after which they differ."""
+    lengths = range(1, min(len(a), len(b)) + 1)
+    return bisect_left(lengths, True, key=lambda length: a[:length] != b[:length])

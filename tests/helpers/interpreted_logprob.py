@@ -9,6 +9,7 @@ import torch
 from test_logprob import V, by_definition, inputs, plain, upstream, with_gradients
 
 from nanosafe.kernels import logprob as head
+from nanosafe.kernels.logprob_triton import TILE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not head.INTERPRETED:
@@ -39,7 +40,7 @@ def test_values_and_gradients(kinds, temperature, chunk_rows):
     check(*inputs(11), upstream(11, kinds), temperature=temperature, chunk_bytes=4 * V * chunk_rows)
 
 
-@pytest.mark.parametrize("vocab", [1, head.TILE, head.TILE + 1, 2 * head.TILE + 37])
+@pytest.mark.parametrize("vocab", [1, TILE, TILE + 1, 2 * TILE + 37])
 def test_one_tile_full_and_several(vocab):
     check(*inputs(3, vocab=vocab, scale=0.5), upstream(3, "logprob and entropy"))
 
@@ -75,16 +76,16 @@ def test_a_large_offset_common_to_all_logits_costs_no_precision(offset):
 
 def test_peaked_uniform_rising_and_falling_rows():
     """Over two tiles: the largest logit so far grows with every tile, or never again."""
-    logits = torch.zeros(4, 2 * head.TILE)
+    logits = torch.zeros(4, 2 * TILE)
     logits[0, 0], logits[1, -1] = 1200.0, 1200.0
-    logits[2] = torch.linspace(-50, 50, 2 * head.TILE)
-    check_rows(torch.cat([logits, logits[2:3].flip(1)]), torch.tensor([1, 1, 2 * head.TILE - 1, 0, 7]))
+    logits[2] = torch.linspace(-50, 50, 2 * TILE)
+    check_rows(torch.cat([logits, logits[2:3].flip(1)]), torch.tensor([1, 1, 2 * TILE - 1, 0, 7]))
 
 
-@pytest.mark.parametrize("masked", [slice(0, head.TILE), slice(head.TILE, None), slice(5, 9)])
+@pytest.mark.parametrize("masked", [slice(0, TILE), slice(TILE, None), slice(5, 9)])
 def test_logits_of_minus_infinity_have_no_share(masked):
     """A whole first tile, a whole later one, a few: as if the vocabulary were without them."""
-    logits = torch.randn(2, head.TILE + 100, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(2, TILE + 100, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(logits.shape[1])
     kept = torch.ones_like(ids, dtype=torch.bool)
     kept[masked] = False
@@ -97,7 +98,7 @@ def test_logits_of_minus_infinity_have_no_share(masked):
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_a_logit_that_is_not_finite_shows(wrong):
-    logits = torch.zeros(1, head.TILE + 5, device=DEVICE)
+    logits = torch.zeros(1, TILE + 5, device=DEVICE)
     logits[0, 7] = wrong
     statistics = torch.zeros(4, 1, device=DEVICE)
     head.triton_row_statistics(logits, torch.tensor([3], device=DEVICE), 1.0, statistics)
@@ -112,8 +113,8 @@ def test_a_target_outside_the_vocabulary_gives_nan(target):
 
 def test_gradients_of_half_the_width_overwrite_their_own_logits():
     """Three tiles of float16: each lands on logits that have been read, and stays within its row."""
-    logits = torch.randn(2, 2 * head.TILE + 11, generator=torch.Generator().manual_seed(0))
-    (*_, grads), (*_, truth) = rows_and_truth(logits, torch.tensor([5, 2 * head.TILE + 10]), torch.float16)
+    logits = torch.randn(2, 2 * TILE + 11, generator=torch.Generator().manual_seed(0))
+    (*_, grads), (*_, truth) = rows_and_truth(logits, torch.tensor([5, 2 * TILE + 10]), torch.float16)
     torch.testing.assert_close(grads, truth, rtol=2**-10, atol=2**-24)
 
 

@@ -1,7 +1,7 @@
 """The Triton kernel that draws against its plain twin: on a GPU, or in Triton's interpreter without one.
 
 The interpreter is chosen when Triton is imported, so test_kernels.py runs this file in a process of its own. What the
-plain twin does is tested in test_draw.py.
+plain twin does is tested in test_sample.py.
 """
 
 import pytest
@@ -9,26 +9,28 @@ import torch
 from test_randomness import seed_for
 from test_sample import rows_of_every_kind, settings
 
-from nanosafe.kernels import sample as module
-from nanosafe.kernels.sample import W, filter_scores, gumbel_noise, plain_draw, triton_draw
+from nanosafe.kernels import INTERPRETED, sample, sample_triton
+from nanosafe.kernels.noise import W, gumbel_noise
+from nanosafe.kernels.sample import SamplingTensors, cpu_draw, filter_scores
+from nanosafe.kernels.sample_triton import triton_draw
 from nanosafe.randomness import derive_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and not module.INTERPRETED:
+if DEVICE == "cpu" and not INTERPRETED:
     pytest.skip("without a GPU this needs TRITON_INTERPRET=1", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy has log(0) and inf - inf
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 
-def on_device(columns) -> list[torch.Tensor]:
-    return [column.to(DEVICE) for column in columns]
+def on_device(params: SamplingTensors) -> SamplingTensors:
+    return SamplingTensors(*(column.to(DEVICE) for column in params))
 
 
-def check(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+def check(logits: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
     """The kernel draws what the plain twin draws."""
-    tokens, logprobs = (x.cpu() for x in triton_draw(*on_device((logits, *columns))))
-    expected, expected_logprobs = plain_draw(logits, *columns)
+    tokens, logprobs = (x.cpu() for x in triton_draw(logits.to(DEVICE), on_device(params)))
+    expected, expected_logprobs = cpu_draw(logits, params)
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=2e-6, atol=4e-6)
@@ -39,7 +41,7 @@ def check(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
 def test_draws_without_filters(V):
     logits = rows_of_every_kind(V)[::20]
     temperatures = [[1.0, 0.6, 0.0, 1.7][i % 4] for i in range(len(logits))]
-    check(logits, *settings(len(logits), temperatures, steps=list(range(len(logits)))))
+    check(logits, settings(len(logits), temperatures, steps=list(range(len(logits)))))
 
 
 def test_noise_is_the_plain_twins():
@@ -48,14 +50,14 @@ def test_noise_is_the_plain_twins():
     seeds = [derive_seed(i) for i in range(10)]
     seeds += [seed_for(word, counter) for word in words for counter in (2**31 + 2, 2**31 + 2 * 3, 200)]
     columns = settings(len(seeds), seeds=seeds)
-    noise = gumbel_noise(columns[4][:, None], columns[5][:, None], torch.arange(600))
+    noise = gumbel_noise(columns.seeds[:, None], columns.steps[:, None], torch.arange(600))
     fastest = noise[:, W : 2 * W].argmax(dim=1) + W
     for pair in ((200, 5), (fastest, 130), (fastest, 3 * W + 7), (noise[:, 3 * W :].argmax(dim=1) + 3 * W, 200)):
         rows, (a, b) = torch.arange(len(seeds)), (torch.as_tensor(x).expand(len(seeds)) for x in pair)
         for winner, loser in ((a, b), (b, a)):
             logits = torch.full((len(seeds), 600), -torch.inf)
             logits[rows, winner], logits[rows, loser] = 4e-5 - noise[rows, winner], -noise[rows, loser]
-            assert torch.equal(check(logits, *columns)[winner != loser], winner[winner != loser])
+            assert torch.equal(check(logits, columns)[winner != loser], winner[winner != loser])
 
 
 def telling_seeds(scores: torch.Tensor, kept: torch.Tensor) -> list[int]:
@@ -78,9 +80,9 @@ def telling_seeds(scores: torch.Tensor, kept: torch.Tensor) -> list[int]:
 
 def check_edge(scores: torch.Tensor, **filters) -> None:
     """A filter that keeps one token too few or too many shows in a draw."""
-    kept = filter_scores(scores[None], *settings(1, **filters)[1:4])[0]
+    kept = filter_scores(scores[None], settings(1, **filters))[0]
     seeds = telling_seeds(scores, kept)
-    tokens = check(scores.expand(len(seeds), -1), *settings(len(seeds), **filters, seeds=seeds))
+    tokens = check(scores.expand(len(seeds), -1), settings(len(seeds), **filters, seeds=seeds))
     assert kept[tokens].isfinite().all() and kept[tokens[0]] == kept[kept.isfinite()].min()
 
 
@@ -100,14 +102,14 @@ def test_filters_have_the_plain_twins_edges(filters, ties):
 @pytest.mark.parametrize("filters", [dict(top_k=30), dict(top_k=170, top_p=0.95), dict(top_p=0.9901)], ids=str)
 def test_rows_of_several_tiles(filters, monkeypatch):
     """The last of these leaves several tiles to search and cuts through ties in the last one."""
-    monkeypatch.setattr(module, "TILE", W)
+    monkeypatch.setattr(sample_triton, "TILE", W)
     check_edge(0.3 * torch.randn(300, generator=torch.Generator().manual_seed(1)).round().clamp(-1, 1), **filters)
     logits = rows_of_every_kind(600)[::20]
-    check(logits, *settings(len(logits), [float(i % 2) for i in range(len(logits))]))
+    check(logits, settings(len(logits), [float(i % 2) for i in range(len(logits))]))
 
 
 def test_min_p_after_top_p_has_cut_through_ties():
-    check(torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0]]), *settings(1, top_p=0.9, min_p=1.0))
+    check(torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0]]), settings(1, top_p=0.9, min_p=1.0))
 
 
 def test_signed_zeros_are_ties():
@@ -116,27 +118,27 @@ def test_signed_zeros_are_ties():
     for sign in (zeros, -zeros, torch.full((1, 6), -0.0)):
         for filters in (dict(top_k=2), dict(top_p=0.6), dict(min_p=1.0)):
             seed = [derive_seed("zeros", 2)]
-            check(sign, *settings(1, **filters, seeds=seed))
+            check(sign, settings(1, **filters, seeds=seed))
 
 
 def test_greedy_rows_ignore_filters_and_take_the_first_of_equals():
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).round()
-    tokens = check(logits, *settings(2, 0.0, 3, 0.1, 0.9))
+    tokens = check(logits, settings(2, 0.0, 3, 0.1, 0.9))
     assert tokens.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits]
 
 
 def test_rows_that_are_not_contiguous_and_no_rows():
     logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).T
     assert not logits.is_contiguous()
-    check(logits, *settings(3))
-    check(logits[:0], *settings(0, seeds=[]))
+    check(logits, settings(3))
+    check(logits[:0], settings(0, seeds=[]))
 
 
 def test_the_public_function_takes_this_path(monkeypatch):
-    arguments = torch.zeros(1, 100), *settings(1)
-    expected = plain_draw(*arguments)[0]
-    monkeypatch.delattr(module, "plain_draw")
-    assert torch.equal(module.draw(*on_device(arguments))[0].cpu(), expected)
+    logits, params = torch.zeros(1, 100), settings(1)
+    expected = cpu_draw(logits, params)[0]
+    monkeypatch.delattr(sample, "cpu_draw")
+    assert torch.equal(sample.draw(logits.to(DEVICE), on_device(params))[0].cpu(), expected)
 
 
 @on_gpu
@@ -144,7 +146,7 @@ def test_the_public_function_takes_this_path(monkeypatch):
 def test_a_large_vocabulary(filters):
     normal = torch.randn(64, 151_936, generator=torch.Generator().manual_seed(0))
     for logits in (normal, 3 * normal, 12 * normal, 3 * normal.bfloat16().float()):
-        check(logits, *settings(64, **filters))
+        check(logits, settings(64, **filters))
 
 
 @on_gpu
@@ -153,21 +155,23 @@ def test_more_than_2_31_logits():
     logits = torch.zeros(rows, V, device=DEVICE)
     logits[-2:] = torch.randn(2, V, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     columns = settings(rows, top_k=40)
-    tokens = triton_draw(logits, *on_device(columns))[0][-2:].cpu()
-    assert torch.equal(tokens, plain_draw(logits[-2:].cpu(), *(column[-2:] for column in columns))[0])
+    tokens = triton_draw(logits, on_device(columns))[0][-2:].cpu()
+    assert torch.equal(tokens, cpu_draw(logits[-2:].cpu(), SamplingTensors(*(column[-2:] for column in columns)))[0])
 
 
 @on_gpu
 def test_a_captured_graph_sees_arguments_changed_in_place():
     generator = torch.Generator().manual_seed(0)
-    arguments = on_device((torch.randn(4, 5000, generator=generator), *settings(4)))
-    triton_draw(*arguments)  # compiles; capturing must not
+    logits, params = torch.randn(4, 5000, generator=generator).to(DEVICE), on_device(settings(4))
+    triton_draw(logits, params)  # compiles; capturing must not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens, _ = triton_draw(*arguments)
-    changed = (torch.randn(4, 5000, generator=generator), *settings(4, [0.0, 1.0, 0.5, 2.0], 9, 0.8, 0.01, steps=3))
-    for old, new in zip(arguments, changed, strict=True):
+        tokens, _ = triton_draw(logits, params)
+    other_logits = torch.randn(4, 5000, generator=generator)
+    other = settings(4, [0.0, 1.0, 0.5, 2.0], 9, 0.8, 0.01, steps=3)
+    logits.copy_(other_logits)
+    for old, new in zip(params, other, strict=True):
         old.copy_(new)
     graph.replay()
-    assert torch.equal(tokens.cpu(), plain_draw(*changed)[0])
+    assert torch.equal(tokens.cpu(), cpu_draw(other_logits, other)[0])

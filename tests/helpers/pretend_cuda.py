@@ -226,7 +226,7 @@ def pretending():
 
     replacements = [(torch.cuda, name, value) for name, value in of_cuda.items()] + [
         (decode, "triton_paged_attention", kernel(decode.plain_paged_attention)),
-        (draw, "triton_draw", kernel(draw.plain_draw)),
+        (draw, "triton_draw", kernel(draw.cpu_draw)),
         (head, "triton_row_statistics", kernel(head.plain_row_statistics)),
         (head, "triton_row_gradients", kernel(head.plain_row_gradients)),
         (scan, "triton_scan_step", kernel(scan.plain_scan_step)),

@@ -14,7 +14,7 @@ from test_sample import settings
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
 from nanosafe.kernels import scan
-from nanosafe.kernels.sample import triton_draw
+from nanosafe.kernels.sample_triton import triton_draw
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_the_scan_kernel_compiles_for_sm_90(compiled, dtype):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_the_drawing_kernel_compiles_for_sm_90(compiled):
-    triton_draw(torch.zeros(2, 151_936), *settings(2))
+    triton_draw(torch.zeros(2, 151_936), settings(2))
     assert [kernel.metadata.name for kernel in compiled] == ["_draw_row"]
 
 

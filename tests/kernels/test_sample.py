@@ -5,22 +5,31 @@ import torch
 from test_randomness import python_noise
 from transformers.generation import logits_process as warpers
 
-from nanosafe.kernels import sample as module
-from nanosafe.kernels.sample import W, draw, filter_scores, gumbel_noise
+from nanosafe.kernels import noise as noise_module
+from nanosafe.kernels.noise import W, gumbel_noise
+from nanosafe.kernels.sample import SamplingTensors, cpu_draw, draw, filter_scores, plain_draw
 from nanosafe.randomness import derive_seed
 
 
-def settings(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, steps=0) -> list[torch.Tensor]:
-    """draw's arguments after the logits; each a number for all rows or a list."""
+def settings(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, steps=0) -> SamplingTensors:
+    """How rows are drawn: each setting a number for all of them or a list."""
 
     def column(value, dtype):
         return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
 
-    return [
+    return SamplingTensors(
         column(temperature, torch.float32), column(top_k, torch.int64), column(top_p, torch.float64),
         column(min_p, torch.float32), column(seeds or [derive_seed(i) for i in range(rows)], torch.int64),
         column(steps, torch.int64),
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+def row_of(params: SamplingTensors, row: int) -> SamplingTensors:
+    return SamplingTensors(*(column[row : row + 1] for column in params))
+
+
+def columns(rows) -> list[list]:
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def warped(scores: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
@@ -48,8 +57,8 @@ def test_filters_keep_what_transformers_keeps():
     # 96 choices and 220 rows have no common period: every kind of row meets every choice
     rows = filter_rows().repeat(4, 1)
     chosen = [choices[i * 7 % 96] for i in range(len(rows))]
-    top_k, top_p, min_p = (list(column) for column in zip(*chosen, strict=True))
-    kept = filter_scores(rows, *settings(len(rows), 1.0, top_k, top_p, min_p)[1:4])
+    top_k, top_p, min_p = columns(chosen)
+    kept = filter_scores(rows, settings(len(rows), 1.0, top_k, top_p, min_p))
     expected = torch.cat([warped(row[None], 1.0, *one) for row, one in zip(rows, chosen, strict=True)])
     # Equal values, equally many: of tokens tied at the edge of top-p, transformers' sort keeps any, ours the first.
     assert torch.equal(kept.sort(dim=1).values, expected.sort(dim=1).values)
@@ -63,15 +72,14 @@ def test_filters_keep_what_transformers_keeps():
 def test_among_equals_top_p_keeps_the_lower_ids_and_top_k_and_min_p_keep_all():
     scores = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0]]).repeat(4, 1)  # probabilities 0.03, 0.24, 0.09
     expected = [[1, 3], [1, 3, 5, 2], [1, 2, 3, 4, 5, 6], [1, 3, 5]]
-    kept = filter_scores(scores, *settings(4, 1.0, [0, 0, 4, 0], [0.4, 0.75, 1.0, 1.0], [0.0, 0.0, 0.0, 0.5])[1:4])
+    kept = filter_scores(scores, settings(4, 1.0, [0, 0, 4, 0], [0.4, 0.75, 1.0, 1.0], [0.0, 0.0, 0.0, 0.5]))
     assert [row.isfinite().nonzero()[:, 0].tolist() for row in kept] == [sorted(ids) for ids in expected]
 
 
 def test_a_filter_of_one_row_leaves_an_unfiltered_neighbour_alone():
     """In a large vocabulary the running sum of float32 probabilities reaches 1 before the last token."""
     scores = 4 * torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
-    filters = settings(4, 1.0, [0, 10, 0, 0], [1.0, 1.0, 0.9, 1.0], [0.0, 0.0, 0.0, 0.1])[1:4]
-    kept = filter_scores(scores, *filters)
+    kept = filter_scores(scores, settings(4, 1.0, [0, 10, 0, 0], [1.0, 1.0, 0.9, 1.0], [0.0, 0.0, 0.0, 0.1]))
     assert torch.equal(kept[0], scores[0]) and kept[1].isfinite().sum() == 10
     assert kept[2:].isfinite().sum(1).max() < 5000
 
@@ -79,7 +87,7 @@ def test_a_filter_of_one_row_leaves_an_unfiltered_neighbour_alone():
 def test_top_p_counts_tokens_too_unlikely_to_be_sorted():
     """Each of the 100,000 is below half of its even share of the spare 0.1; together they are 0.04 of it."""
     probs = torch.cat([torch.full((100_000,), 0.04 / 100_000), torch.tensor([0.03, 0.04, 0.05, 0.09, 0.25, 0.5])])
-    kept = filter_scores(probs.log()[None], *settings(1, top_p=0.9)[1:4])[0]
+    kept = filter_scores(probs.log()[None], settings(1, top_p=0.9))[0]
     assert kept.isfinite().nonzero()[:, 0].tolist() == list(range(100_001, 100_006))  # 0.04 + 0.03 go
 
 
@@ -105,7 +113,7 @@ def test_draws_follow_the_filtered_softmax(kind, V, varied):
     many = list(range(draws))
     seeds = [derive_seed(i) for i in many] if varied == "seed" else [derive_seed("one")] * draws
     arguments = settings(draws, **kind, seeds=seeds, steps=3 if varied == "seed" else many)
-    tokens, logprobs = draw(logits.expand(draws, V), *arguments)
+    tokens, logprobs = draw(logits.expand(draws, V), arguments)
     probs = warped(logits, **kind)[0].softmax(-1)
     counts = torch.bincount(tokens, minlength=V).double()
     kept = probs > 0
@@ -125,7 +133,7 @@ def test_draws_follow_the_filtered_softmax(kind, V, varied):
 def test_a_seed_means_pinned_tokens():
     """With equal logits the token is the argmax of the documented noise, here from the pure-Python hash."""
     seeds, steps = [derive_seed(i) for i in range(5)], [0, 1, 2, 7, 2**20]
-    tokens, logprobs = draw(torch.full((5, 300), 7.0), *settings(5, 0.7, seeds=seeds, steps=steps))
+    tokens, logprobs = draw(torch.full((5, 300), 7.0), settings(5, 0.7, seeds=seeds, steps=steps))
     noise = [[python_noise(seed, step, v) for v in range(300)] for seed, step in zip(seeds, steps, strict=True)]
     assert tokens.tolist() == [row.index(max(row)) for row in noise] == [262, 92, 49, 245, 147]
     assert torch.allclose(logprobs, -torch.tensor(300.0).log())
@@ -145,36 +153,49 @@ def rows_of_every_kind(V: int) -> torch.Tensor:
 def test_a_draw_is_the_argmax_of_score_and_noise_over_all_tokens(V):
     logits = rows_of_every_kind(V)
     arguments = settings(len(logits), steps=[i % 5 for i in range(len(logits))])
-    noise = gumbel_noise(*(x[:, None] for x in arguments[4:]), torch.arange(V))
-    assert torch.equal(draw(logits, *arguments)[0], (logits + noise).argmax(dim=1))
+    noise = gumbel_noise(arguments.seeds[:, None], arguments.steps[:, None], torch.arange(V))
+    assert torch.equal(draw(logits, arguments)[0], (logits + noise).argmax(dim=1))
     for row in range(0, len(logits), 40):  # alone and at another temperature
-        one = [x[row : row + 1] for x in (logits, *arguments)]
-        one[1] = torch.tensor([0.7])
-        assert draw(*one)[0] == (logits[row] / 0.7 + noise[row]).argmax()
+        alone = row_of(arguments, row)._replace(temperature=torch.tensor([0.7]))
+        assert draw(logits[row : row + 1], alone)[0] == (logits[row] / 0.7 + noise[row]).argmax()
+
+
+@pytest.mark.parametrize("V", [1, 2, W, 601])
+def test_the_fast_form_draws_what_the_definition_draws(V):
+    """Also among ties; but no top-p lies exactly on a sum of probabilities, which float32 may round past it."""
+    logits = rows_of_every_kind(V)
+    kinds = [(1.0, 0, 1.0, 0.0), (0.7, 0, 0.9123, 0.0), (1.3, 7, 1.0, 0.02), (0.0, 9, 0.5, 0.1), (0.6, 40, 0.7317, 0.0),
+             (2.0, 0, 1.0, 0.3), (1.0, 3, 1e-9, 0.0)]  # fmt: skip
+    for shift in range(len(kinds)):  # every row by every kind
+        rows = [kinds[(i + shift) % len(kinds)] for i in range(len(logits))]
+        arguments = settings(len(logits), *columns(rows), steps=[i % 5 for i in range(len(logits))])
+        tokens, logprobs = cpu_draw(logits, arguments)
+        expected, expected_logprobs = plain_draw(logits, arguments)
+        assert torch.equal(tokens, expected) and torch.equal(logprobs, expected_logprobs)
 
 
 def test_of_equal_sums_the_lower_id_is_drawn():
     """At 3e8 a float32 has no room for noise."""
     logits = torch.zeros(50, 3 * W)
     logits[:, [70, 200, 300]] = 3e8
-    assert set(draw(logits, *settings(50))[0].tolist()) == {70}
+    assert set(draw(logits, settings(50))[0].tolist()) == {70}
 
 
 def test_few_tokens_are_hashed_one_by_one(monkeypatch):
-    hashed, noise = [], module._noise
+    hashed, noise = [], noise_module.token_noise
 
     def counting(keys, tokens, *first_rings):
         hashed.append(tokens.numel())
         return noise(keys, tokens, *first_rings)
 
-    monkeypatch.setattr(module, "_noise", counting)
+    monkeypatch.setattr(noise_module, "token_noise", counting)
     normal = torch.randn(40, 40_000, generator=torch.Generator().manual_seed(0))
     for scale in (0.0, 0.5, 1.5, 2.5, 4.0, 20.0):
-        module.plain_draw(scale * normal, *settings(40))
+        cpu_draw(scale * normal, settings(40))
         assert 0 < hashed.pop() < 40 * 2 * W
-    module.plain_draw(normal, *settings(40, top_k=5))
+    cpu_draw(normal, settings(40, top_k=5))
     assert hashed.pop() <= 40 * 5
-    module.plain_draw(normal, *settings(40, temperature=0.0, top_k=5))
+    cpu_draw(normal, settings(40, temperature=0.0, top_k=5))
     assert not hashed
 
 
@@ -183,7 +204,7 @@ def test_logprobs_are_those_before_the_filters():
     logits[4:] -= 3000
     temperatures = [1.0, 0.6, 1.7, 0.0, 1.2, 0.3, 1e-6, 0.0]
     filters = [0, 7, 0, 3, 2, 0, 0, 0], [1.0, 1.0, 0.5, 1.0, 0.9, 1.0, 1.0, 0.5], [0.0] * 5 + [0.3, 0.0, 0.0]
-    tokens, logprobs = draw(logits, *settings(8, temperatures, *filters))
+    tokens, logprobs = draw(logits, settings(8, temperatures, *filters))
     scores = logits / torch.tensor([t or 1.0 for t in temperatures])[:, None]
     expected = scores.double().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
@@ -194,11 +215,10 @@ def test_a_row_does_not_depend_on_its_neighbours():
     """Bit for bit: not on their filters, nor on whether any of them is greedy or has a temperature."""
     logits = 3 * torch.randn(60, 1000, generator=torch.Generator().manual_seed(0))
     kinds = [(1.0, 0, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.3, 20, 1.0, 0.02), (0.0, 9, 0.5, 0.1), (1.0, 50, 0.95, 0.0)]
-    columns = [list(column) for column in zip(*(kinds[i % 5] for i in range(60)), strict=True)]
-    arguments = [logits, *settings(60, *columns)]
-    tokens, logprobs = draw(*arguments)
+    arguments = settings(60, *columns(kinds[i % 5] for i in range(60)))
+    tokens, logprobs = draw(logits, arguments)
     for row in range(60):
-        token, logprob = draw(*(x[row : row + 1] for x in arguments))
+        token, logprob = draw(logits[row : row + 1], row_of(arguments, row))
         assert token == tokens[row] and logprob == logprobs[row]
 
 
@@ -206,25 +226,25 @@ def test_greedy_rows_take_the_first_of_the_largest_whatever_their_filters():
     logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).round()  # many ties
     first = [int((row == row.max()).nonzero()[0]) for row in logits]
     for temperature in (0.0, [0.0, 1.0] * 3):  # alone, and with rows that draw
-        tokens = draw(logits, *settings(6, temperature, 3, 0.1, 0.9))[0]
+        tokens = draw(logits, settings(6, temperature, 3, 0.1, 0.9))[0]
         assert tokens[::2].tolist() == first[::2]
     # filters that leave one token, and a temperature that leaves no chance to any other
     for kind in (dict(top_p=1e-9), dict(top_k=1), dict(min_p=1.0), dict(temperature=1e-6)):
         untied = torch.randn(6, 300, generator=torch.Generator().manual_seed(1))
-        assert draw(untied, *settings(6, **kind))[0].tolist() == untied.argmax(dim=1).tolist()
-    assert draw(logits, *settings(6, top_p=1e-9))[0].tolist() == first
+        assert draw(untied, settings(6, **kind))[0].tolist() == untied.argmax(dim=1).tolist()
+    assert draw(logits, settings(6, top_p=1e-9))[0].tolist() == first
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(temperature=0.0), dict(top_k=3, top_p=0.9, min_p=0.1)], ids=str)
 def test_nan_logits_show_in_the_logprob_and_not_in_other_rows(kind):
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
-    expected = draw(logits, *settings(3, **kind))[0].tolist()
+    expected = draw(logits, settings(3, **kind))[0].tolist()
     logits[1] = torch.nan
-    tokens, logprobs = draw(logits, *settings(3, **kind))
+    tokens, logprobs = draw(logits, settings(3, **kind))
     assert tokens[::2].tolist() == expected[::2] and 0 <= tokens[1] < 300
     assert logprobs.isfinite().tolist() == [True, False, True]
 
 
 def test_no_rows():
-    tokens, logprobs = draw(torch.zeros(0, 10), *settings(0, seeds=[]))
+    tokens, logprobs = draw(torch.zeros(0, 10), settings(0, seeds=[]))
     assert tokens.shape == logprobs.shape == (0,)

@@ -15,7 +15,7 @@ from parallel_cases import run_named
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_decoder import random_documents, relative_difference
-from test_engine import EVENTS, EagerGraph, count_divergences, solved
+from test_engine import EVENTS, count_divergences, solved
 from test_plan import FusedNorm, LiveBytes
 from test_sampler import PROMPTS, Spy, free_runs, models
 from tiny_models import decoder_like, random_reference, tiny_config, tiny_raw
@@ -33,11 +33,12 @@ from nanosafe.parallel import Ranks
 from nanosafe.plan import memory as plan_memory
 from nanosafe.plan.random_weights import random_checkpoint
 from nanosafe.plan.shapes import SHAPES
-from nanosafe.sampler import SamplingParams, engine, generate, sequence
+from nanosafe.sampler import SamplingParams, generate, sequence
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.runner import SlotRunner
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
 
-events = test_engine.events  # the fixture
+events, decode_by_graphs = test_engine.events, test_engine.decode_by_graphs  # the fixtures
 TOLERANCE = 1e-4  # of the largest |logit|
 LENGTHS = [5, 40, 1, 9, 27, 10, 8, 2]  # around the chunk of nine tokens and the convolution of four
 CASES = {
@@ -350,7 +351,7 @@ def test_only_who_can_take_a_state_over_waits_for_it():
 
 
 def random_engine(rng: random.Random, model, longest: int) -> Engine:
-    """Slots or pages for a few rows, often too few for all of them; a third of those with pages decode as on CUDA."""
+    """Slots or pages for a few rows, often too few for all of them."""
     rows, block_size = rng.choice([1, 3, 6, 12]), longest if rng.random() < 0.5 else rng.choice([1, 3, 4, 16])
     slot, block = (KVCache.bytes_per_slot(model.config, torch.float32),
                    block_size * KVCache.bytes_per_position(model.config, torch.float32))
@@ -364,13 +365,14 @@ def random_engine(rng: random.Random, model, longest: int) -> Engine:
     # What the states' half leaves over is not for this test.
     made.scheduler.pool.total = min(blocks, made.scheduler.pool.total)
     made.scheduler.pool.free = list(range(made.scheduler.pool.total))
-    made.graphed = not made.slots and rng.random() < 0.4
     return made
 
 
-def test_random_schedules_yield_what_a_slow_sampler_does(events, monkeypatch):
-    """Pre-emption, sharing, chunks and moves, each many times, against transformers on the whole text."""
-    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+def test_random_schedules_yield_what_a_slow_sampler_does(events, decode_by_graphs, monkeypatch):
+    """Pre-emption, sharing, chunks and moves, each many times, against transformers on the whole text.
+
+    A third of the engines with pages decode as on CUDA.
+    """
     monkeypatch.setattr(StateCache, "begin", counted(StateCache.begin, events))
     totals, (reference, model) = Counter(), models("granite4")
     for seed in range(45):
@@ -382,6 +384,8 @@ def test_random_schedules_yield_what_a_slow_sampler_does(events, monkeypatch):
             rng.shuffle(chosen)
         sequences = [sequence(model, prompt, params, 0, sample) for (prompt, params, sample), _ in chosen]
         coming, running = list(sequences), random_engine(rng, model, max(s.longest for s in sequences))
+        if not isinstance(running.runner, SlotRunner) and rng.random() < 0.4:
+            decode_by_graphs(running)
         while coming or running.busy:
             while coming and (not running.busy or rng.random() < rate):
                 running.add(coming.pop(0))

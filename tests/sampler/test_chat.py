@@ -28,6 +28,7 @@ from nanosafe.names import load_model, load_tokenizer
 from nanosafe.sampler import SamplingParams, generate, sequence
 from nanosafe.sampler import __main__ as chat
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.terminal import LONGEST_BROKEN, Console, TextStream
 from nanosafe.text.tokenizer import Tokenizer
 
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
@@ -186,7 +187,7 @@ def test_the_thought_is_dimmed_in_a_terminal_alone(checkpoints, talk, monkeypatc
     "<think>a</think>b", "a <b </think", "<think><</think>>", "<<think>/</</think>b<think>c", "no tag", "<thin</thoug>"
 ])
 def test_tags_in_pieces(capsys, text):
-    dice, console = random.Random(text), chat.Console(plain=True)
+    dice, console = random.Random(text), Console(plain=True)
     console.dim, console.normal = "[", "]"
     for _ in range(20):
         cuts = sorted(dice.choices(range(len(text) + 1), k=dice.randrange(len(text))))
@@ -199,7 +200,7 @@ def test_tags_in_pieces(capsys, text):
 def test_a_terminal_gets_no_control_characters_from_a_model(capsys, monkeypatch):
     for terminal, shown in ((True, "a�b�[2Jc\n\td�\n"), (False, "a\rb\x1b[2Jc\n\td\x9b\n")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        console = chat.Console(plain=True)
+        console = Console(plain=True)
         console.write("a\rb\x1b[2Jc\n\td\x9b")
         console.end_answer()
         assert capsys.readouterr().out == shown
@@ -218,9 +219,9 @@ class Recorder:
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     recorder = Recorder(tokenizer)
-    stream = chat.TextStream(recorder)
+    stream = TextStream(recorder)
     pieces = [stream.add(token) for token in ids] + [stream.pending()]
-    assert max(recorder.lengths) <= 2 * chat.LONGEST_BROKEN, "a token's cost must not grow with the text"
+    assert max(recorder.lengths) <= 2 * LONGEST_BROKEN, "a token's cost must not grow with the text"
     return pieces
 
 
@@ -306,7 +307,7 @@ def test_an_interrupted_answer_leaves_the_engine(checkpoints, capsys, monkeypatc
     monkeypatch.setattr(engine, "step", step_then_interrupt)
     prompt = tokenizer.encode_chat([user("Hi")], add_generation_prompt=True)
     request = sequence(model, prompt, SamplingParams(max_new_tokens=400, temperature=0.0))
-    assert chat.stream(engine, request, tokenizer, chat.Console(plain=True)) == "<think>Wait, but that is not safe"
+    assert chat.print_answer(engine, request, tokenizer, Console(plain=True)) == "<think>Wait, but that is not safe"
     assert not engine.busy and engine.scheduler.pool.free == [0]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "8 tokens in" in capsys.readouterr().err

@@ -18,8 +18,10 @@ from test_sampler import PROMPTS, Spy, count_divergences, models, transformers_g
 from tiny_models import decoder_like, tiny_raw
 
 from nanosafe.randomness import derive_seed
-from nanosafe.sampler import Completion, SamplingParams, engine, generate, sequence
-from nanosafe.sampler.engine import STEPS_PER_LOOK, Engine
+from nanosafe.sampler import Completion, SamplingParams, engine, generate, graphs, sequence
+from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.graphs import GraphRunner
+from nanosafe.sampler.runner import SlotRunner
 from nanosafe.sampler.scheduler import SHORTEST_SHARED, BlockPool, Scheduler, Sequence
 
 
@@ -56,10 +58,10 @@ def events(monkeypatch) -> Counter:
             counts["partial copies"] += len(copies)
             return copies
 
-        def _donor(self, sequence):
-            donor, cached, coming = super()._donor(sequence)
-            counts["held back"] += coming - cached >= SHORTEST_SHARED
-            return donor, cached, coming
+        def _find_donor(self, sequence):
+            shared_prefix = super()._find_donor(sequence)
+            counts["held back"] += shared_prefix is None
+            return shared_prefix
 
         def prefill(self):
             chunks = super().prefill()
@@ -105,7 +107,7 @@ class Shadow:
         longest = max(s.longest for s in self.coming)
         self.block_size, max_batch, blocks = random_pool(rng, longest)
         self.slots = self.block_size >= longest
-        self.most_steps = 1 if self.slots else rng.choice([1, 1, 3, STEPS_PER_LOOK])
+        self.most_steps = 1 if self.slots else rng.choice([1, 1, 3, GraphRunner.steps_per_look])
         self.pool = engine.BlockPool(blocks, self.block_size)
         self.scheduler = engine.Scheduler(self.pool, max_batch, rng.choice([1, 8, 16, 30, 60, 1000]))
         self.cells = [[None] * self.block_size for _ in range(blocks)]
@@ -285,28 +287,38 @@ def solved(family: str) -> list[tuple]:
 class EagerGraph:
     """A DecodeGraph that needs no CUDA: a replay does the step."""
 
-    def __init__(self, step, rows, memory_pool):
-        self.rows, self.graph, self.replay = rows, self, lambda: step(rows)
+    def __init__(self, step, batch, memory_pool):
+        self.batch, self.replay = batch, lambda: step(batch)
+
+
+@pytest.fixture
+def decode_by_graphs(monkeypatch):
+    """Has an engine on the CPU decode by graphs, as on CUDA: rows are filled up, several steps go between two looks."""
+    monkeypatch.setattr(graphs, "DecodeGraph", EagerGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def change(running: Engine) -> None:
+        running.runner = GraphRunner(running.runner.model, running.cache, running.table_width)
+
+    return change
 
 
 def random_engine(rng: random.Random, model, longest: int) -> Engine:
-    """A third of those with pages decode as on CUDA: rows are filled up, and several steps go between two looks."""
     block_size, max_batch, blocks = random_pool(rng, longest)
     config = model.config
     block_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * block_size
     made = Engine(model, max_tokens=longest, max_batch=max_batch, block_size=block_size,
                   cache_bytes=blocks * block_bytes + rng.randrange(block_bytes),
                   prefill_tokens=rng.choice([rng.randint(1, 40), 1000]))
-    assert made.slots == (block_size >= longest)
+    assert isinstance(made.runner, SlotRunner) == (block_size >= longest)
     blocks = min(blocks, max_batch * -(-longest // block_size))
     assert made.scheduler.pool.total == blocks
     assert made.cache.keys.nbytes + made.cache.values.nbytes == (blocks + 1) * block_bytes  # and one for scratch
-    made.graphed = not made.slots and rng.random() < 0.4
     return made
 
 
-def test_random_schedules_yield_what_a_slow_sampler_does(events, monkeypatch):
-    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+def test_random_schedules_yield_what_a_slow_sampler_does(events, decode_by_graphs):
+    """A third of the engines with pages decode as on CUDA."""
     totals = Counter()
     for seed in range(60):
         rng, family = random.Random(seed), "granite" if seed % 3 == 0 else "qwen3"
@@ -316,12 +328,15 @@ def test_random_schedules_yield_what_a_slow_sampler_does(events, monkeypatch):
         rng.shuffle(chosen)
         sequences = [sequence(model, prompt, params, 0, sample) for (prompt, params, sample), _ in chosen]
         coming, running = list(sequences), random_engine(rng, model, max(s.longest for s in sequences))
+        if not isinstance(running.runner, SlotRunner) and rng.random() < 0.4:
+            decode_by_graphs(running)
         while coming or running.busy:
             while coming and (not running.busy or rng.random() < 0.4):
                 running.add(coming.pop(0))
             running.step()
-        events["graphs"] += len(running.graphs)
-        assert set(running.graphs) <= {1, 2, 4, 8, 16}
+        captured = getattr(running.runner, "graphs", {})
+        events["graphs"] += len(captured)
+        assert set(captured) <= {1, 2, 4, 8, 16}
         divergences, tokens = count_divergences(reference, *zip(*chosen, strict=True), sequences)
         totals.update(divergences=divergences, tokens=tokens)
         assert sorted(running.scheduler.pool.free) == list(range(running.scheduler.pool.total))
@@ -437,10 +452,9 @@ def test_what_was_drawn_after_the_end_is_dropped():
     assert going.cached == 4  # its last token was never computed
 
 
-def test_several_steps_go_between_two_looks_and_none_past_the_first_limit(monkeypatch):
-    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+def test_several_steps_go_between_two_looks_and_none_past_the_first_limit(decode_by_graphs):
     running = Engine(models("qwen3")[1], max_tokens=61, block_size=4)
-    running.graphed = True
+    decode_by_graphs(running)
     longer, shorter = greedy(LONG), greedy(PROMPTS[1], 12)
     running.add(longer)
     running.add(shorter)
@@ -448,18 +462,18 @@ def test_several_steps_go_between_two_looks_and_none_past_the_first_limit(monkey
     while running.busy:
         running.step()
         lengths.append((len(longer.token_ids), len(shorter.token_ids)))
-    assert lengths == [(1, 1), (9, 9), (12, 12), (20, 12)] and STEPS_PER_LOOK == 8
-    assert set(running.graphs) == {1, 2}
+    assert lengths == [(1, 1), (9, 9), (12, 12), (20, 12)] and running.runner.steps_per_look == 8
+    assert set(running.runner.graphs) == {1, 2}
 
 
-def test_rows_are_filled_up_to_the_next_size_of_a_graph(monkeypatch):
-    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+def test_rows_are_filled_up_to_the_next_size_of_a_graph(decode_by_graphs):
     running, shared = Engine(models("qwen3")[1], max_tokens=9, block_size=4), greedy([5, 6])
+    decode_by_graphs(running)
     shared.blocks = [3]
     for count, size in ((1, 1), (3, 4), (8, 8), (9, 16), (16, 16), (17, 32), (33, 48)):
-        rows = running._graph([shared] * count).rows
-        assert rows.tokens.tolist() == [6] * count + [0] * (size - count)
-        assert rows.tables[:, 0].tolist() == [3] * count + [running.cache.scratch] * (size - count)
+        batch, _ = running.runner.prepare_decode([shared] * count)
+        assert batch.tokens.tolist() == [6] * count + [0] * (size - count)
+        assert batch.tables[:, 0].tolist() == [3] * count + [running.cache.scratch] * (size - count)
 
 
 # bfloat16

@@ -14,7 +14,7 @@ from transformers.generation import logits_process as warpers
 from nanosafe.model.config import ModelConfig
 from nanosafe.names import load_model
 from nanosafe.randomness import derive_seed
-from nanosafe.sampler import SamplingParams, engine, generate
+from nanosafe.sampler import SamplingParams, engine, generate, runner
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=14, ignore_eos=True)
 
@@ -169,13 +169,13 @@ class Spy:
                 spy.copies += 1
                 super().copy(*arguments)
 
-        class Prefill(engine.Prefill):
+        class Prefill(runner.Prefill):
             def __init__(self, cache, chunks):
                 spy.prefills.append([chunk.length for chunk in chunks])
                 super().__init__(cache, chunks)
 
         monkeypatch.setattr(engine, "KVCache", KVCache)
-        monkeypatch.setattr(engine, "Prefill", Prefill)
+        monkeypatch.setattr(runner, "Prefill", Prefill)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
