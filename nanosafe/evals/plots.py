@@ -103,6 +103,7 @@ def plot_comparison(results: Sequence[Result], folder: Path) -> list[Path]:
         if about in heads:
             panels[label(heads[about])] = _over_steps(results, heads[about])
     checkpoints = {result.step for result in results[1:] if result.step is not None}
+    # A single step makes no line.
     if len(checkpoints | {results[0].step or 0}) > 1:
         draw("steps.png", plot_lines, panels)
     return written

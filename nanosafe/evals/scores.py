@@ -54,6 +54,7 @@ def summarize(benchmark: Benchmark, records: Sequence[dict],
 def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
     """The grader's values, and pass@k of reasoning."""
     graded: Samples = {}
+    # A model that never thinks has no harmless thoughts.
     thinks = any(split_thought(record["response"])[0] for record in records)
     for record in records:
         for metric, value in record["values"].items():
@@ -73,10 +74,11 @@ def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
 def _form(records: Sequence[dict]) -> Samples:
     """How responses ended and how long they are, whatever they say; and their rewards."""
     form: Samples = {}
-    thinks = any(THINK in record["response"] or END_THINK in record["response"] for record in records)
+    # Without any tag, the end of a thought is nothing that could be missing.
+    tagged = any(THINK in record["response"] or END_THINK in record["response"] for record in records)
     for record in records:
         measured = {"truncated": float(record["truncated"])}
-        if thinks:
+        if tagged:
             measured["unclosed_thought"] = float(END_THINK not in record["response"])
         measured["tokens"] = record["tokens"]
         # A response that is longer than the reward model's context has no reward.

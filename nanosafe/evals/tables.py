@@ -72,6 +72,7 @@ def sections(results: Sequence[Result]) -> dict[str, list[Metric]]:
             headline = Metric(name, measured.headline)
             passes = [metric for metric in measured.metrics if metric.startswith("pass@")]
             shown = metrics_of(name, [measured.headline, *measured.shown, *passes[-1:]])
+            # Of a variation, what the responses look like is enough: the rest is the original's.
             if measured.variation:
                 variations += shown
                 endings += metrics_of(name, ["truncated", "unclosed_thought"])
@@ -158,6 +159,7 @@ def terminal(results: Sequence[Result], titles: Sequence[str]) -> str:
             lines += [_line(name, WIDTH), _line(f"  {base.label}", width, value)]
             for arm, arm_value, change in zip(arms, others[::2], others[1::2], strict=True):
                 lines.append(_line(f"  {arm.label}", width, arm_value, change))
+    # Sentences are wrapped; the rows above are cut to the width.
     below = ["", *notes(results), ""]
     if arms:
         below += [NOTE, ""]

@@ -18,16 +18,13 @@ import torch
 from nanosafe.evals import plots
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.results import (
-    MEMORIZATION,
     POOLED,
     SUBJECTS,
     Metric,
     Result,
     check_comparable,
     estimate,
-    headline,
     headlines,
-    mean,
     read_result,
 )
 from nanosafe.evals.scores import summarize
@@ -43,7 +40,6 @@ from nanosafe.paper.runs import (
     agreement,
     category_levels,
     change,
-    common_seeds,
     comparisons,
     curve,
     level,
@@ -57,9 +53,13 @@ from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
 
 REFUSAL = "<think>\n\n</think>\n\nI cannot help with that."  # of the arm that has no model
-TITLES = {"report": "SFT and RL for safety, side by side", "ablations": "What each part of RL does",
-          "tuning": "Settings tried on the validation split"}  # fmt: skip
-CRITERION = "mean of the share of safe answers, 1 − over-refusal and the share of right answers in arithmetic"
+TITLES = {
+    "report": "SFT and RL for safety, side by side",
+    "ablations": "What each part of RL does",
+    "tuning": "Settings tried on the validation split",
+}
+CRITERION = ("mean of the share of safe answers, 1 − over-refusal and the share of right answers in "
+             "arithmetic")
 PUBLISHED = """\
 The figures of arXiv 2512.01848 that a summary of it gives (it does not name the model):
 
@@ -169,15 +169,17 @@ def always_refuse(style: str) -> Result:
 
 def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
+    # Always refusing has no entropies, rewards or thoughts, and so says nothing of the table's rows.
     trained = [result for arm, result in results_of(runs) if arm != REFUSING]
     heads = headlines(trained)
-    entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
     harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
              "Entropies are in nats, at temperature 1.", "", *levels(runs, sections(trained), heads)]
     compared = list(heads.values())
-    compared += [head._replace(name="reward") for head in entropic[:1]]
-    compared += [head._replace(name="entropy_per_token") for head in entropic]
+    for about, name in (("safety", "reward"), ("safety", "entropy_per_token"),
+                        ("reasoning", "entropy_per_token")):
+        if about in heads:
+            compared.append(heads[about]._replace(name=name))
     lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
 
     def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
@@ -209,9 +211,10 @@ def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
     titled: the sections of the arms' results.
     """
     metrics = list(titled.get("Overview", ()))
-    names = {head.name for head in heads.values()}
-    metrics += [metric for metric in titled.get("Other wordings, attacks, modes", ())
-                if metric.name in names]
+    names = [head.name for head in heads.values()]
+    for metric in titled.get("Other wordings, attacks, modes", ()):
+        if metric.name in names:
+            metrics.append(metric)
     for about in ("safety", "reasoning"):
         if about in heads:
             metrics += [heads[about]._replace(name=name) for name in POOLED]
@@ -265,18 +268,21 @@ def reward_table(runs: Runs, safety: Metric) -> list[str]:
     for arm, by_seed in runs.items():
         if level(runs, arm, reward) is None:
             continue
-        agreements = [agreement(run.result, safety) for run in by_seed.values()]
-        gaps = []
-        for seed in common_seeds(runs, "base", arm):
-            base = runs["base"][seed].result
-            gaps.append(reward_judge_gap(base, by_seed[seed].result, safety))
+        gains, correlations, areas, gaps = [], [], [], []
+        for seed, run in by_seed.items():
+            gains.append(reward_gain(run.steps))
+            correlation, area = agreement(run.result, safety)
+            correlations.append(correlation)
+            areas.append(area)
+            if seed in runs.get("base", {}):
+                gaps.append(reward_judge_gap(runs["base"][seed].result, run.result, safety))
         cells = [
-            over_known(reward_gain(run.steps) for run in by_seed.values()),
+            over_known(gains),
             level(runs, arm, reward),
             None if arm == "base" else change(runs, "base", arm, reward),
             level(runs, arm, safety),
-            over_known(correlation for correlation, _ in agreements),
-            over_known(area for _, area in agreements),
+            over_known(correlations),
+            over_known(areas),
             over_known(gaps),
         ]
         rows.append([arm, *map(show, cells)])
@@ -293,13 +299,11 @@ def memorization(found: Mapping[str, Runs]) -> list[str]:
     rows, header = [], []
     orders: dict[str, dict[str, float]] = defaultdict(dict)  # metric -> model -> score
     for model, runs in found.items():
-        bases = [run.result for run in runs.get("base", {}).values()]
-        bases = [base for base in bases if MEMORIZATION in base.benchmarks]
-        if not bases:
+        bases = [result for arm, result in results_of(runs) if arm == "base"]
+        scores = sections(bases).get("Memorization")
+        if not scores:
             continue
-        heads = [headline(bases[0], about) for about in SUBJECTS]
-        heads = [head for head in heads if head is not None]
-        scores = [Metric(MEMORIZATION, name) for name in bases[0].benchmarks[MEMORIZATION].scores]
+        heads = headlines(bases).values()
         cells = [model]
         for score in scores:
             known = level(runs, "base", score)
@@ -322,12 +326,12 @@ def tuning(runs: Runs) -> list[str]:
     """Every setting that was tried, and the base beside them."""
     rows, header = [], []
     for arm, result in results_of(runs):
-        heads = [headline(result, about) for about in SUBJECTS]
-        if None not in heads:
-            safe, refused, right = [mean(result, head) for head in heads]
-            cells = [show(estimate(result, head)) for head in heads]
-            rows.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
-            header = ["", *map(label, heads), "criterion"]
+        heads = headlines([result])
+        if len(heads) == len(SUBJECTS):
+            safe, refused, right = [estimate(result, head) for head in heads.values()]
+            criterion = (safe.mean + 1 - refused.mean + right.mean) / 3
+            rows.append([arm, *map(show, (safe, refused, right)), f"{criterion:.3f}"])
+            header = ["", *map(label, heads.values()), "criterion"]
     note = (f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is "
             "chosen here.")
     return [note, "", *markdown(header, rows)]
@@ -339,7 +343,7 @@ def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) 
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     minutes = sum(row["seconds"] for row in rows) / 60
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    lines = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)]
+    lines = list(dict.fromkeys(f"- `{row['command']}`" for row in rows))
     lines += [
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
         f"- nanosafe at commit {commit or 'not known'}, tiny world version {world.VERSION}, "
