@@ -124,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
     ranks.print(f"{processes} on {ranks.device.type}, PyTorch {torch.__version__}")
     folder, is_comparison = Path(args.out or "evals"), len(names) > 1 or bool(measured)
-    outs = [folder] if args.out and len(names) == 1 else [folder / short_name(label) for label in labels]
+    outs = [folder / short_name(label) for label in labels]
+    if args.out and len(names) == 1:
+        outs = [folder]
     folder = comparison_folder(names, args.out) if is_comparison else outs[0]
     args.date = comparison_date(args.date, [*map(Path, measured), *outs], ranks)
     reward, results = None, []
@@ -154,13 +156,15 @@ def comparison_date(given: str | None, folders: Sequence[Path], ranks: Ranks) ->
             days.add(read_result(folder / "result.json").settings.get("date"))
     days = sorted(days - {None})
     if len(days) > 1:
-        ranks.print(f"warning: asked on different days ({', '.join(days)}), which some chat templates write")
+        ranks.print(f"warning: asked on different days ({', '.join(days)}), which some chat "
+                    "templates write")
     return given or ranks.gather([*days, date.today().isoformat()])[0]
 
 
 def short_name(model: str) -> str:
     """A name for folders and tables: the last part, with the run's for its final/ and checkpoints/."""
-    parts = [part for part in model.split("/") if part not in ("", ".", "..", "checkpoints")] or [model]
+    unnamed = ("", ".", "..", "checkpoints")
+    parts = [part for part in model.split("/") if part not in unnamed] or [model]
     if len(parts) > 1 and re.fullmatch(r"final|step-\d+", parts[-1]):
         parts = ["-".join(parts[-2:])]
     return re.sub(r"[@/:\\]", "-", parts[-1])

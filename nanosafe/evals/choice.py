@@ -17,10 +17,12 @@ from nanosafe.parallel import Ranks
 def read_choice(args: Namespace) -> None:
     """Replace the texts of --benchmarks and --data by a list of names and {name: file}; ValueError for unknown ones."""
     args.benchmarks = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else []
-    known = ["tiny", *(slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")), *BENCHMARKS]
+    tiny = [slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")]
+    known = ["tiny", *tiny, *BENCHMARKS]
     unknown = [name for name in args.benchmarks if name not in known]
     if unknown:
-        raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are "
+                         f"{', '.join(known)}")
     files = {}
     for pair in args.data:
         name, _, file = pair.partition("=")
@@ -37,9 +39,10 @@ def paper_loader(args: Namespace, ranks: Ranks) -> Callable[[], list[Benchmark]]
     def load() -> list[Benchmark]:
         names = _of_the_paper(args) or PAPER
         with ranks.main_first():
-            graders = load_graders(names, args.judge, device=ranks.device, dtype=getattr(torch, args.dtype),
-                                   bounds=args.judge_bounds)
-            plain = load_benchmarks(names, graders, files=args.data, training=args.training_prompts, seed=args.seed)
+            graders = load_graders(names, args.judge, device=ranks.device,
+                                   dtype=getattr(torch, args.dtype), bounds=args.judge_bounds)
+            plain = load_benchmarks(names, graders, files=args.data,
+                                    training=args.training_prompts, seed=args.seed)
             return with_attacks(plain, args.attack)
 
     return load
@@ -53,16 +56,17 @@ def choose_benchmarks(name: str, config: ModelConfig, args: Namespace,
                       load_paper: Callable[[], list[Benchmark]]) -> list[Benchmark]:
     """Those that the model `name` is asked; raises ValueError where the flags choose none for it."""
     tiny, paper = tiny_part(config, args.benchmarks, args.split), _of_the_paper(args)
-    unused = sorted(args.data.keys() - set(paper or PAPER))
-    if args.data and tiny and not paper:
-        unused = sorted(args.data)
-    if unused:
-        raise ValueError(f"--data {' '.join(unused)}: {name} is not asked that: "
-                         "name it in --benchmarks, or leave the file out")
-    asks_paper = bool(paper) or not tiny
     if not tiny and not paper and args.benchmarks:
-        raise ValueError(f"{name} is no model of the tiny world: --benchmarks tiny,{','.join(args.benchmarks)} asks it "
-                         "that world's questions nevertheless")
-    if args.attack and not asks_paper:
-        raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has attacks of its own")
-    return tiny + (load_paper() if asks_paper else [])
+        raise ValueError(f"{name} is no model of the tiny world: --benchmarks "
+                         f"tiny,{','.join(args.benchmarks)} asks it that world's questions "
+                         "nevertheless")
+    if not tiny and not paper:
+        paper = list(PAPER)
+    unused = sorted(args.data.keys() - set(paper))
+    if unused:
+        raise ValueError(f"--data {' '.join(unused)}: {name} is not asked that: name it in "
+                         "--benchmarks, or leave the file out")
+    if args.attack and not paper:
+        raise ValueError("--attack wraps the paper's benchmarks; the tiny world's suite has attacks "
+                         "of its own")
+    return tiny + (load_paper() if paper else [])

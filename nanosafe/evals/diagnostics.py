@@ -19,12 +19,13 @@ from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import Packed, microbatches, pack, response_hidden, response_logprobs
 
 REFLECTION_WORDS = frozenset(
-    "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though Meanwhile "
-    "Whereas".split()
+    "Wait wait But but Alternatively <think> Okay Hmm Albeit However Yet Still Nevertheless Though "
+    "Meanwhile Whereas".split()
 )
 MIN_K_PERCENT = 20  # of a response's tokens that Min-K%++ averages
 CHUNK_BYTES = 512 << 20  # of an array of log-probs in float64
-MIN_SIGMA = 1e-12  # a distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0
+# A distribution that is certain or uniform has 0; its own token then scores 0, not 0 / 0.
+MIN_SIGMA = 1e-12
 
 
 def reflection_ids(tokenizer: Tokenizer) -> list[int]:
@@ -40,7 +41,8 @@ class ReflectionSummary:
     """
 
     entropy_per_token: float | None  # mean over all reflection tokens
-    entropy_per_response_or_zero: float | None  # mean over all responses, those without reflection tokens counting 0
+    # Mean over all responses, those without reflection tokens counting 0.
+    entropy_per_response_or_zero: float | None
     all_token_entropy: float | None  # mean over all response tokens
     count_per_1000_tokens: float | None
     # One entry per response, in order: the mean entropy at its reflection tokens, and at all of its tokens.
@@ -48,7 +50,8 @@ class ReflectionSummary:
     all_token_means: list[float | None]
 
 
-def reflection_summary(responses: Sequence[Sequence[int]], entropies: Sequence[Sequence[float] | Tensor],
+def reflection_summary(responses: Sequence[Sequence[int]],
+                       entropies: Sequence[Sequence[float] | Tensor],
                        reflection: Iterable[int]) -> ReflectionSummary:
     """responses: token ids of each; entropies: for each token, that of the distribution it was drawn from, at
     temperature 1 (the convention of arXiv 2506.01939); reflection: ids from `reflection_ids`.
@@ -61,7 +64,7 @@ def reflection_summary(responses: Sequence[Sequence[int]], entropies: Sequence[S
         values = torch.as_tensor(given, dtype=torch.float64).tolist()
         if len(tokens) != len(values):
             raise ValueError(f"response {i} has {len(tokens)} tokens but {len(values)} entropies")
-        chosen = [value for token, value in zip(tokens, values, strict=True) if token in wanted]
+        chosen = [values[t] for t, token in enumerate(tokens) if token in wanted]
         means.append(_mean(chosen))
         all_token_means.append(_mean(values))
         at_reflection += chosen
@@ -81,31 +84,31 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 @torch.no_grad()
-def response_entropies(
-    model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int, temperature: float = 1.0
-) -> list[tuple[Tensor, Tensor]]:
+def response_entropies(model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int,
+                       temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
     """For each document its response's log-probs [T] and entropies [T], nats, float32, on the CPU."""
     scores = []
     for packed in _packs(model, documents, tokens_per_microbatch):
         logprobs, entropies = response_logprobs(model, packed, temperature)
-        scores += zip(logprobs.cpu().split(packed.lengths), entropies.cpu().split(packed.lengths), strict=True)
+        scores += zip(logprobs.cpu().split(packed.lengths), entropies.cpu().split(packed.lengths),
+                      strict=True)
     return scores
 
 
 @torch.no_grad()
-def memorization(
-    model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int, **engine_options
-) -> dict[str, list[float]]:
+def memorization(model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int,
+                 **engine_options) -> dict[str, list[float]]:
     """How well `model` knows responses, one value per document: the higher, the more they look memorized.
 
     log_likelihood: mean log-prob per response token. min_k_plus_plus: mean of the lowest 20 % (at least one token) of
     the `standardized_logprobs` (arXiv 2404.02936). continuation_overlap: see there. Raises ValueError for an empty
     response.
     """
-    scores = {"log_likelihood": [], "min_k_plus_plus": [], "continuation_overlap": []}
-    scores["continuation_overlap"] = continuation_overlap(model, documents, **engine_options)
+    scores = {"log_likelihood": [], "min_k_plus_plus": [],
+              "continuation_overlap": continuation_overlap(model, documents, **engine_options)}
     for packed in _packs(model, documents, tokens_per_microbatch):
-        logprobs, standardized = standardized_logprobs(model, response_hidden(model, packed), packed.targets)
+        hidden = response_hidden(model, packed)
+        logprobs, standardized = standardized_logprobs(model, hidden, packed.targets)
         for of_response in logprobs.split(packed.lengths):
             scores["log_likelihood"].append(of_response.mean().item())
         for of_response in standardized.split(packed.lengths):
@@ -114,9 +117,8 @@ def memorization(
     return scores
 
 
-def standardized_logprobs(
-    model: Decoder, hidden: Tensor, targets: Tensor, *, chunk_bytes: int = CHUNK_BYTES
-) -> tuple[Tensor, Tensor]:
+def standardized_logprobs(model: Decoder, hidden: Tensor, targets: Tensor, *,
+                          chunk_bytes: int = CHUNK_BYTES) -> tuple[Tensor, Tensor]:
     """hidden [R, D], targets [R] -> log p(target) [R] and (log p(target) - mu) / sigma [R], float64.
 
     mu and sigma: mean and standard deviation of log p(z) over z ~ p (Min-K%++, arXiv 2404.02936). float64, for
@@ -128,13 +130,15 @@ def standardized_logprobs(
         logp = model.logits(hidden[start : start + rows]).double().log_softmax(dim=-1)  # [n, V]
         p = logp.exp()
         mu = (p * logp).sum(dim=-1, keepdim=True)  # [n, 1]
-        sigma = p.mul_((logp - mu).square_()).sum(dim=-1, keepdim=True).sqrt_().clamp_(min=MIN_SIGMA)
+        variance = p.mul_((logp - mu).square_()).sum(dim=-1, keepdim=True)
+        sigma = variance.sqrt_().clamp_(min=MIN_SIGMA)
         own = logp.gather(1, targets[start : start + rows, None])
         parts.append(torch.cat((own, (own - mu) / sigma), dim=1))
     return torch.cat(parts).unbind(dim=1)
 
 
-def continuation_overlap(model: Decoder, documents: Sequence[Document], **engine_options) -> list[float]:
+def continuation_overlap(model: Decoder, documents: Sequence[Document],
+                         **engine_options) -> list[float]:
     """Greedy continuations of the first half of each response: the share of the true rest's positions they match.
 
     Position by position: one token more or less makes the rest differ. Positions after an earlier stop do not match.
@@ -163,13 +167,15 @@ def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
     """
     ranks = []
     for values in scores.values():
-        # A model's rank is the number of models below it.
-        ranks.append({model: sum(other < value for other in values.values()) for model, value in values.items()})
+        # A model's rank is the place of its value among all, ties sharing the first.
+        ascending = sorted(values.values())
+        ranks.append({model: ascending.index(value) for model, value in values.items()})
     if any(rank.keys() != ranks[0].keys() for rank in ranks):
         raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
     return all(rank == ranks[0] for rank in ranks)
 
 
-def _packs(model: Decoder, documents: Sequence[Document], tokens_per_microbatch: int) -> Iterator[Packed]:
+def _packs(model: Decoder, documents: Sequence[Document],
+           tokens_per_microbatch: int) -> Iterator[Packed]:
     for indices in microbatches(documents, tokens_per_microbatch):
         yield pack([documents[i] for i in indices], model.head_weight.device)

@@ -3,7 +3,7 @@
 import re
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -49,6 +49,7 @@ class Shared:
 
 def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
     """Measure one model; out/result.json grows by each benchmark."""
+    # What the flags do not choose for this model is refused before a weight is loaded.
     args, ranks = shared.args, shared.ranks
     with ranks.main_first():
         folder = checkpoint(name)
@@ -57,10 +58,13 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
     model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
-    settings = {"seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
-                "max_response_tokens": args.max_response_tokens, "weights": fingerprint(model),
-                "template": digest(tokenizer.chat_template)}  # fmt: skip
+    settings = {
+        "seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
+        "max_response_tokens": args.max_response_tokens, "weights": fingerprint(model),
+        "template": digest(tokenizer.chat_template),
+    }  # fmt: skip
     result = Result(label, {}, model=name, settings=settings)
+    # A checkpoint in a run folder is a point on a line over steps.
     if of_run := re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder)):
         result.run, result.step = of_run[1], int(of_run[2])
     lock = hold(out) if ranks.main else None
@@ -68,18 +72,21 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
     if records.rows:
         result.benchmarks = kept_benchmarks(out, settings, args.resume)
     ranks.wait()  # every rank has read the folder before rank 0 changes it
+
     adapted = []
     for benchmark in benchmarks:
         adapted.append(adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
                              max_response_tokens=args.max_response_tokens))
         check_kept(out, adapted[-1], result.benchmarks.get(benchmark.name), args)
     save(result, out, ranks)
+
     reflection = reflection_ids(tokenizer)
     for benchmark, complete in zip(adapted, benchmarks, strict=True):
         start, before = time.perf_counter(), len(records.rows)
-        graded = respond(model, tokenizer, benchmark, ranks=ranks, seed=args.seed, file=records, regrade=args.regrade,
-                         tokens_per_microbatch=args.tokens_per_microbatch)
+        graded = respond(model, tokenizer, benchmark, ranks=ranks, seed=args.seed, file=records,
+                         tokens_per_microbatch=args.tokens_per_microbatch, regrade=args.regrade)
         seconds, new = time.perf_counter() - start, len(records.rows) - before
+        # Rewards are kept with the responses, so that another run need not score them again.
         if shared.reward is not None:
             add_rewards(graded, shared.reward, args.reward_model, ranks)
             records.rewrite(graded)
@@ -93,6 +100,7 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
         value = estimate(result, Metric(benchmark.name, benchmark.headline)) or "not judged"
         ranks.print(f"{benchmark.name}: {benchmark.headline.replace('_', ' ')} {value}, "
                     f"{len(graded)} responses, {done}")
+
     if args.memorization:
         result.benchmarks[MEMORIZATION] = measure_memorization(model, tokenizer, args, ranks)
         save(result, out, ranks)
@@ -108,25 +116,29 @@ def save(result: Result, out: Path, ranks: Ranks) -> None:
         write_result(out / "result.json", result)
 
 
-def kept_benchmarks(out: Path, settings: dict, resume: str) -> Mapping[str, BenchmarkResult]:
-    """What a folder with responses holds already; raises ValueError if they are of other weights or settings."""
+def kept_benchmarks(out: Path, settings: dict, resume: str) -> dict[str, BenchmarkResult]:
+    """What a folder with responses holds already.
+
+    Raises ValueError if the responses are of other weights or settings.
+    """
     if resume == "never":
-        raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or another --out")
-    before, benchmarks = {}, {}
+        raise ValueError(f"{out} already holds responses: use --resume auto to keep them, or "
+                         "another --out")
+    kept = Result("", {})
     if (out / "result.json").exists():
         kept = read_result(out / "result.json")
-        before, benchmarks = kept.settings, kept.benchmarks
     changed = []
     for key, value in settings.items():
-        if before.get(key) != value:
-            changed.append(f"{key} was {before.get(key)}, is {value}")
+        if kept.settings.get(key) != value:
+            changed.append(f"{key} was {kept.settings.get(key)}, is {value}")
     if changed:
-        raise ValueError(f"{out} holds responses of another model or evaluation ({'; '.join(changed)}): "
-                         "set another --out, or delete it")
-    return benchmarks
+        raise ValueError(f"{out} holds responses of another model or evaluation "
+                         f"({'; '.join(changed)}): set another --out, or delete it")
+    return kept.benchmarks
 
 
-def check_kept(out: Path, benchmark: Benchmark, kept: BenchmarkResult | None, args: Namespace) -> None:
+def check_kept(out: Path, benchmark: Benchmark, kept: BenchmarkResult | None,
+               args: Namespace) -> None:
     """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
 
     Less is what is wanted where --out names the folder itself; the responses are kept anyway.
@@ -134,22 +146,24 @@ def check_kept(out: Path, benchmark: Benchmark, kept: BenchmarkResult | None, ar
     if kept is None:
         return
     if kept.source != benchmark.source:
-        raise ValueError(f"{out} holds {benchmark.name} from {kept.source}, now it is from {benchmark.source}: "
-                         "set another --out")
+        raise ValueError(f"{out} holds {benchmark.name} from {kept.source}, now it is from "
+                         f"{benchmark.source}: set another --out")
     held = kept.protocol["questions"]
     if len(benchmark.questions) < held and out != Path(args.out or ""):
-        raise ValueError(f"{out}/result.json holds {held} questions of {benchmark.name}, --limit would leave "
-                         f"{len(benchmark.questions)}: --compare {out} takes it as it is, or set another --out")
+        raise ValueError(f"{out}/result.json holds {held} questions of {benchmark.name}, --limit "
+                         f"would leave {len(benchmark.questions)}: --compare {out} takes it as it is, "
+                         "or set another --out")
 
 
-def measure_memorization(model: Decoder, tokenizer: Tokenizer, args: Namespace, ranks: Ranks) -> BenchmarkResult:
+def measure_memorization(model: Decoder, tokenizer: Tokenizer, args: Namespace,
+                         ranks: Ranks) -> BenchmarkResult:
     """How well the model knows the responses of --memorization."""
     limit, documents = model.config.max_position_embeddings, []
     for row in load_rows(args.memorization)[: args.limit]:
         documents += sft_documents(row, tokenizer, limit)[0]
     if not documents:
-        raise ValueError(f"--memorization {args.memorization}: no prompt leaves room for a response in "
-                         f"the model's {limit} positions")
+        raise ValueError(f"--memorization {args.memorization}: no prompt leaves room for a "
+                         f"response in the model's {limit} positions")
 
     def measure(part: Sequence[Document]) -> list[dict[str, float]]:
         scores = memorization(model, part, args.tokens_per_microbatch)

@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nanosafe.evals.results import SUBJECTS, Metric, Result, categories, estimate, headline
+from nanosafe.evals.results import SUBJECTS, Metric, Result, categories, estimate, headlines
 from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import label
 from nanosafe.io.files import write_atomic
@@ -20,19 +20,22 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 
 
-def plot_points(panels: Mapping[str, Sequence[tuple[str, Estimate, Estimate]]], path: Path, x_label: str) -> None:
+def plot_points(panels: Mapping[str, Sequence[tuple[str, Estimate, Estimate]]], path: Path,
+                x_label: str) -> None:
     """Points (arm, x, y) with their intervals, say safety against reasoning; the points of one arm look alike."""
     figure, all_axes = _figure(len(panels))
     styles = {}
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
         for arm, x, y in points:
             style = styles.setdefault(arm, _style(len(styles)))
-            axes.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), linestyle="", capsize=2, label=arm, **style)
+            axes.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), linestyle="", capsize=2,
+                          label=arm, **style)
         axes.set(xlabel=x_label, ylabel=title)
     _save(figure, all_axes, path)
 
 
-def plot_lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Estimate]]]], path: Path) -> None:
+def plot_lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Estimate]]]],
+               path: Path) -> None:
     """Lines {name: [(step, y), ...]}, shaded by the interval where y has one."""
     figure, all_axes = _figure(len(panels))
     styles = {}
@@ -75,11 +78,7 @@ def plot_comparison(results: Sequence[Result], folder: Path) -> list[Path]:
     tradeoff.png (safety and over-refusal against reasoning), reward.png (reward against judge), categories.png,
     steps.png (over the steps of checkpoints; a first result that is none is step 0).
     """
-    heads: dict[str, Metric] = {}  # of each subject
-    for result in reversed(results):
-        for about in SUBJECTS:
-            if metric := headline(result, about):
-                heads[about] = metric
+    heads = headlines(results)
     harms = [heads[about] for about in SUBJECTS[:2] if about in heads]
     arms = [(result.label, result) for result in results]
     written = []
@@ -90,22 +89,28 @@ def plot_comparison(results: Sequence[Result], folder: Path) -> list[Path]:
             written.append(folder / name)
 
     if "reasoning" in heads:
-        draw("tradeoff.png", plot_points, point_panels(arms, heads["reasoning"], harms), label(heads["reasoning"]))
+        reasoning = heads["reasoning"]
+        draw("tradeoff.png", plot_points, point_panels(arms, reasoning, harms), label(reasoning))
     if harms:
         reward = Metric(harms[0].benchmark, "reward")
         draw("reward.png", plot_points, point_panels(arms, reward, harms), label(reward))
-        panels = {label(metric): {arm: by_category(result, metric) for arm, result in arms} for metric in harms}
+        panels = {}
+        for metric in harms:
+            panels[label(metric)] = {arm: by_category(result, metric) for arm, result in arms}
         draw("categories.png", plot_bars, panels)
     panels = {}
     for about in SUBJECTS:
         if about in heads:
             panels[label(heads[about])] = _over_steps(results, heads[about])
-    if len({step for lines in panels.values() for line in lines.values() for step, _ in line}) > 1:
+    checkpoints = {result.step for result in results[1:] if result.step is not None}
+    # A single step makes no line.
+    if len(checkpoints | {results[0].step or 0}) > 1:
         draw("steps.png", plot_lines, panels)
     return written
 
 
-def point_panels(arms: Sequence[tuple[str, Result]], x: Metric, ys: Sequence[Metric]) -> dict[str, list]:
+def point_panels(arms: Sequence[tuple[str, Result]], x: Metric,
+                 ys: Sequence[Metric]) -> dict[str, list]:
     """Panels of plot_points: a point for each (arm, result) that has both metrics."""
     panels: dict[str, list] = {}
     for y in ys:
@@ -119,7 +124,8 @@ def point_panels(arms: Sequence[tuple[str, Result]], x: Metric, ys: Sequence[Met
 
 def by_category(result: Result, metric: Metric) -> dict[str, Estimate]:
     """The estimate in each category."""
-    return {name: estimate(result, metric._replace(category=name)) for name in categories(result, metric)}
+    names = categories(result, metric)
+    return {name: estimate(result, metric._replace(category=name)) for name in names}
 
 
 def _over_steps(results: Sequence[Result], metric: Metric) -> dict[str, list[tuple[int, Estimate]]]:
@@ -159,5 +165,6 @@ def _save(figure: Figure, all_axes: list, path: Path) -> None:
         axes.grid(alpha=0.3)
         found, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, found, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4,
+                  fontsize="small")
     write_atomic(path, lambda staged: figure.savefig(staged))

@@ -85,9 +85,9 @@ def _read(path: Path) -> list[dict]:
             raise ValueError(f"{path} holds a line that is no JSON (line {number}, {error}): "
                              "mend or delete the file") from None
         if not isinstance(record, dict) or record.pop("checksum", None) != digest(record):
-            raise ValueError(f"{path} holds a record that was edited, or written by another version "
-                             f"(line {number}: the checksum does not match): delete that line, and its response "
-                             "is generated anew")
+            raise ValueError(f"{path} holds a record that was edited, or written by another "
+                             f"version (line {number}: the checksum does not match): delete that "
+                             "line, and its response is generated anew")
         records.append(record)
     return records
 
@@ -108,6 +108,7 @@ def write_unitxt(records: Sequence[dict], path: str | Path) -> None:
     lines = []
     for record in records:
         answer = split_thought(record["response"])[1].strip()
-        row = {"input": record["prompt"][-1]["content"], "label": record["category"], "prediction": answer}
+        row = {"input": record["prompt"][-1]["content"], "label": record["category"],
+               "prediction": answer}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_atomic(path, "".join(lines).encode())

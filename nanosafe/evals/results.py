@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from math import fsum
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +24,18 @@ FORMAT = 2
 SUBJECTS = ("safety", "over-refusal", "reasoning")
 MEMORIZATION = "memorization"  # the scores of SFT data stand among the benchmarks under this name
 # How responses ended, and what the model's distributions were like, whatever was asked.
-DIAGNOSTICS = ("truncated", "unclosed_thought", "tokens", "reward", "token_entropy", "reflection_entropy")
+DIAGNOSTICS = ("truncated", "unclosed_thought", "tokens", "reward", "token_entropy",
+               "reflection_entropy")
 # Means over all tokens together: plain numbers, without an interval over questions.
-POOLED = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy", "count_per_1000_tokens")
-CURE = "bring it back from a copy or delete its folder, for it alone says how the responses there came about"
+POOLED = ("entropy_per_token", "entropy_per_response_or_zero", "all_token_entropy",
+          "count_per_1000_tokens")
+CURE = ("bring it back from a copy or delete its folder, for it alone says how the responses there "
+        "came about")
+# What the file must hold.
 RESULT_FIELDS = {"model": str, "label": str, "benchmarks": dict, "settings": dict, "rows": list}
-BENCHMARK_FIELDS = {"about": str, "headline": str, "source": str, "judge": str, "protocol": dict, "shown": list,
-                    "differences": dict, "variation": bool, "responses": int, "pooled": dict}
+BENCHMARK_FIELDS = {"about": str, "headline": str, "source": str, "judge": str, "protocol": dict,
+                    "shown": list, "differences": dict, "variation": bool, "responses": int,
+                    "pooled": dict}
 ROW_TYPES = [str, str, str, str, bool, float]
 
 
@@ -59,19 +65,22 @@ class BenchmarkResult:
     differences: dict[str, Sequence[str]] = field(default_factory=dict)
     variation: bool = False
     responses: int = 0
-    bounds: Sequence[float] | None = None  # of the headline, however the unjudged responses come out
+    bounds: Sequence[float] | None = None  # of the headline, whatever the unjudged would be
     pooled: dict[str, float] = field(default_factory=dict)  # POOLED, those that were measured
-    scores: dict[str, list[Score]] = field(default_factory=dict)  # of each metric, in the order of the questions
+    # Of each metric, in the order of the questions.
+    scores: dict[str, list[Score]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
         """The grader's metrics and their differences."""
-        return [name for name in self.scores if name not in DIAGNOSTICS] + list(self.differences)
+        graded = [name for name in self.scores if name not in DIAGNOSTICS]
+        return graded + list(self.differences)
 
     @property
     def seen(self) -> set[str]:
         """The questions that stand among the training prompts; figures leave them out."""
-        return {score.question for scores in self.scores.values() for score in scores if score.seen}
+        scores = chain.from_iterable(self.scores.values())
+        return {score.question for score in scores if score.seen}
 
 
 @dataclass
@@ -81,7 +90,8 @@ class Result:
     model: str = ""
     run: str | None = None  # of a checkpoint in a run folder
     step: int | None = None
-    settings: dict = field(default_factory=dict)  # what the responses depend on, with a fingerprint of the weights
+    # What the responses depend on, with a fingerprint of the weights.
+    settings: dict = field(default_factory=dict)
 
 
 def values(result: Result, metric: Metric, *, with_seen: bool = False) -> dict[str, float]:
@@ -147,6 +157,17 @@ def headline(result: Result, about: str) -> Metric | None:
     return None
 
 
+def headlines(results: Sequence[Result]) -> dict[str, Metric]:
+    """Subject -> its headline, in the first result that has one."""
+    heads = {}
+    for about in SUBJECTS:
+        for result in results:
+            metric = headline(result, about)
+            if metric is not None:
+                heads.setdefault(about, metric)
+    return heads
+
+
 def categories(result: Result, metric: Metric) -> list[str]:
     """Those in which the metric was measured, sorted."""
     measured = result.benchmarks.get(metric.benchmark)
@@ -155,17 +176,22 @@ def categories(result: Result, metric: Metric) -> list[str]:
 
 
 def check_comparable(results: Sequence[Result]) -> None:
-    """Raise ValueError for results of different questions (another split or revision) or judges under one name."""
-    labels: dict[tuple[str, str], dict[str, str]] = {}  # (benchmark, what differs) -> source or judge -> label
+    """Raise ValueError for results of different questions (another split or revision) or judges
+    under one name."""
+    first: dict[str, tuple[str, BenchmarkResult]] = {}  # benchmark -> a label, and what it has
     for result in results:
         for name, measured in result.benchmarks.items():
-            if name != MEMORIZATION:
-                labels.setdefault((name, "answer different questions"), {})[measured.source] = result.label
-                labels.setdefault((name, "were graded by different judges"), {})[measured.judge] = result.label
-    for (name, what), found in labels.items():
-        if len(found) > 1:
-            each = "; ".join(f"{label} has {value}" for value, label in found.items())
-            raise ValueError(f"{name}: these results {what} and cannot be compared: {each}")
+            if name == MEMORIZATION:
+                continue
+            label, other = first.setdefault(name, (result.label, measured))
+            differ = ""
+            if measured.source != other.source:
+                differ, a, b = "answer different questions", other.source, measured.source
+            elif measured.judge != other.judge:
+                differ, a, b = "were graded by different judges", other.judge, measured.judge
+            if differ:
+                raise ValueError(f"{name}: these results {differ} and cannot be compared: "
+                                 f"{label} has {a}; {result.label} has {b}")
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -173,7 +199,8 @@ def write_result(path: Path, result: Result) -> None:
     for name, measured in result.benchmarks.items():
         fields = dict(vars(measured))
         for metric, scores in fields.pop("scores").items():
-            rows += [json.dumps([name, metric, *score]) for score in scores]
+            for score in scores:
+                rows.append(json.dumps([name, metric, *score]))
         benchmarks[name] = fields
     content = {"format": FORMAT} | vars(result) | {"benchmarks": benchmarks, "rows": []}
     # json would give every entry of a row a line of its own, so the rows are put in here.
@@ -182,22 +209,28 @@ def write_result(path: Path, result: Result) -> None:
 
 
 def read_result(path: Path) -> Result:
-    """The result in a file. Raises ValueError naming the file and the cure where it is damaged, or of an old form."""
+    """The result in a file.
+
+    Raises ValueError naming the file and the cure where it is damaged, or of an earlier form.
+    """
     found = read_own(path, {"label": str, "benchmarks": dict}, CURE)
     if found.get("format") != FORMAT:
-        raise ValueError(f"{path} was written by an earlier version, in another form: measure {found['label']} anew, "
-                         "with eval.py --model and another --out")
+        raise ValueError(f"{path} was written by an earlier version, in another form: measure "
+                         f"{found['label']} anew, with eval.py --model and another --out")
     problem = misfit(found, RESULT_FIELDS)
     for name, fields in found["benchmarks"].items():
-        misfitting = misfit(fields, BENCHMARK_FIELDS)
-        problem = problem or (misfitting and f"{name}: {misfitting}")
+        wrong = misfit(fields, BENCHMARK_FIELDS)
+        if wrong:
+            problem = f"{name}: {wrong}"
     if problem:
         raise ValueError(f"{path} is damaged ({problem}): {CURE}")
     benchmarks = {name: BenchmarkResult(**fields) for name, fields in found["benchmarks"].items()}
     for row in found["rows"]:
         is_row = isinstance(row, list) and [type(entry) for entry in row] == ROW_TYPES
         if not is_row or row[0] not in benchmarks:
-            raise ValueError(f"{path} is damaged (its benchmarks have no row {json.dumps(row)[:100]}): {CURE}")
+            raise ValueError(f"{path} is damaged (its benchmarks have no row "
+                             f"{json.dumps(row)[:100]}): {CURE}")
         name, metric, *score = row
         benchmarks[name].scores.setdefault(metric, []).append(Score(*score))
-    return Result(found["label"], benchmarks, found["model"], found["run"], found["step"], found["settings"])
+    return Result(found["label"], benchmarks, found["model"], found.get("run"), found.get("step"),
+                  found["settings"])

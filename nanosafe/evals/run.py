@@ -48,17 +48,17 @@ class Request:
         truncated = completion.finish_reason == "length"
         text = tokenizer.decode(ids if truncated else ids[:-1], skip_special_tokens=True)
         record = dict(
-            benchmark=self.benchmark, id=question.id, category=question.category, sample=self.sample,
-            prompt=question.messages, prompt_digest=digest(self.prompt_ids), response=self.opening + text,
-            tokens=len(ids), truncated=truncated)
+            benchmark=self.benchmark, id=question.id, category=question.category,
+            sample=self.sample, prompt=question.messages, prompt_digest=digest(self.prompt_ids),
+            response=self.opening + text, tokens=len(ids), truncated=truncated)
         if self.sample == 0:
             record["token_ids"] = ids
         return record
 
 
 def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks: Ranks, seed: int,
-            tokens_per_microbatch: int | None = 16384, file: RecordFile | None = None, regrade: bool = False,
-            **engine_options) -> list[dict]:
+            tokens_per_microbatch: int | None = 16384, file: RecordFile | None = None,
+            regrade: bool = False, **engine_options) -> list[dict]:
     """The benchmark's graded records, by question and sample; every rank calls it and gets all of them.
 
     A response's noise is a function of (seed, benchmark, question, sample) and the prompt's tokens: two models, or one
@@ -68,20 +68,21 @@ def respond(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, *, ranks
     saved records of other questions.
     """
     requests = _requests(model, tokenizer, benchmark, seed)
-    records = {key(record): record for record in file.rows} if file else {}
-    missing = []
+    records, missing = {}, []
+    for record in file.rows if file else ():
+        records[key(record)] = record
     for request in requests:
         if request.key in records:
             _check_asked(request, records[request.key])
         else:
             missing.append(request)
     new = _generate(model, tokenizer, missing, file, ranks, **engine_options)
-    records |= {key(record): record for record in new}
+    for record in new:
+        records[key(record)] = record
     asked = [records[request.key] for request in requests]
     measured = False
     if tokens_per_microbatch:
-        prompts = {request.question.id: request.prompt_ids for request in requests}
-        measured = _measure_entropies(model, asked, prompts, tokens_per_microbatch, ranks)
+        measured = _measure_entropies(model, requests, asked, tokens_per_microbatch, ranks)
     if file and (new or measured):
         file.rewrite(asked)
     grade(benchmark, asked, ranks, file=file, regrade=regrade)
@@ -95,18 +96,19 @@ def _requests(model: Decoder, tokenizer: Tokenizer, benchmark: Benchmark, seed: 
     for question in benchmark.questions:
         # Where the prefill repeats what the template opens, it stands once.
         prefill = question.prefill.removeprefix(opened)
-        ids = tokenizer.encode_chat(question.messages, add_generation_prompt=True, **benchmark.template_vars)
-        ids += tokenizer.encode(prefill)
+        ids = tokenizer.encode_chat(question.messages, add_generation_prompt=True,
+                                    **benchmark.template_vars) + tokenizer.encode(prefill)
         if len(ids) + benchmark.max_response_tokens > limit:
-            raise ValueError(f"--max-response-tokens {benchmark.max_response_tokens} after a prompt of {len(ids)} "
-                             f"tokens ({benchmark.name}, question {question.id}) passes the model's {limit} "
-                             "positions: lower it")
+            raise ValueError(f"--max-response-tokens {benchmark.max_response_tokens} after a prompt of "
+                             f"{len(ids)} tokens ({benchmark.name}, question {question.id}) passes the "
+                             f"model's {limit} positions: lower it")
         for sample in range(benchmark.samples):
             params = SamplingParams(
-                temperature=benchmark.temperature, top_p=benchmark.top_p, stop_token_ids=tokenizer.eos_ids,
-                max_new_tokens=benchmark.max_response_tokens,
+                temperature=benchmark.temperature, top_p=benchmark.top_p,
+                max_new_tokens=benchmark.max_response_tokens, stop_token_ids=tokenizer.eos_ids,
                 seed=derive_seed(seed, "eval", benchmark.name, question.id, sample))
-            requests.append(Request(benchmark.name, question, sample, ids, opened + prefill, params))
+            request = Request(benchmark.name, question, sample, ids, opened + prefill, params)
+            requests.append(request)
     return requests
 
 
@@ -118,14 +120,16 @@ def _check_asked(request: Request, record: dict) -> None:
     elif record["prompt_digest"] != digest(request.prompt_ids):
         what = "another rendering of it: the chat template, its date or the tokenizer has changed"
     if what:
-        raise ValueError(f"the saved response to {request.benchmark}, question {request.question.id}, answers {what}, "
-                         "so set another --out")
+        raise ValueError(f"the saved response to {request.benchmark}, question {request.question.id}, "
+                         f"answers {what}, so set another --out")
 
 
-def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request], file: RecordFile | None,
-              ranks: Ranks, **engine_options) -> list[dict]:
-    """Records of the requests in order, without values. A rank takes neighbours: equal prompts meet in its engine."""
-    local = ranks.local_range([len(request.prompt_ids) + request.params.max_new_tokens for request in requests])
+def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
+              file: RecordFile | None, ranks: Ranks, **engine_options) -> list[dict]:
+    """Records of the requests in order, without values."""
+    # A rank takes neighbours, so that equal prompts meet in its engine.
+    costs = [len(request.prompt_ids) + request.params.max_new_tokens for request in requests]
+    local = ranks.local_range(costs)
     requests = requests[local.start : local.stop]
     records: list[dict | None] = [None] * len(requests)
     start, tokens = time.perf_counter(), 0
@@ -141,35 +145,44 @@ def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
 
     name = requests[0].benchmark if requests else ""
     with tqdm(total=len(requests), desc=name, delay=2, leave=False, disable=not ranks.main) as bar:
-        prompts, params = [request.prompt_ids for request in requests], [request.params for request in requests]
+        prompts = [request.prompt_ids for request in requests]
+        params = [request.params for request in requests]
         generate(model, prompts, params, finished=finished, **engine_options)
     return ranks.gather(records)
 
 
-def _measure_entropies(model: Decoder, records: Sequence[dict], prompts: dict[str, list[int]],
+def _measure_entropies(model: Decoder, requests: Sequence[Request], records: Sequence[dict],
                        tokens_per_microbatch: int, ranks: Ranks) -> bool:
     """Give the first sample of each question the entropies that it lacks; whether any did."""
-    missing = [record for record in records if "token_ids" in record and "entropies" not in record]
+    missing = []
+    for request, record in zip(requests, records, strict=True):
+        if "token_ids" in record and "entropies" not in record:
+            missing.append((record, Document(request.prompt_ids, record["token_ids"])))
+
+    def measure(part: Sequence[tuple[dict, Document]]) -> list[list[float]]:
+        scores = response_entropies(model, [document for _, document in part], tokens_per_microbatch)
+        return [entropies.tolist() for _, entropies in scores]
+
     for chunk in _chunks(missing, "entropies", ranks):
-        documents = [Document(prompts[record["id"]], record["token_ids"]) for record in chunk]
-        measured = ranks.split_work(documents, lambda part: response_entropies(model, part, tokens_per_microbatch))
-        for record, (_, entropies) in zip(chunk, measured, strict=True):
-            record["entropies"] = [round(entropy, 5) for entropy in entropies.tolist()]
+        measured = ranks.split_work(chunk, measure, cost=lambda item: len(item[1]))
+        for (record, _), entropies in zip(chunk, measured, strict=True):
+            record["entropies"] = [round(entropy, 5) for entropy in entropies]
     return bool(missing)
 
 
-def grade(benchmark: Benchmark, records: Sequence[dict], ranks: Ranks, *, file: RecordFile | None = None,
-          regrade: bool = False) -> None:
+def grade(benchmark: Benchmark, records: Sequence[dict], ranks: Ranks, *,
+          file: RecordFile | None = None, regrade: bool = False) -> None:
     """Give the records values; verdicts that the benchmark keeps are kept, unless another judge gave them."""
     questions = {question.id: question for question in benchmark.questions}
     ungraded = []
     for record in records:
-        is_kept = benchmark.keeps_verdicts and "values" in record and record["judge"] == benchmark.judge
-        if regrade or not is_kept:
+        is_graded = "values" in record and record["judge"] == benchmark.judge
+        if regrade or not (benchmark.keeps_verdicts and is_graded):
             ungraded.append(record)
 
     def grade_part(part: Sequence[dict]) -> list[dict[str, float]]:
-        return benchmark.grade([questions[record["id"]] for record in part], [record["response"] for record in part])
+        asked = [questions[record["id"]] for record in part]
+        return benchmark.grade(asked, [record["response"] for record in part])
 
     for chunk in _chunks(ungraded, f"grading {benchmark.name}", ranks):
         graded = ranks.split_work(chunk, grade_part, cost=_length)
@@ -198,7 +211,8 @@ def opened_thought(tokenizer: Tokenizer, template_vars: dict) -> str:
     with enable_thinking=False). It belongs to what is graded."""
     probe = [{"role": "user", "content": "?"}]
     asked = tokenizer.render(probe, **template_vars)
-    header = tokenizer.render(probe, add_generation_prompt=True, **template_vars).removeprefix(asked)
+    prompt = tokenizer.render(probe, add_generation_prompt=True, **template_vars)
+    header = prompt.removeprefix(asked)
     return header[header.index(THINK) :] if THINK in header else ""
 
 
@@ -207,7 +221,9 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
     missing = [record for record in records if record.get("reward_model") != name]
 
     def score(part: Sequence[dict]) -> list[float | None]:
-        texts = [conversation(record["prompt"], record["response"], opened_thought=False) for record in part]
+        texts = []
+        for record in part:
+            texts.append(conversation(record["prompt"], record["response"], opened_thought=False))
         return known_rewards(reward, name, texts)
 
     for record, value in zip(missing, ranks.split_work(missing, score, cost=_length), strict=True):
@@ -216,7 +232,11 @@ def add_rewards(records: Sequence[dict], reward: Reward, name: str, ranks: Ranks
 
 def protocol(benchmark: Benchmark, tokenizer: Tokenizer, total: int) -> dict:
     """How the benchmark was put to a model; total: its questions before --limit."""
-    names = ("samples", "temperature", "top_p", "max_response_tokens", "suffix", "template_vars")
-    return {"questions": len(benchmark.questions), "of": total, **{name: getattr(benchmark, name) for name in names},
-            "thinking": tokenizer.template_vars.get("thinking", True),
-            "thought_opened_by_template": opened_thought(tokenizer, benchmark.template_vars)}
+    return {
+        "questions": len(benchmark.questions), "of": total, "samples": benchmark.samples,
+        "temperature": benchmark.temperature, "top_p": benchmark.top_p,
+        "max_response_tokens": benchmark.max_response_tokens, "suffix": benchmark.suffix,
+        "template_vars": benchmark.template_vars,
+        "thinking": tokenizer.template_vars.get("thinking", True),
+        "thought_opened_by_template": opened_thought(tokenizer, benchmark.template_vars),
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""From the records of a benchmark to its scores: of each metric and question the mean over the question's samples."""
+"""From a benchmark's records to its scores: of each metric and question the mean over samples."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +11,8 @@ from nanosafe.text.thoughts import END_THINK, THINK, split_thought
 Samples = dict[tuple[str, str], list[float]]  # (metric, question id) -> a value for each sample
 
 
-def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequence[int] = ()) -> BenchmarkResult:
+def summarize(benchmark: Benchmark, records: Sequence[dict],
+              reflection: Sequence[int] = ()) -> BenchmarkResult:
     """What the benchmark's records come to, but for its protocol. reflection: ids of `reflection_ids`.
 
     What was judged nowhere has no score, nor has a thought where no response has one. Diagnostics leave out the
@@ -20,50 +21,61 @@ def summarize(benchmark: Benchmark, records: Sequence[dict], reflection: Sequenc
     """
     questions = {question.id: question for question in benchmark.questions}
     unseen = [record for record in records if not questions[record["id"]].seen]
-    first = [record for record in unseen if "entropies" in record]
-    tokens, entropies = [record["token_ids"] for record in first], [record["entropies"] for record in first]
-    summary = reflection_summary(tokens, entropies, reflection)
     samples = _graded(benchmark, records) | _form(unseen)
-    for metric, means in (("token_entropy", summary.all_token_means), ("reflection_entropy", summary.means)):
-        for record, mean in zip(first, means, strict=True):
+    ids, tokens, entropies = [], [], []  # of the first samples
+    for record in unseen:
+        if "entropies" in record:
+            ids.append(record["id"])
+            tokens.append(record["token_ids"])
+            entropies.append(record["entropies"])
+    summary = reflection_summary(tokens, entropies, reflection)
+    for metric, means in (("token_entropy", summary.all_token_means),
+                          ("reflection_entropy", summary.means)):
+        for question_id, mean in zip(ids, means, strict=True):
             if mean is not None:
-                samples[metric, record["id"]] = [mean]
+                samples[metric, question_id] = [mean]
     scores: dict[str, list[Score]] = {}
     for (metric, question_id), sampled in samples.items():
         question = questions[question_id]
-        score = Score(question_id, question.category, question.seen, sum(sampled) / len(sampled))
+        value = sum(sampled) / len(sampled)
+        score = Score(question_id, question.category, question.seen, value)
         scores.setdefault(metric, []).append(score)
-    pooled = {name: getattr(summary, name) for name in POOLED if getattr(summary, name) is not None}
+    pooled = {}
+    for name in POOLED:
+        if getattr(summary, name) is not None:
+            pooled[name] = getattr(summary, name)
     return BenchmarkResult(
-        benchmark.about, benchmark.headline, benchmark.source, benchmark.judge, shown=list(benchmark.shown),
-        differences=benchmark.differences, variation=benchmark.variation, responses=len(unseen),
+        benchmark.about, benchmark.headline, benchmark.source, benchmark.judge,
+        shown=list(benchmark.shown), differences=benchmark.differences,
+        variation=benchmark.variation, responses=len(unseen),
         bounds=_bounds(benchmark.headline, unseen), pooled=pooled, scores=scores)
 
 
 def _graded(benchmark: Benchmark, records: Sequence[dict]) -> Samples:
     """The grader's values, and pass@k of reasoning."""
     graded: Samples = {}
+    # A model that never thinks has no harmless thoughts.
     thinks = any(split_thought(record["response"])[0] for record in records)
     for record in records:
         for metric, value in record["values"].items():
             if thinks or metric.partition(" (")[0] not in OF_THOUGHTS:
                 graded.setdefault((metric, record["id"]), []).append(value)
     # pass@k of safety would be the chance of one safe response among k unsafe ones.
-    if benchmark.about == "reasoning":
-        right = {question: sampled for (name, question), sampled in graded.items() if name == benchmark.headline}
-        k = 2
-        while k <= benchmark.samples:
-            for question, sampled in right.items():
-                graded[f"pass@{k}", question] = [pass_at_k(len(sampled), sampled.count(1), k)]
-            k *= 2
+    k = 2
+    while benchmark.about == "reasoning" and k <= benchmark.samples:
+        for question in benchmark.questions:
+            right = graded.get((benchmark.headline, question.id))
+            if right is not None:
+                graded[f"pass@{k}", question.id] = [pass_at_k(len(right), right.count(1), k)]
+        k *= 2
     return graded
 
 
 def _form(records: Sequence[dict]) -> Samples:
     """How responses ended and how long they are, whatever they say; and their rewards."""
     form: Samples = {}
-    texts = [record["response"] for record in records]
-    tagged = any(THINK in text or END_THINK in text for text in texts)
+    # Without any tag, the end of a thought is nothing that could be missing.
+    tagged = any(THINK in record["response"] or END_THINK in record["response"] for record in records)
     for record in records:
         measured = {"truncated": float(record["truncated"])}
         if tagged:
@@ -78,9 +90,10 @@ def _form(records: Sequence[dict]) -> Samples:
 
 
 def _bounds(headline: str, records: Sequence[dict]) -> list[float] | None:
-    """The headline if every response without a verdict counted 0, and if it counted 1; None if all have a verdict.
+    """The headline if every response without a verdict counted 0, and if it counted 1.
 
-    Every question has equally many samples, so the mean is over all alike.
+    None if all have a verdict. Every question has equally many samples, so the mean is over all
+    alike.
     """
     judged = [record["values"][headline] for record in records if headline in record["values"]]
     unjudged = len(records) - len(judged)

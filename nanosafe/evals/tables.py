@@ -5,7 +5,7 @@ over-refusal beside it: the first table holds both, and reasoning.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nanosafe.evals.results import (
@@ -26,19 +26,25 @@ from nanosafe.evals.statistics import Estimate
 from nanosafe.io.files import write_atomic
 
 LABELS = {
-    "safe": "safe answer", "harmful": "harmful answer", "right": "right answer", "over_refusal": "over-refusal",
-    "thought_gap": "harmful thought minus harmful answer", "harmful_thought_only": "harmful thought, harmless answer",
-    "unclosed_thought": "no </think>", "min_k_plus_plus": "Min-K%++",
-    "token_entropy": "entropy, mean over responses", "all_token_entropy": "entropy, mean over all tokens",
+    "safe": "safe answer",
+    "harmful": "harmful answer",
+    "right": "right answer",
+    "over_refusal": "over-refusal",
+    "thought_gap": "harmful thought minus harmful answer",
+    "harmful_thought_only": "harmful thought, harmless answer",
+    "unclosed_thought": "no </think>",
+    "min_k_plus_plus": "Min-K%++",
+    "token_entropy": "entropy, mean over responses",
+    "all_token_entropy": "entropy, mean over all tokens",
     "reflection_entropy": "reflection entropy, mean over responses",
     "entropy_per_token": "reflection entropy, mean over tokens",
     "entropy_per_response_or_zero": "reflection entropy, mean over responses, 0 without",
     "count_per_1000_tokens": "reflection tokens per 1,000",
-}  # fmt: skip
+}
 NOTE = (
-    "Mean over questions with its 95 % interval. Differences are to the first model, over the questions that both "
-    "have; * marks an interval that excludes zero, which one row in twenty does by chance. Each model is one "
-    "training run: nothing here says how another seed would turn out."
+    "Mean over questions with its 95 % interval. Differences are to the first model, over the "
+    "questions that both have; * marks an interval that excludes zero, which one row in twenty does "
+    "by chance. Each model is one training run: nothing here says how another seed would turn out."
 )
 WIDTH = 100  # columns of a terminal
 # What a score may hide.
@@ -52,41 +58,58 @@ def label(metric: Metric) -> str:
 
 def sections(results: Sequence[Result]) -> dict[str, list[Metric]]:
     """The table's rows by section, in order; a result that lacks some has empty cells there."""
-    known: dict[str, Result] = {}  # benchmark -> the first result that has it, which says what metrics there are
+    # Benchmark -> the first result that has it, which says what metrics there are.
+    first: dict[str, Result] = {}
     for result in results:
         for name in result.benchmarks:
-            known.setdefault(name, result)
+            first.setdefault(name, result)
     overview, by_category, variations, others, diagnostics, endings = [], [], [], [], [], []
     for about in SUBJECTS:
-        for name, result in known.items():
+        for name, result in first.items():
             measured = result.benchmarks[name]
             if measured.about != about:
                 continue
             headline = Metric(name, measured.headline)
             passes = [metric for metric in measured.metrics if metric.startswith("pass@")]
-            first = [headline] + [Metric(name, metric) for metric in (*measured.shown, *passes[-1:])]
+            shown = metrics_of(name, [measured.headline, *measured.shown, *passes[-1:]])
+            # Of a variation, what the responses look like is enough: the rest is the original's.
             if measured.variation:
-                variations += first
-                endings += [Metric(name, "truncated"), Metric(name, "unclosed_thought")]
+                variations += shown
+                endings += metrics_of(name, ["truncated", "unclosed_thought"])
                 continue
-            overview += first
+            overview += shown
             names = categories(result, headline)
             if len(names) > 1:
-                by_category += [Metric(name, measured.headline, category) for category in names]
-            others += [Metric(name, metric) for metric in measured.metrics if Metric(name, metric) not in first]
+                by_category += [headline._replace(category=category) for category in names]
+            others += metrics_of(name, measured.metrics)
             form = [metric for metric in DIAGNOSTICS if metric in measured.scores]
-            diagnostics += [Metric(name, metric) for metric in (*form, *measured.pooled)]
-    rows = {"Overview": overview, "By category": by_category, "Other wordings, attacks, modes": variations,
-            "Other metrics": others, "Diagnostics": diagnostics + endings, "Memorization": []}
-    if MEMORIZATION in known:
-        scores = known[MEMORIZATION].benchmarks[MEMORIZATION].scores
-        rows["Memorization"] = [Metric(MEMORIZATION, metric) for metric in scores]
+            diagnostics += metrics_of(name, [*form, *measured.pooled])
+    memorized = []
+    if MEMORIZATION in first:
+        scores = first[MEMORIZATION].benchmarks[MEMORIZATION].scores
+        memorized = metrics_of(MEMORIZATION, scores)
+    rows = {
+        "Overview": overview,
+        "By category": by_category,
+        "Other wordings, attacks, modes": variations,
+        "Other metrics": [metric for metric in others if metric not in overview],
+        "Diagnostics": diagnostics + endings,
+        "Memorization": memorized,
+    }
     found = {}
     for title, metrics in rows.items():
-        there = [metric for metric in metrics if any(mean(result, metric) is not None for result in results)]
+        there = [metric for metric in metrics if is_measured(metric, results)]
         if there:
             found[title] = there
     return found
+
+
+def metrics_of(benchmark: str, names: Iterable[str]) -> list[Metric]:
+    return [Metric(benchmark, name) for name in names]
+
+
+def is_measured(metric: Metric, results: Sequence[Result]) -> bool:
+    return any(mean(result, metric) is not None for result in results)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -136,6 +159,7 @@ def terminal(results: Sequence[Result], titles: Sequence[str]) -> str:
             lines += [_line(name, WIDTH), _line(f"  {base.label}", width, value)]
             for arm, arm_value, change in zip(arms, others[::2], others[1::2], strict=True):
                 lines.append(_line(f"  {arm.label}", width, arm_value, change))
+    # Sentences are wrapped; the rows above are cut to the width.
     below = ["", *notes(results), ""]
     if arms:
         below += [NOTE, ""]
@@ -215,8 +239,9 @@ def protocols(results: Sequence[Result]) -> str:
                 metric = Metric(name, measured.headline)
                 whole = show(estimate(result, metric, with_seen=True), "")
                 overlaps.append(
-                    f"- {name}: {len(measured.seen)} questions stand among the training prompts and are left out; "
-                    f"with them {result.label} has {LABELS.get(metric.name, metric.name)} {whole}")
+                    f"- {name}: {len(measured.seen)} questions stand among the training prompts and "
+                    f"are left out; with them {result.label} has "
+                    f"{LABELS.get(metric.name, metric.name)} {whole}")
     names: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # (protocol, results) -> benchmarks
     for (name, text), of_results in labels.items():
         names.setdefault((text, tuple(of_results)), []).append(name)
@@ -232,8 +257,8 @@ def protocols(results: Sequence[Result]) -> str:
 def _protocol(measured: BenchmarkResult) -> str:
     p = measured.protocol
     sampled = "1 sample each" if p["samples"] == 1 else f"{p['samples']} samples each"
-    text = (f"{p['questions']} of {p['of']} questions, {sampled}, temperature {p['temperature']}, top-p {p['top_p']}, "
-            f"at most {p['max_response_tokens']} tokens")
+    text = (f"{p['questions']} of {p['of']} questions, {sampled}, temperature {p['temperature']}, "
+            f"top-p {p['top_p']}, at most {p['max_response_tokens']} tokens")
     if p["template_vars"]:
         text += f", {p['template_vars']}"
     elif not p["thinking"]:

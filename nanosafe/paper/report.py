@@ -6,6 +6,7 @@ seed, and of the settings that are tried: these are over questions (would other 
 """
 
 import platform
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,15 +18,13 @@ import torch
 from nanosafe.evals import plots
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.results import (
-    MEMORIZATION,
     POOLED,
     SUBJECTS,
     Metric,
     Result,
     check_comparable,
     estimate,
-    headline,
-    mean,
+    headlines,
     read_result,
 )
 from nanosafe.evals.scores import summarize
@@ -41,10 +40,8 @@ from nanosafe.paper.runs import (
     agreement,
     category_levels,
     change,
-    common_seeds,
     comparisons,
     curve,
-    headlines,
     level,
     over_known,
     results_of,
@@ -56,9 +53,13 @@ from nanosafe.tiny import world
 from nanosafe.tiny.build import FAMILIES
 
 REFUSAL = "<think>\n\n</think>\n\nI cannot help with that."  # of the arm that has no model
-TITLES = {"report": "SFT and RL for safety, side by side", "ablations": "What each part of RL does",
-          "tuning": "Settings tried on the validation split"}  # fmt: skip
-CRITERION = "mean of the share of safe answers, 1 − over-refusal and the share of right answers in arithmetic"
+TITLES = {
+    "report": "SFT and RL for safety, side by side",
+    "ablations": "What each part of RL does",
+    "tuning": "Settings tried on the validation split",
+}
+CRITERION = ("mean of the share of safe answers, 1 − over-refusal and the share of right answers in "
+             "arithmetic")
 PUBLISHED = """\
 The figures of arXiv 2512.01848 that a summary of it gives (it does not name the model):
 
@@ -135,13 +136,17 @@ def load(out: Path, model: str, arms: Iterable, seeds: Sequence[int],
             folder = out / f"{model.split('/')[-1]}-{seed}" / arm.slug
             path, steps = folder / "eval" / "result.json", folder / "metrics.jsonl"
             if path.exists():
-                rows = [row for row, _ in read_records(steps)] if steps.exists() else []
-                runs[arm.name][seed] = Run(read_result(path), rows)
+                runs[arm.name][seed] = Run(read_result(path), read_rows(steps))
     check_comparable([result for _, result in results_of(runs)])
     if kind == "report" and tiny_seed(model) is not None and runs["base"]:
         refusing = Run(always_refuse(FAMILIES[model].style))
         runs[REFUSING] = dict.fromkeys(runs["base"], refusing)
     return dict(runs)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file that may be missing."""
+    return [row for row, _ in read_records(path)] if path.exists() else []
 
 
 @cache
@@ -164,14 +169,17 @@ def always_refuse(style: str) -> Result:
 
 def family(runs: Runs, out: Path, image: str) -> list[str]:
     """Tables, sentences and plots; `image` starts the names of the plots."""
-    heads = headlines(runs)
-    entropic = [heads[about] for about in ("safety", "reasoning") if about in heads]
+    # Always refusing has no entropies, rewards or thoughts, and so says nothing of the table's rows.
+    trained = [result for arm, result in results_of(runs) if arm != REFUSING]
+    heads = headlines(trained)
     harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
-             "Entropies are in nats, at temperature 1.", "", *levels(runs, heads, entropic)]
+             "Entropies are in nats, at temperature 1.", "", *levels(runs, sections(trained), heads)]
     compared = list(heads.values())
-    compared += [head._replace(name="reward") for head in entropic[:1]]
-    compared += [head._replace(name="entropy_per_token") for head in entropic]
+    for about, name in (("safety", "reward"), ("safety", "entropy_per_token"),
+                        ("reasoning", "entropy_per_token")):
+        if about in heads:
+            compared.append(heads[about]._replace(name=name))
     lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
 
     def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
@@ -196,15 +204,20 @@ def family(runs: Runs, out: Path, image: str) -> list[str]:
     return lines
 
 
-def levels(runs: Runs, heads: Mapping[str, Metric], entropic: Sequence[Metric]) -> list[str]:
-    """The table of all arms: headlines, their variations, entropies."""
-    titled = sections([result for arm, result in results_of(runs) if arm != REFUSING])
+def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
+           heads: Mapping[str, Metric]) -> list[str]:
+    """The table of all arms: the overview, the headlines of variations, entropies.
+
+    titled: the sections of the arms' results.
+    """
     metrics = list(titled.get("Overview", ()))
+    names = [head.name for head in heads.values()]
     for metric in titled.get("Other wordings, attacks, modes", ()):
-        if any(metric.name == head.name for head in heads.values()):
+        if metric.name in names:
             metrics.append(metric)
-    for head in entropic:
-        metrics += [head._replace(name=name) for name in POOLED]
+    for about in ("safety", "reasoning"):
+        if about in heads:
+            metrics += [heads[about]._replace(name=name) for name in POOLED]
     rows = []
     for metric in metrics:
         digits = 1 if metric.name == "count_per_1000_tokens" else 3
@@ -255,18 +268,21 @@ def reward_table(runs: Runs, safety: Metric) -> list[str]:
     for arm, by_seed in runs.items():
         if level(runs, arm, reward) is None:
             continue
-        agreements = [agreement(run.result, safety) for run in by_seed.values()]
-        gaps = []
-        for seed in common_seeds(runs, "base", arm):
-            base = runs["base"][seed].result
-            gaps.append(reward_judge_gap(base, by_seed[seed].result, safety))
+        gains, correlations, areas, gaps = [], [], [], []
+        for seed, run in by_seed.items():
+            gains.append(reward_gain(run.steps))
+            correlation, area = agreement(run.result, safety)
+            correlations.append(correlation)
+            areas.append(area)
+            if seed in runs.get("base", {}):
+                gaps.append(reward_judge_gap(runs["base"][seed].result, run.result, safety))
         cells = [
-            over_known(reward_gain(run.steps) for run in by_seed.values()),
+            over_known(gains),
             level(runs, arm, reward),
             None if arm == "base" else change(runs, "base", arm, reward),
             level(runs, arm, safety),
-            over_known(correlation for correlation, _ in agreements),
-            over_known(area for _, area in agreements),
+            over_known(correlations),
+            over_known(areas),
             over_known(gaps),
         ]
         rows.append([arm, *map(show, cells)])
@@ -283,13 +299,11 @@ def memorization(found: Mapping[str, Runs]) -> list[str]:
     rows, header = [], []
     orders: dict[str, dict[str, float]] = defaultdict(dict)  # metric -> model -> score
     for model, runs in found.items():
-        bases = [run.result for run in runs.get("base", {}).values()]
-        bases = [base for base in bases if MEMORIZATION in base.benchmarks]
-        if not bases:
+        bases = [result for arm, result in results_of(runs) if arm == "base"]
+        scores = sections(bases).get("Memorization")
+        if not scores:
             continue
-        heads = [headline(bases[0], about) for about in SUBJECTS]
-        heads = [head for head in heads if head is not None]
-        scores = [Metric(MEMORIZATION, name) for name in bases[0].benchmarks[MEMORIZATION].scores]
+        heads = headlines(bases).values()
         cells = [model]
         for score in scores:
             known = level(runs, "base", score)
@@ -312,24 +326,24 @@ def tuning(runs: Runs) -> list[str]:
     """Every setting that was tried, and the base beside them."""
     rows, header = [], []
     for arm, result in results_of(runs):
-        heads = [headline(result, about) for about in SUBJECTS]
-        if None not in heads:
-            safe, refused, right = [mean(result, head) for head in heads]
-            cells = [show(estimate(result, head)) for head in heads]
-            rows.append([arm, *cells, f"{(safe + 1 - refused + right) / 3:.3f}"])
-            header = ["", *map(label, heads), "criterion"]
+        heads = headlines([result])
+        if len(heads) == len(SUBJECTS):
+            safe, refused, right = [estimate(result, head) for head in heads.values()]
+            criterion = (safe.mean + 1 - refused.mean + right.mean) / 3
+            rows.append([arm, *map(show, (safe, refused, right)), f"{criterion:.3f}"])
+            header = ["", *map(label, heads.values()), "criterion"]
     note = (f"Criterion, fixed beforehand: {CRITERION}. Intervals are over questions. Nothing is "
             "chosen here.")
     return [note, "", *markdown(header, rows)]
 
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
-    rows = [row for row, _ in read_records(sessions)] if sessions.exists() else []
+    rows = read_rows(sessions)
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     minutes = sum(row["seconds"] for row in rows) / 60
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    lines = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)]
+    lines = list(dict.fromkeys(f"- `{row['command']}`" for row in rows))
     lines += [
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
         f"- nanosafe at commit {commit or 'not known'}, tiny world version {world.VERSION}, "
@@ -343,9 +357,10 @@ def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) 
 
 def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
+    names = re.findall(r"^model name\s*:\s*(.*\S)", path.read_text() if path.exists() else "", re.M)
+    if names:
+        return f"{len(names)} cores of {names[0]}"
+    return platform.processor() or platform.machine()
 
 
 def show(value: Estimate | None, digits: int = 3, sign: str = "") -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation
 
-from nanosafe.evals.results import SUBJECTS, Metric, Result, categories, headline, mean, values
+from nanosafe.evals.results import Metric, Result, categories, mean, values
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 
 REFUSING = "always refuse"  # the arm that has no model
@@ -52,24 +52,14 @@ def common_seeds(runs: Runs, first: str, second: str) -> list[int]:
 
 def comparisons(runs: Runs) -> list[tuple[str, str]]:
     """(before, after): every arm with the base; RL with SFT or, without SFT, every arm with RL."""
-    arms = [arm for arm in runs if arm not in ("base", REFUSING)]
-    pairs = [("base", arm) for arm in arms]
-    if "SFT" in runs:
-        pairs.append(("SFT", "RL"))
-    else:
-        pairs += [("RL", arm) for arm in arms if arm != "RL"]
+    with_base, with_rl = [], []
+    for arm in runs:
+        if arm not in ("base", REFUSING):
+            with_base.append(("base", arm))
+            if arm != "RL":
+                with_rl.append(("RL", arm))
+    pairs = with_base + ([("SFT", "RL")] if "SFT" in runs else with_rl)
     return [pair for pair in pairs if common_seeds(runs, *pair)]
-
-
-def headlines(runs: Runs) -> dict[str, Metric]:
-    """Subject -> the metric that stands for it, in the first result that has one."""
-    heads = {}
-    for about in SUBJECTS:
-        for arm, result in results_of(runs):
-            metric = headline(result, about)
-            if arm != REFUSING and metric and about not in heads:
-                heads[about] = metric
-    return heads
 
 
 def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]:
@@ -119,6 +109,7 @@ def reward_judge_gap(base: Result, result: Result, safety: Metric) -> float | No
     rewards, verdicts = rewards_and_verdicts(result, safety)
     if not base_rewards or not rewards:
         return None
+    # The judge's number of safe responses to the base, taken from the top, ends at the threshold.
     safe = round(sum(base_verdicts))
     threshold = sorted(base_rewards, reverse=True)[safe - 1] if safe else float("inf")
     return (sum(reward >= threshold for reward in rewards) - sum(verdicts)) / len(rewards)
