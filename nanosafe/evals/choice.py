@@ -19,10 +19,9 @@ def read_choice(args: Namespace) -> None:
     args.benchmarks = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else []
     tiny = [slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")]
     known = ["tiny", *tiny, *BENCHMARKS]
-    unknown = [name for name in args.benchmarks if name not in known]
-    if unknown:
-        raise ValueError(f"--benchmarks: no benchmark {', '.join(unknown)}; there are "
-                         f"{', '.join(known)}")
+    for name in args.benchmarks:
+        if name not in known:
+            raise ValueError(f"--benchmarks: no benchmark {name}; there are {', '.join(known)}")
     files = {}
     for pair in args.data:
         name, _, file = pair.partition("=")

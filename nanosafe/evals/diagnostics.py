@@ -64,7 +64,10 @@ def reflection_summary(responses: Sequence[Sequence[int]],
         values = torch.as_tensor(given, dtype=torch.float64).tolist()
         if len(tokens) != len(values):
             raise ValueError(f"response {i} has {len(tokens)} tokens but {len(values)} entropies")
-        chosen = [values[t] for t, token in enumerate(tokens) if token in wanted]
+        chosen = []
+        for token, value in zip(tokens, values, strict=True):
+            if token in wanted:
+                chosen.append(value)
         means.append(_mean(chosen))
         all_token_means.append(_mean(values))
         at_reflection += chosen
@@ -170,8 +173,8 @@ def same_order(scores: Mapping[str, Mapping[str, float]]) -> bool:
         # A model's rank is the place of its value among all, ties sharing the first.
         ascending = sorted(values.values())
         ranks.append({model: ascending.index(value) for model, value in values.items()})
-    if any(rank.keys() != ranks[0].keys() for rank in ranks):
-        raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
+        if ranks[-1].keys() != ranks[0].keys():
+            raise ValueError(f"the metrics {', '.join(scores)} are not about the same models")
     return all(rank == ranks[0] for rank in ranks)
 
 

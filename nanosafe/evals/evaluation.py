@@ -14,15 +14,7 @@ from nanosafe.evals.benchmark import Benchmark, adapt
 from nanosafe.evals.choice import choose_benchmarks
 from nanosafe.evals.diagnostics import memorization, reflection_ids
 from nanosafe.evals.records import RecordFile, write_unitxt
-from nanosafe.evals.results import (
-    MEMORIZATION,
-    BenchmarkResult,
-    Metric,
-    Result,
-    estimate,
-    read_result,
-    write_result,
-)
+from nanosafe.evals.results import MEMORIZATION, BenchmarkResult, Metric, Result, estimate, read_result, write_result
 from nanosafe.evals.run import add_rewards, protocol, respond
 from nanosafe.evals.scores import summarize, summarize_memorization
 from nanosafe.evals.tables import write_table

@@ -131,6 +131,10 @@ def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
     costs = [len(request.prompt_ids) + request.params.max_new_tokens for request in requests]
     local = ranks.local_range(costs)
     requests = requests[local.start : local.stop]
+    prompts, params = [], []
+    for request in requests:
+        prompts.append(request.prompt_ids)
+        params.append(request.params)
     records: list[dict | None] = [None] * len(requests)
     start, tokens = time.perf_counter(), 0
 
@@ -145,8 +149,6 @@ def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
 
     name = requests[0].benchmark if requests else ""
     with tqdm(total=len(requests), desc=name, delay=2, leave=False, disable=not ranks.main) as bar:
-        prompts = [request.prompt_ids for request in requests]
-        params = [request.params for request in requests]
         generate(model, prompts, params, finished=finished, **engine_options)
     return ranks.gather(records)
 

@@ -17,16 +17,7 @@ import torch
 
 from nanosafe.evals import plots
 from nanosafe.evals.diagnostics import same_order
-from nanosafe.evals.results import (
-    POOLED,
-    SUBJECTS,
-    Metric,
-    Result,
-    check_comparable,
-    estimate,
-    headlines,
-    read_result,
-)
+from nanosafe.evals.results import POOLED, SUBJECTS, Metric, Result, check_comparable, estimate, headlines, read_result
 from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import label, markdown, sections

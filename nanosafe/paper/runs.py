@@ -63,10 +63,11 @@ def comparisons(runs: Runs) -> list[tuple[str, str]]:
 
 
 def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]:
-    names = set()
+    levels = {}
     for run in runs[arm].values():
-        names.update(categories(run.result, metric))
-    return {name: level(runs, arm, metric._replace(category=name)) for name in sorted(names)}
+        for name in categories(run.result, metric):
+            levels[name] = level(runs, arm, metric._replace(category=name))
+    return dict(sorted(levels.items()))
 
 
 def curve(runs: Runs, arm: str, key: str) -> list[tuple[int, Estimate]]:
