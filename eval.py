@@ -35,7 +35,7 @@ from nanosafe.evals.choice import paper_loader, read_choice
 from nanosafe.evals.evaluation import Shared, evaluate
 from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET
 from nanosafe.evals.plots import plot_comparison
-from nanosafe.evals.results import read_result
+from nanosafe.evals.results import Result, read_result
 from nanosafe.evals.tables import terminal, write_table
 from nanosafe.names import load_reward
 from nanosafe.parallel import Ranks
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and len(names) == 1:
         outs = [folder]
     folder = comparison_folder(names, args.out) if is_comparison else outs[0]
-    args.date = comparison_date(args.date, [*map(Path, measured), *outs], ranks)
+    args.date = comparison_date(args.date, [*measured.values(), *results_in(outs)], ranks)
     reward, results = None, []
     if args.reward_model:
         with ranks.main_first():
@@ -148,13 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     ranks.close()
 
 
-def comparison_date(given: str | None, folders: Sequence[Path], ranks: Ranks) -> str:
+def results_in(folders: Sequence[Path]) -> list[Result]:
+    files = [folder / "result.json" for folder in folders]
+    return [read_result(file) for file in files if file.exists()]
+
+
+def comparison_date(given: str | None, measured: Sequence[Result], ranks: Ranks) -> str:
     """The day that templates of a comparison write: `given`, a measured result's, or today."""
-    days = set()
-    for folder in folders:
-        if (folder / "result.json").exists():
-            days.add(read_result(folder / "result.json").settings.get("date"))
-    days = sorted(days - {None})
+    days = sorted({result.settings.get("date") for result in measured} - {None})
     if len(days) > 1:
         ranks.print(f"warning: asked on different days ({', '.join(days)}), which some chat "
                     "templates write")

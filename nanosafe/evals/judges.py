@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nanosafe.evals import rubrics
 from nanosafe.evals.endpoint import Failure, chat_completion
 from nanosafe.io.machine import MAIN_RANK
+from nanosafe.io.progress import progress
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
@@ -147,11 +148,9 @@ class Guard(LocalJudge):
         limit = self.model.config.max_position_embeddings
         order = [i for i, ids in enumerate(documents) if len(ids) <= limit]
         order.sort(key=lambda i: len(documents[i]))  # equal lengths attend as one batch
-        batches = microbatches([documents[i] for i in order], tokens_per_microbatch)
         verdicts = [None] * len(documents)
         with on_device(self.model, self.device):
-            for batch in tqdm(batches, "guard", delay=2, leave=False, disable=not MAIN_RANK):
-                rows = [order[i] for i in batch]
+            for rows in progress(microbatches(documents, tokens_per_microbatch, order), "guard"):
                 pairs = self.forward([documents[row] for row in rows]).tolist()
                 for row, (harm, mass) in zip(rows, pairs, strict=True):
                     verdicts[row] = harm, mass

@@ -123,14 +123,14 @@ def estimate(result: Result, metric: Metric, *, with_seen: bool = False) -> Esti
     measured = result.benchmarks.get(metric.benchmark)
     if measured is not None and metric.name in POOLED:
         return measured.pooled.get(metric.name)
-    scores = values(result, metric, with_seen=with_seen)
-    if not scores:
-        return None
-    if metric.name in measured.differences:
+    if measured is not None and metric.name in measured.differences:
         first, second = measured.differences[metric.name]
         a = values(result, metric._replace(name=first), with_seen=with_seen)
         b = values(result, metric._replace(name=second), with_seen=with_seen)
-        return paired_difference(b, a)
+        return paired_difference(b, a) if a.keys() & b.keys() else None
+    scores = values(result, metric, with_seen=with_seen)
+    if not scores:
+        return None
     is_share = metric.name not in DIAGNOSTICS and metric.benchmark != MEMORIZATION
     return _over_questions(tuple(scores.values()), SHARES if is_share else None)
 

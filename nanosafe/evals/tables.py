@@ -213,7 +213,7 @@ def _cells(results: Sequence[Result], metric: Metric) -> list[str]:
     return [*cells, "/".join(counts)]
 
 
-def show(value: Estimate | float | None, spec: str) -> str:
+def show(value: Estimate | float | None, spec: str = "z.3f") -> str:
     return "–" if value is None else format(value, spec)
 
 

@@ -20,7 +20,7 @@ from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.results import POOLED, SUBJECTS, Metric, Result, check_comparable, estimate, headlines, read_result
 from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate
-from nanosafe.evals.tables import label, markdown, sections
+from nanosafe.evals.tables import label, markdown, sections, show
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
@@ -211,8 +211,8 @@ def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
             metrics += [heads[about]._replace(name=name) for name in POOLED]
     rows = []
     for metric in metrics:
-        digits = 1 if metric.name == "count_per_1000_tokens" else 3
-        rows.append([label(metric), *(show(level(runs, arm, metric), digits) for arm in runs)])
+        spec = "z.1f" if metric.name == "count_per_1000_tokens" else "z.3f"
+        rows.append([label(metric), *(show(level(runs, arm, metric), spec) for arm in runs)])
     header = ["", *(f"{arm} ({len(by_seed)})" for arm, by_seed in runs.items())]
     return markdown(header, rows)
 
@@ -301,7 +301,7 @@ def memorization(found: Mapping[str, Runs]) -> list[str]:
             orders[score.name][model] = known.mean
             cells.append(show(known))
         for head in heads:
-            cells.append(show(change(runs, "base", "SFT", head), sign="+"))
+            cells.append(show(change(runs, "base", "SFT", head), "+z.3f"))
         rows.append(cells)
         header = ["", *map(label, scores), *(f"SFT − base, {label(head)}" for head in heads)]
     if not rows:
@@ -352,7 +352,3 @@ def cpu_name() -> str:
     if names:
         return f"{len(names)} cores of {names[0]}"
     return platform.processor() or platform.machine()
-
-
-def show(value: Estimate | None, digits: int = 3, sign: str = "") -> str:
-    return "–" if value is None else format(value, f"{sign}z.{digits}f")
