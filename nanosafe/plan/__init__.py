@@ -95,7 +95,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
                     refused=None)
 
     rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
-    rows_at_once = min(rows, memory.ROWS[machine.kind])
+    rows_at_once = min(rows, memory.runner_of(machine.kind).max_batch)
     prefill = default_prefill_tokens(config, machine.kind) * memory.forward_bytes(config, s)
     # Logits of all rows: in --dtype (on a CPU), in float32, and a copy that drawing makes.
     drawing = rows_at_once * config.vocab_size * (s + 8)
@@ -118,10 +118,11 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         phases["reward"]["activations"] = max(SCORED_TOKENS, longest) * memory.forward_bytes(judge, s)
 
     free = machine.usable - sum(phases["rollout"].values())
-    blocks, width, block = memory.kv_pool(config, s, free, rows, longest, machine.kind)
+    cache = memory.engine_cache(config, s, free, rows, longest, machine.kind)
+    blocks, width, block = max(0, cache.blocks), cache.table_width, memory.block_bytes(config, s, cache)
     # The least that it needs; one more is scratch
     phases["rollout"]["KV pool"] = (max(blocks, width) + 1) * block
-    phases["rollout"]["states"] = memory.state_slots(config, s, free, rows, machine.kind)[1]
+    phases["rollout"]["states"] = memory.state_bytes(config, s, cache.max_batch)
     refused = None
     # A rollout has all weights on each GPU, however many there are.
     least = s * size.total + prefill + drawing + (width + 1) * block
@@ -200,9 +201,10 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     # Lengths are taken as uniform in (0, max]: rows that all fit together decode as long as the longest does, max
     # steps; others enter as rows leave, rows * mean / batch steps and a tail of mean.
     rows = math.ceil(rows / machine.count)
+    runner = memory.runner_of("cuda")
     # Sequences of mean length in the pool
-    capacity = max(1, plan.blocks * memory.BLOCK // math.ceil(prompt + mean))
-    steps = mean * (1 + max(1, rows / min(rows, memory.ROWS["cuda"], capacity)))
+    capacity = max(1, plan.blocks * runner.block_size // math.ceil(prompt + mean))
+    steps = mean * (1 + max(1, rows / min(rows, runner.max_batch, capacity)))
     position = KVCache.bytes_per_position(config, memory.compute_type(s))
     slot = KVCache.bytes_per_slot(config, memory.compute_type(s))
     # A sequence of length n reads n * prompt + n^2 / 2 positions; the mean of n^2 is max^2 / 3.
@@ -298,7 +300,7 @@ def cache_lines(args: Namespace, plan: Plan) -> list[str]:
     """How much the engine's cache holds."""
     config, dtype = find_config(args.model)[0], getattr(torch, args.dtype)
     longest = args.max_prompt_tokens + args.max_response_tokens
-    positions = plan.blocks * (memory.BLOCK if plan.machine.kind == "cuda" else longest)
+    positions = plan.blocks * (memory.runner_of(plan.machine.kind).block_size or longest)
     each = KVCache.bytes_per_position(config, dtype)
     lines = [f"  KV pool: {positions:,} tokens, {plan.blocks // plan.table_width} sequences of the "
              f"full {longest} at once ({each:,} bytes a token)"]

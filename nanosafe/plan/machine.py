@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,11 +78,16 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         find_checkpoint(name, weights=False)  # raises, and says which names are near
+    return _hub_config(repo, revision), f"config.json of {name}, the only file downloaded"
+
+
+@cache  # a plan asks many times, and each download asks the hub
+def _hub_config(repo: str, revision: str) -> ModelConfig:
     from huggingface_hub import hf_hub_download  # half a second that the other names do not need
 
     with hub_errors_explained(repo, revision, "config.json"):
         folder = Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
-    return ModelConfig.from_folder(folder), f"config.json of {name}, the only file downloaded"
+    return ModelConfig.from_folder(folder)
 
 
 def known_config(name: str) -> tuple[ModelConfig, str] | None:

@@ -4,7 +4,6 @@ Nothing is measured here; tests compare the formulas with bytes counted on small
 number of the compute type (--dtype): 2 or 4. What is "per token" is per token of a micro-batch.
 """
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,12 +15,9 @@ from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Experts
-
-# The sampling engine's own settings: its share of free memory for the cache, its rows, and the
-# positions of a block on CUDA. On a CPU a block is as long as the longest sequence.
-POOL_SHARE = {"cuda": 0.8, "cpu": 0.5}
-ROWS = {"cuda": 256, "cpu": 64}
-BLOCK = 64
+from nanosafe.sampler.engine import CacheSize, EngineOptions, cache_size
+from nanosafe.sampler.graphs import GraphRunner
+from nanosafe.sampler.runner import PagedRunner, SlotRunner
 
 
 class Sizes(NamedTuple):
@@ -169,25 +165,25 @@ def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, 
 # The sampling engine's cache.
 
 
-def kv_pool(config: ModelConfig, s: int, free: float, rows: int, longest: int,
-            kind: str) -> tuple[int, int, int]:
-    """Blocks of the engine's cache when `free` bytes are, blocks of its longest sequence, bytes of a block."""
-    positions = BLOCK if kind == "cuda" else longest
-    block = KVCache.bytes_per_position(config, compute_type(s)) * positions
-    width = math.ceil(longest / positions)
-    rows, states = state_slots(config, s, free, rows, kind)
-    room = max(0, int(free * POOL_SHARE[kind]) - states)
-    return min(room // max(1, block), rows * width), width, block
+def runner_of(kind: str) -> type[PagedRunner]:
+    """What runs a model in the sampling engine."""
+    return GraphRunner if kind == "cuda" else SlotRunner
 
 
-def state_slots(config: ModelConfig, s: int, free: float, rows: int, kind: str) -> tuple[int, int]:
-    """Rows of the engine that decode together when `free` bytes are, and the bytes of their Mamba layers' states."""
-    rows = min(rows, ROWS[kind])
-    slot = KVCache.bytes_per_slot(config, compute_type(s))
-    if slot:
-        fitting = int(free * POOL_SHARE[kind]) // 2 // slot - 1
-        rows = max(1, min(rows, fitting))
-    return rows, (rows + 1) * slot
+def engine_cache(config: ModelConfig, s: int, free: float, rows: int, longest: int, kind: str) -> CacheSize:
+    """The engine's cache for `rows` requests when `free` bytes are."""
+    runner = runner_of(kind)
+    options = EngineOptions(longest, requests=rows, cache_bytes=int(free * runner.memory_share))
+    return cache_size(config, compute_type(s), options, runner)
+
+
+def block_bytes(config: ModelConfig, s: int, size: CacheSize) -> int:
+    return KVCache.bytes_per_position(config, compute_type(s)) * size.block_size
+
+
+def state_bytes(config: ModelConfig, s: int, rows: int) -> int:
+    """Of the Mamba layers' states of `rows` sequences that decode together, and a scratch one."""
+    return (rows + 1) * KVCache.bytes_per_slot(config, compute_type(s))
 
 
 def compute_type(s: int) -> torch.dtype:

@@ -8,7 +8,8 @@ more than one token that is not in the cache; else every running sequence decode
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,30 +56,43 @@ def choose_runner(model: Decoder, options: EngineOptions) -> type[PagedRunner]:
     return PagedRunner
 
 
-def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]) -> tuple[KVCache, int]:
-    """The cache, and how many sequences decode together; raises ValueError where the longest alone does not fit."""
-    config, device, dtype = model.config, model.head_weight.device, model.head_weight.dtype
-    cache_bytes = options.cache_bytes
-    if cache_bytes is None:
-        cache_bytes = int(free_memory(device) * runner.memory_share)
+class CacheSize(NamedTuple):
+    max_batch: int  # sequences that decode together
+    blocks: int
+    block_size: int
+    table_width: int  # blocks of the longest sequence
+
+
+def cache_size(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, runner: type[PagedRunner]) -> CacheSize:
+    """How options.cache_bytes are divided; there may be fewer blocks than the longest sequence needs."""
     max_batch = min(options.max_batch or runner.max_batch, options.requests or sys.maxsize)
     slot_bytes = KVCache.bytes_per_slot(config, dtype)
     if slot_bytes:
         # One more slot is scratch.
-        max_batch = max(1, min(max_batch, cache_bytes // 2 // slot_bytes - 1))
+        max_batch = max(1, min(max_batch, options.cache_bytes // 2 // slot_bytes - 1))
     block_size = options.block_size or runner.block_size or options.max_tokens
     block_bytes = KVCache.bytes_per_position(config, dtype) * block_size
     table_width = -(-options.max_tokens // block_size)
-    left = cache_bytes - (max_batch + 1) * slot_bytes
+    left = options.cache_bytes - (max_batch + 1) * slot_bytes
     blocks = min(left // max(1, block_bytes), max_batch * table_width)
-    if blocks < table_width:
-        needed = table_width * block_bytes + 2 * slot_bytes
+    return CacheSize(max_batch, blocks, block_size, table_width)
+
+
+def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]) -> tuple[KVCache, int]:
+    """The cache, and how many sequences decode together; raises ValueError where the longest alone does not fit."""
+    config, device, dtype = model.config, model.head_weight.device, model.head_weight.dtype
+    if options.cache_bytes is None:
+        options = replace(options, cache_bytes=int(free_memory(device) * runner.memory_share))
+    size = cache_size(config, dtype, options, runner)
+    slot_bytes = KVCache.bytes_per_slot(config, dtype)
+    if size.blocks < size.table_width:
+        needed = size.table_width * size.block_size * KVCache.bytes_per_position(config, dtype) + 2 * slot_bytes
         raise ValueError(
             f"a sequence of {options.max_tokens} tokens needs {needed / 2**20:,.1f} MiB of cache, but only "
-            f"{cache_bytes / 2**20:,.1f} may be used: ask for fewer new tokens, or raise cache_bytes"
+            f"{options.cache_bytes / 2**20:,.1f} may be used: ask for fewer new tokens, or raise cache_bytes"
         )
-    slots = max_batch if slot_bytes else 0
-    return KVCache(config, blocks, block_size, device, dtype, slots), max_batch
+    slots = size.max_batch if slot_bytes else 0
+    return KVCache(config, size.blocks, size.block_size, device, dtype, slots), size.max_batch
 
 
 class Engine:

@@ -653,9 +653,11 @@ def test_the_pool_and_the_slots_of_a_plan_are_the_engines():
     config, longest = tiny_config("granite4"), 150
     for free in (200_000, 300_000, 2_000_000):
         made = Engine(Decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=int(0.8 * free))
-        blocks, width, block = plan_memory.kv_pool(config, 4, free, 5, longest, "cuda")
-        rows, states = plan_memory.state_slots(config, 4, free, 5, "cuda")
-        assert (blocks, width) == (made.scheduler.pool.total, made.table_width) and rows == made.scheduler.max_batch
+        size = plan_memory.engine_cache(config, 4, free, 5, longest, "cuda")
+        blocks, block = size.blocks, plan_memory.block_bytes(config, 4, size)
+        states = plan_memory.state_bytes(config, 4, size.max_batch)
+        assert (blocks, size.table_width) == (made.scheduler.pool.total, made.table_width)
+        assert size.max_batch == made.scheduler.max_batch
         assert (blocks + 1) * block == made.cache.keys.nbytes + made.cache.values.nbytes
         assert states == made.cache.recurrent.past.nbytes + made.cache.recurrent.states.nbytes
     with pytest.raises(ValueError, match="needs 0.1 MiB of cache, but only 0.0 may be used"):  # block and state, twice

@@ -201,8 +201,9 @@ def test_offloaded_models_are_there_in_their_turn_only():
 def test_the_pool_is_the_engines(rows):
     config, longest, free = tiny_config("qwen3"), 150, 3 << 20
     engine = Engine(Decoder(config), max_tokens=longest, requests=rows, block_size=64, cache_bytes=int(0.8 * free))
-    blocks, width, block = memory.kv_pool(config, 4, free, rows, longest, "cuda")
-    assert (blocks, width) == (engine.scheduler.pool.total, engine.table_width)
+    size = memory.engine_cache(config, 4, free, rows, longest, "cuda")
+    blocks, block = size.blocks, memory.block_bytes(config, 4, size)
+    assert (blocks, size.table_width) == (engine.scheduler.pool.total, engine.table_width)
     assert (blocks + 1) * block == engine.cache.keys.nbytes + engine.cache.values.nbytes
 
 
