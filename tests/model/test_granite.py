@@ -15,7 +15,7 @@ from parallel_cases import run_named
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_decoder import random_documents, relative_difference
-from test_engine import EVENTS, count_divergences, solved
+from test_engine import EVENTS, count_divergences, run_at_random, solved
 from test_plan import FusedNorm, LiveBytes
 from test_sampler import PROMPTS, Spy, free_runs, models
 from tiny_models import decoder_like, random_reference, tiny_config, tiny_raw
@@ -33,9 +33,8 @@ from nanosafe.parallel import Ranks
 from nanosafe.plan import memory as plan_memory
 from nanosafe.plan.random_weights import random_checkpoint
 from nanosafe.plan.shapes import SHAPES
-from nanosafe.sampler import SamplingParams, generate, sequence
+from nanosafe.sampler import SamplingParams, generate
 from nanosafe.sampler.engine import Engine
-from nanosafe.sampler.runner import SlotRunner
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
 
 events, decode_by_graphs = test_engine.events, test_engine.decode_by_graphs  # the fixtures
@@ -382,14 +381,7 @@ def test_random_schedules_yield_what_a_slow_sampler_does(events, decode_by_graph
         rate = rng.choice([0.4, 1.0])
         if rate < 1:
             rng.shuffle(chosen)
-        sequences = [sequence(model, prompt, params, 0, sample) for (prompt, params, sample), _ in chosen]
-        coming, running = list(sequences), random_engine(rng, model, max(s.longest for s in sequences))
-        if not isinstance(running.runner, SlotRunner) and rng.random() < 0.4:
-            decode_by_graphs(running)
-        while coming or running.busy:
-            while coming and (not running.busy or rng.random() < rate):
-                running.add(coming.pop(0))
-            running.step()
+        running, sequences = run_at_random(rng, model, chosen, rate, decode_by_graphs, random_engine)
         divergences, tokens = count_divergences(reference, *zip(*chosen, strict=True), sequences)
         totals.update(divergences=divergences, tokens=tokens)
         pool, slots = running.scheduler.pool, running.scheduler.slots

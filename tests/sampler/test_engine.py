@@ -96,6 +96,22 @@ def random_engine(rng: random.Random, model, longest: int) -> Engine:
     return made
 
 
+def run_at_random(rng, model, chosen, rate, decode_by_graphs, make_engine):
+    """Run the chosen requests in an engine of `make_engine`; before each step the next one comes with probability `rate`.
+
+    Returns the engine and the sequences, all finished. Two engines in five that have pages decode as on CUDA.
+    """
+    sequences = [sequence(model, prompt, params, 0, sample) for (prompt, params, sample), _ in chosen]
+    coming, running = list(sequences), make_engine(rng, model, max(s.longest for s in sequences))
+    if not isinstance(running.runner, SlotRunner) and rng.random() < 0.4:
+        decode_by_graphs(running)
+    while coming or running.busy:
+        while coming and (not running.busy or rng.random() < rate):
+            running.add(coming.pop(0))
+        running.step()
+    return running, sequences
+
+
 def test_random_schedules_yield_what_a_slow_sampler_does(events, decode_by_graphs):
     """A third of the engines with pages decode as on CUDA."""
     totals = Counter()
@@ -105,14 +121,7 @@ def test_random_schedules_yield_what_a_slow_sampler_does(events, decode_by_graph
         start = rng.randrange(len(solved(family)))
         chosen = (solved(family) * 2)[start : start + rng.randint(2, 20)]  # neighbours, whose prompts begin alike
         rng.shuffle(chosen)
-        sequences = [sequence(model, prompt, params, 0, sample) for (prompt, params, sample), _ in chosen]
-        coming, running = list(sequences), random_engine(rng, model, max(s.longest for s in sequences))
-        if not isinstance(running.runner, SlotRunner) and rng.random() < 0.4:
-            decode_by_graphs(running)
-        while coming or running.busy:
-            while coming and (not running.busy or rng.random() < 0.4):
-                running.add(coming.pop(0))
-            running.step()
+        running, sequences = run_at_random(rng, model, chosen, 0.4, decode_by_graphs, random_engine)
         captured = getattr(running.runner, "graphs", {})
         events["graphs"] += len(captured)
         assert set(captured) <= {1, 2, 4, 8, 16}
