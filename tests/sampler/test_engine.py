@@ -97,7 +97,7 @@ def random_engine(rng: random.Random, model, longest: int) -> Engine:
 
 
 def run_at_random(rng, model, chosen, rate, decode_by_graphs, make_engine):
-    """Run the chosen requests in an engine of `make_engine`; before each step the next one comes with probability `rate`.
+    """Run the chosen requests in an engine of `make_engine`; before each step the next comes with probability `rate`.
 
     Returns the engine and the sequences, all finished. Two engines in five that have pages decode as on CUDA.
     """
