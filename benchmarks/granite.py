@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanosafe.model.attention import KVCache, PagedDecode, SlotDecode  # noqa: E402
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder  # noqa: E402
+from nanosafe.model.granite import make_decoder  # noqa: E402
 from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler.graphs import DecodeGraph  # noqa: E402
 
@@ -53,14 +53,14 @@ def configs(width: int, layers: int) -> dict[str, ModelConfig]:
 
 def parameters(config: ModelConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in Decoder(config).parameters())
+        return sum(p.numel() for p in make_decoder(config).parameters())
 
 
 class Decoding:
     """A model with the caches of `batch` sequences, ready to decode one token of each at any context."""
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        self.model, longest = Decoder(config).to(device, dtype).eval(), max(CONTEXTS) + 1
+        self.model, longest = make_decoder(config).to(device, dtype).eval(), max(CONTEXTS) + 1
         self.pages = -(-longest // BLOCK)
         blocks, size = (batch * self.pages, BLOCK) if device.type == "cuda" else (batch, longest)
         self.cache = KVCache(config, blocks, size, device, dtype, slots=batch)

@@ -101,13 +101,7 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """A language model (`lm_head`, or the embedding where tied) or a reward model (`score`)."""
 
-    layer_class = Layer
-    hybrid_class: type["Decoder"]  # HybridDecoder: granite.py sets it, which imports this file
-
-    def __new__(cls, config: ModelConfig | None = None):  # copy.deepcopy gives no config
-        if cls is Decoder and config is not None and config.hybrid:
-            cls = Decoder.hybrid_class
-        return super().__new__(cls)
+    layer_class = Layer  # granite.py has another, and `make_decoder`, which chooses
 
     def __init__(self, config: ModelConfig):
         super().__init__()

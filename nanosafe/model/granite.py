@@ -203,7 +203,9 @@ class HybridDecoder(Decoder):
     layer_class = HybridLayer
 
 
-Decoder.hybrid_class = HybridDecoder
+def make_decoder(config: ModelConfig) -> Decoder:
+    """The decoder that a config describes, with weights as its modules draw them."""
+    return HybridDecoder(config) if config.hybrid else Decoder(config)
 
 
 def official(name: str) -> str:

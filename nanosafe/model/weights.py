@@ -26,7 +26,7 @@ from nanosafe.io.hub import INDEX, SINGLE, read_index
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.granite import official
+from nanosafe.model.granite import make_decoder, official
 from nanosafe.parallel import Ranks, full_tensor, local_shard, shard
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -50,7 +50,7 @@ def load_checkpoint(
         _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
                   "code and vLLM; transformers leaves it out, so its logits differ")  # fmt: skip
     with torch.device("meta"):
-        model = Decoder(config)
+        model = make_decoder(config)
     stored = StoredTensors(folder, "model")
     names = _check_tensors(model, stored, folder)
     progress = tqdm(names, f"loading {folder.name}", unit="tensor", delay=2, disable=not MAIN_RANK)

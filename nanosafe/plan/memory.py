@@ -13,8 +13,7 @@ from nanosafe.kernels.logprob import CHUNK_BYTES
 from nanosafe.kernels.split_adam import CHUNK
 from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder
-from nanosafe.model.granite import Experts
+from nanosafe.model.granite import Experts, make_decoder
 from nanosafe.sampler.engine import CacheSize, EngineOptions, cache_size
 from nanosafe.sampler.graphs import GraphRunner
 from nanosafe.sampler.runner import PagedRunner, SlotRunner
@@ -34,7 +33,7 @@ class Sizes(NamedTuple):
 def sizes(config: ModelConfig) -> Sizes:
     """Counted on the decoder itself, built on the meta device, which holds no data."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = make_decoder(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = []
     for layer in model.model.layers:

@@ -22,7 +22,7 @@ from nanosafe.io.files import sync
 from nanosafe.io.hub import MODEL_INDEX
 from nanosafe.io.locks import locked
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import make_decoder
 from nanosafe.model.weights import cut_into_files, write_safetensors
 from nanosafe.parallel import Ranks
 from nanosafe.plan.machine import find_config
@@ -84,7 +84,7 @@ def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:
 
 def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in make_decoder(config).named_parameters()}
     nbytes = {name: 2 * shape.numel() for name, shape in shapes.items()}  # bfloat16
     total = sum(nbytes.values())
     if (free := shutil.disk_usage(folder.parent).free) < total:

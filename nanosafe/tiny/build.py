@@ -32,7 +32,7 @@ from nanosafe.io.locks import locked
 from nanosafe.io.machine import available_cores
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.granite import initial_recurrence
+from nanosafe.model.granite import initial_recurrence, make_decoder
 from nanosafe.model.weights import save_model
 from nanosafe.randomness import shuffled_passes
 from nanosafe.text.tokenizer import Tokenizer
@@ -232,7 +232,7 @@ def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[in
 
 def random_decoder(raw: dict, seed: int) -> Decoder:
     """A decoder of config.json `raw` with fresh weights."""
-    model, generator = Decoder(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
+    model, generator = make_decoder(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         fill_random(name, parameter, model.config.num_hidden_layers, generator)
     return model

@@ -10,7 +10,7 @@ import torch
 
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.granite import official
+from nanosafe.model.granite import make_decoder, official
 
 LLAMA3_ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -87,7 +87,7 @@ def random_checkpoint(folder: str | Path, family: str, seed: int = 0, dtype: tor
 
 def decoder_like(reference, raw: dict) -> Decoder:
     """Our decoder with a copy of the reference's tensors, independent of the code that reads files."""
-    model = Decoder(ModelConfig.from_dict(raw)).to(reference.dtype).eval()
+    model = make_decoder(ModelConfig.from_dict(raw)).to(reference.dtype).eval()
     tensors = {official(name): tensor for name, tensor in reference.state_dict().items()}
     if not hasattr(model, "lm_head"):
         tensors.pop("lm_head.weight", None)  # transformers lists a tied head under both names

@@ -14,7 +14,8 @@ from torch import nn
 from nanosafe.model import attention as memory
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder, rope_frequencies, rope_tables
+from nanosafe.model.decoder import rope_frequencies, rope_tables
+from nanosafe.model.granite import make_decoder
 
 TOLERANCE = 1e-4  # of the largest |logit|
 LENGTHS = [5, 80, 1, 33, 33, 12]  # equal neighbours go as one batch; 80 is past the original length of the scaled ropes
@@ -123,7 +124,7 @@ def test_every_field_moves_the_logits_far_beyond_the_tolerance(case, change, pai
     config = model.config
     in_rope = {key: value for key, value in change.items() if hasattr(config.rope, key)}
     changed = replace(config, rope=replace(config.rope, **in_rope)) if in_rope else replace(config, **change)
-    mutant = Decoder(changed)
+    mutant = make_decoder(changed)
     mutant.load_state_dict(model.state_dict(), strict=False)
     tokens = torch.stack(random_documents([80]))
     assert relative_difference(mutant(tokens), model(tokens)) > 100 * TOLERANCE
@@ -317,7 +318,7 @@ def test_gradients_equal_those_of_transformers(case, pair):
 def test_no_documents_still_give_every_weight_a_zero_gradient(case):
     """Under sharding a rank without documents joins the collectives of the others only for weights with a gradient."""
     family, changes = CASES[case]
-    model = Decoder(tiny_config(family, **changes))
+    model = make_decoder(tiny_config(family, **changes))
     empty = PackedDocuments([])
     hidden = model.hidden(torch.zeros(0, dtype=torch.long), empty.positions, empty)
     assert hidden.shape == (0, 32)
@@ -388,6 +389,6 @@ def test_the_model_holds_the_tensors_of_the_checkpoint_and_nothing_else(family, 
     random_checkpoint(tmp_path, family, **changes)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    model = Decoder(tiny_config(family, **changes))
+    model = make_decoder(tiny_config(family, **changes))
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == stored
     assert not list(model.buffers())

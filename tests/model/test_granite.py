@@ -26,7 +26,7 @@ from nanosafe.model import granite
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.granite import Balance, HybridDecoder, HybridLayer, official
+from nanosafe.model.granite import Balance, HybridDecoder, HybridLayer, make_decoder, official
 from nanosafe.model.hybrid import StateCache
 from nanosafe.model.weights import StoredTensors, load_checkpoint, save_model
 from nanosafe.parallel import Ranks
@@ -109,7 +109,7 @@ def test_gradients_equal_those_of_transformers(case, recompute, pair):
 @pytest.mark.parametrize("case", ["granite4", "without experts", "other biases"])
 def test_no_documents_still_give_every_weight_a_zero_gradient(case):
     """Under sharding a rank without documents joins the collectives of the others only for weights with a gradient."""
-    model = Decoder(tiny_config("granite4", **CASES[case]))
+    model = make_decoder(tiny_config("granite4", **CASES[case]))
     empty = PackedDocuments([])
     model.hidden(torch.zeros(0, dtype=torch.long), empty.positions, empty).sum().backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in model.model.parameters())
@@ -311,7 +311,7 @@ def test_the_official_files_without_experts_give_transformers_parameters(name, a
 
     raw = json.loads((assets / "configs" / name / "config.json").read_text())
     with torch.device("meta"):
-        ours = Decoder(ModelConfig.from_dict(copy.deepcopy(raw)))
+        ours = make_decoder(ModelConfig.from_dict(copy.deepcopy(raw)))
         config = transformers.GraniteMoeHybridConfig.from_dict(raw)
         theirs = transformers.GraniteMoeHybridForCausalLM._from_config(config)
     assert {key: p.shape for key, p in ours.named_parameters()} == {
@@ -410,7 +410,7 @@ def test_every_tensor_and_multiplier_matters(pair):
     truth = model(tokens)
     for change in (dict(residual_multiplier=1.0), dict(embedding_multiplier=1.0), dict(attention_multiplier=0.35),
                    dict(logits_scaling=1.0)):
-        mutant = Decoder(replace(model.config, **change))
+        mutant = make_decoder(replace(model.config, **change))
         mutant.load_state_dict(model.state_dict())
         assert relative_difference(mutant(tokens), truth) > 100 * TOLERANCE, change
     mutant = copy.deepcopy(model)
@@ -476,7 +476,7 @@ def test_files_of_transformers_load_under_old_and_new_names_and_ours_load_there(
 
 
 def test_the_config_decides_the_class():
-    hybrid, plain = Decoder(tiny_config("granite4")), Decoder(tiny_config("granite"))
+    hybrid, plain = make_decoder(tiny_config("granite4")), make_decoder(tiny_config("granite"))
     assert type(hybrid) is type(copy.deepcopy(hybrid)) is HybridDecoder and type(plain) is Decoder
 
 
@@ -495,7 +495,7 @@ def test_the_official_config_gives_the_official_tensors(assets):
     reference = json.loads((folder.parent / "shapes.json").read_text())[f"{folder.name}.RECONSTRUCTED"]
     config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
-        found = {name: list(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
+        found = {name: list(parameter.shape) for name, parameter in make_decoder(config).named_parameters()}
     expected = {name: shape for name, shape in reference["shapes"].items() if ".layers." not in name}
     for i, kind in enumerate(config.hybrid.layer_types):  # layers 0 and 5 stand for all of their kind
         like = f".layers.{0 if kind == 'mamba' else 5}."
@@ -644,7 +644,7 @@ def test_activations_of_a_layer_are_nearly_the_bytes_that_live(layer, heads, mon
 def test_the_pool_and_the_slots_of_a_plan_are_the_engines():
     config, longest = tiny_config("granite4"), 150
     for free in (200_000, 300_000, 2_000_000):
-        made = Engine(Decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=int(0.8 * free))
+        made = Engine(make_decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=int(0.8 * free))
         size = plan_memory.engine_cache(config, 4, free, 5, longest, "cuda")
         blocks, block = size.blocks, plan_memory.block_bytes(config, 4, size)
         states = plan_memory.state_bytes(config, 4, size.max_batch)
@@ -653,7 +653,7 @@ def test_the_pool_and_the_slots_of_a_plan_are_the_engines():
         assert (blocks + 1) * block == made.cache.keys.nbytes + made.cache.values.nbytes
         assert states == made.cache.recurrent.past.nbytes + made.cache.recurrent.states.nbytes
     with pytest.raises(ValueError, match="needs 0.1 MiB of cache, but only 0.0 may be used"):  # block and state, twice
-        Engine(Decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=50_000)
+        Engine(make_decoder(config), max_tokens=longest, requests=5, block_size=64, cache_bytes=50_000)
 
 
 def test_parameters_of_the_true_shape_in_all_and_active():

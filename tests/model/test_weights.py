@@ -18,7 +18,7 @@ from nanosafe.io.files import write_atomic
 from nanosafe.io.hub import find_checkpoint
 from nanosafe.model import weights
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import make_decoder
 from nanosafe.model.weights import load_checkpoint, save_model
 from nanosafe.names import load_model, load_tokenizer
 from nanosafe.recipes import ALIASES
@@ -187,7 +187,7 @@ def test_dtype_is_converted(source, target, tmp_path):
 def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     raw = {**LLAMA, "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12}
     with torch.device("meta"):
-        model = Decoder(ModelConfig.from_dict({**raw, "tie_word_embeddings": True}))
+        model = make_decoder(ModelConfig.from_dict({**raw, "tie_word_embeddings": True}))
     save_model(model.bfloat16().to_empty(device="cpu"), tmp_path)
     script = f"""if True:
         import torch
@@ -477,7 +477,7 @@ def test_revisions_are_told_apart(tmp_path, monkeypatch):
     folders = {}
     for seed, revision in enumerate(["main", "step-100"]):
         torch.manual_seed(seed)
-        save_model(Decoder(ModelConfig.from_dict({**LLAMA, "vocab_size": 50 + seed})), tmp_path / revision)
+        save_model(make_decoder(ModelConfig.from_dict({**LLAMA, "vocab_size": 50 + seed})), tmp_path / revision)
         folders[revision] = tmp_path / revision
     with hub.StandInHub({"owner/name": folders}) as server:
         server.patch(monkeypatch, tmp_path)
@@ -626,7 +626,7 @@ def test_names_that_cannot_be_found(tmp_path, monkeypatch):
 
 def parameters_on_meta(config: ModelConfig) -> dict[str, list[int]]:
     with torch.device("meta"):
-        return {name: list(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
+        return {name: list(parameter.shape) for name, parameter in make_decoder(config).named_parameters()}
 
 
 @pytest.mark.parametrize(

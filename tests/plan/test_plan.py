@@ -17,7 +17,8 @@ from nanosafe import plan
 from nanosafe.model import decoder as model_file
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Decoder, Layer, rope_tables
+from nanosafe.model.decoder import Layer, rope_tables
+from nanosafe.model.granite import make_decoder
 from nanosafe.plan import memory
 from nanosafe.plan.machine import known_config
 from nanosafe.plan.shapes import SHAPES
@@ -54,7 +55,7 @@ def test_every_field_of_a_shape_is_the_official_files(alias, assets):
 @pytest.mark.parametrize("alias", SHAPES)
 def test_a_shape_has_the_published_number_of_parameters(alias):
     with torch.device("meta"):
-        count = sum(p.numel() for p in Decoder(ModelConfig.from_dict(SHAPES[alias])).parameters())
+        count = sum(p.numel() for p in make_decoder(ModelConfig.from_dict(SHAPES[alias])).parameters())
     if alias.startswith("skywork"):  # the language model it was trained from, with one row in place of the head
         base = alias.removeprefix("skywork-v2-").replace("llama-8b", "llama-3.1-8b")
         shape = SHAPES[base]
@@ -139,7 +140,7 @@ def test_activations_of_a_layer_are_the_bytes_that_live(alias, monkeypatch):
 
 def test_the_state_of_one_process_is_what_model_and_optimizer_hold():
     for dtype, low_memory in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        model = Decoder(tiny_config("qwen3", vocab_size=2048, hidden_size=256)).to(dtype)
+        model = make_decoder(tiny_config("qwen3", vocab_size=2048, hidden_size=256)).to(dtype)
         optimizer = Optimizer(model, low_memory=low_memory)
         for master in optimizer.masters.values():
             master.grad = torch.zeros_like(master, dtype=torch.float32)
@@ -200,7 +201,7 @@ def test_offloaded_models_are_there_in_their_turn_only():
 @pytest.mark.parametrize("rows", [3, 40])
 def test_the_pool_is_the_engines(rows):
     config, longest, free = tiny_config("qwen3"), 150, 3 << 20
-    engine = Engine(Decoder(config), max_tokens=longest, requests=rows, block_size=64, cache_bytes=int(0.8 * free))
+    engine = Engine(make_decoder(config), max_tokens=longest, requests=rows, block_size=64, cache_bytes=int(0.8 * free))
     size = memory.engine_cache(config, 4, free, rows, longest, "cuda")
     blocks, block = size.blocks, memory.block_bytes(config, 4, size)
     assert (blocks, size.table_width) == (engine.scheduler.pool.total, engine.table_width)

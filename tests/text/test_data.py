@@ -20,6 +20,7 @@ from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.io import hub as hub_files
 from nanosafe.io.hub import find_dataset
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import make_decoder
 from nanosafe.names import load_pairs, load_rows, load_tokenizer
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Document, Row, digest_rows, encode_prompts, sft_documents
@@ -202,7 +203,7 @@ DOCUMENTS = [Document([5, 6, 7], [8, 9]), Document([10], [11, 12, 13]), Document
 
 def random_model(family: str) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(tiny_config(family))
+    model = make_decoder(tiny_config(family))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

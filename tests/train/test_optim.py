@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from torch import nn
 
-from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import make_decoder
 from nanosafe.model.weights import StoredTensors
 from nanosafe.train.optim import Optimizer, cosine_schedule
 
@@ -136,8 +136,8 @@ def test_gradients_of_many_micro_batches_add_up_in_float32(dtype, low_memory):
 @EACH
 def test_tied_embeddings_get_both_gradients_and_stay_tied(dtype, low_memory):
     torch.manual_seed(0)
-    tied = Decoder(tiny_config("qwen3", tie_word_embeddings=True)).to(dtype)
-    untied = Decoder(tiny_config("qwen3")).to(dtype)
+    tied = make_decoder(tiny_config("qwen3", tie_word_embeddings=True)).to(dtype)
+    untied = make_decoder(tiny_config("qwen3")).to(dtype)
     untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.head_weight})
     tokens = torch.arange(12)[None]
     for model in (tied, untied):
