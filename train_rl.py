@@ -36,11 +36,11 @@ from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
-from nanosafe.train.batch import Batch, score_tokens
+from nanosafe.train.batch import Batch, by_row, entropies_at_1, score_tokens
 from nanosafe.train.cli import finite_float, positive_float, positive_int
-from nanosafe.train.metrics import console_line, rollout_metrics, sample_rows
+from nanosafe.train.metrics import console_line, policy_metrics, rollout_metrics, sample_rows
 from nanosafe.train.optim import Optimizer, cosine_schedule
-from nanosafe.train.packing import local_microbatches, pack, response_logprobs
+from nanosafe.train.packing import head_logprobs, local_microbatches, pack, response_hidden
 from nanosafe.train.reward_model import check_rows
 from nanosafe.train.rewards import Reward, conversation, fill_unread
 from nanosafe.train.run_folder import RunFolder
@@ -85,6 +85,9 @@ def flags() -> ArgumentParser:
     add("--truncated", default="keep",
         help="responses cut at the limit: keep scores them as they are (default), mask leaves them "
         "out, a NUMBER is their reward")
+    add("--old-logprobs", choices=("sampler", "trainer"),
+        help="whose log-probs are the policy's before the update: those of sampling, or of one more "
+        "forward pass (default: the sampler's on a CPU in float32, where they agree within 1e-5)")
     add("--temperature", type=positive_float, default=1.0,
         help="of sampling and of every log-prob (default: 1)")
     add("--top-p", type=positive_float, default=1.0,
@@ -195,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             # No reward, or one that is not a number, says nothing about the policy: no rank updates.
             metrics["policy/skipped"] = updates
+        metrics |= policy_metrics(batch, reflection)
         clock.lap("update")
 
         warnings = []
@@ -286,7 +290,7 @@ def set_advantages(batch: Batch, args: Namespace) -> dict[str, float]:
     rewards = torch.tensor(fill_unread(batch.episodes), dtype=torch.float64, device=device)
     group = torch.tensor([episode.group for episode in batch.episodes], device=device)
     returns = reinforce.advantages(
-        rewards, batch.logprobs, batch.ref_logprobs, batch.loss_mask, group=group,
+        rewards, batch.old_logprobs, batch.ref_logprobs, batch.loss_mask, group=group,
         kl_coef=args.kl_coef, kl_kind=args.kl_kind, gamma=args.gamma, estimator=args.estimator,
         reward_clip=args.reward_clip, normalize=False,
     )
@@ -340,15 +344,22 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
     denominator = int(tokens.sum() if args.reduction == "token" else (tokens > 0).sum())
     episodes = [batch.episodes[row] for row in minibatch]
     balance = Balance(policy.config, sum(map(len, episodes)), ranks)
+    unscored = batch.scores is None
+    scores = {}
     for indices in local_microbatches(episodes, args.tokens_per_microbatch, ranks):
         rows = [minibatch[i] for i in indices]
         packed = pack([episodes[i] for i in indices], ranks.device)
-        logprobs = packed.pad(response_logprobs(policy, packed, args.temperature)[0])  # [b, T']
+        hidden = response_hidden(policy, packed)
+        token_logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
+        if unscored:
+            at_1 = entropies_at_1(policy, hidden, packed, entropies, args.temperature)
+            scores |= by_row(torch.stack([token_logprobs, entropies, at_1]), packed, rows)
+        logprobs = packed.pad(token_logprobs)  # [b, T']
         T = logprobs.shape[1]  # at most that of the batch: its longest response may be in another pack
         mask = batch.loss_mask[rows, :T]
         mean_of = dict(reduction=args.reduction, denominator=denominator)
         loss, stats = reinforce.policy_loss(
-            logprobs, batch.logprobs[rows, :T], batch.advantages[rows, :T], mask,
+            logprobs, batch.old_logprobs[rows, :T], batch.advantages[rows, :T], mask,
             clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip, **mean_of,
         )
         if args.estimator == "reinforce++-baseline" and args.kl_coef:
@@ -357,6 +368,8 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
         # Also without a row: under sharding the other ranks wait for this backward pass.
         (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
+    if unscored:  # This is the first mini-batch, before any update of the policy.
+        batch.set_policy_scores(scores, ranks)
     named = dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))
     return named | {"denominator": denominator} | balance.metrics()
 

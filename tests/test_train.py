@@ -609,6 +609,28 @@ def test_options_of_the_loop_run_and_differ(world, tmp_path):
     assert len({round(value, 9) for value in norms.values()}) == len(norms), norms
 
 
+@pytest.mark.parametrize("temperature", ["1", "1.5"])
+def test_the_samplers_logprobs_serve_as_the_trainers(world, tmp_path, temperature):
+    """One forward pass less, the same run within rounding; what the trainer scores is of the policy before the update."""
+    rows, weights = {}, {}
+    for whose in ("sampler", "trainer"):
+        options = ["--steps", "2", "--temperature", temperature, "--old-logprobs", whose]
+        assert run_forked(train_rl, rl_args(world, tmp_path / whose, *options))[0] == 0
+        rows[whose] = rows_of(tmp_path / whose)
+        weights[whose] = load_file(tmp_path / whose / "final/model.safetensors")
+    for name, tensor in weights["trainer"].items():
+        torch.testing.assert_close(weights["sampler"][name], tensor, atol=1e-5, rtol=1e-4)
+    for one, other in zip(rows["sampler"], rows["trainer"], strict=True):
+        assert one.keys() == other.keys()
+        assert one["mismatch/max"] < 1e-4, "only rows that no update had touched are compared"
+        for name in ("kl/k1", "kl/k3", "policy/loss", "policy/grad_norm", "policy/ppo_kl"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+        # The entropies are those of some rows of the same rollout.
+        for name in ("policy/entropy", "reflection/entropy"):
+            if other[name] is not None and one[name] is not None:
+                assert one[name] == pytest.approx(other[name], rel=0.2), name
+
+
 def test_tied_embeddings_stay_tied_through_training_and_resume(tmp_path):
     world = write_world(tmp_path / "world", tie_word_embeddings=True)
     run_forked(train_rl, rl_args(world, tmp_path / "run"), kill_at=100)

@@ -140,6 +140,10 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     ranks = Ranks(args.device)
     args.device = ranks.device.type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if script == "rl" and args.old_logprobs is None:
+        # In half precision sampler and trainer round differently.
+        exact = args.device == "cpu" and args.dtype == "float32"
+        args.old_logprobs = "sampler" if exact else "trainer"
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
         raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
                          "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")

@@ -25,23 +25,16 @@ def rollout_metrics(batch: Batch, reflection: Tensor) -> dict[str, float]:
     truncated = sum(e.truncated for e in batch.episodes) / len(lengths)
     reflecting = torch.isin(batch.token_ids.cpu(), reflection).to(batch.response_mask.device)
     reflecting &= batch.response_mask
-    mismatch = gap_stats(batch.sampler_logprobs, batch.logprobs, batch.response_mask)
     metrics = {
         "reward/mean": rewards.mean(),
         "reward/std": rewards.std(correction=0),
         "reward/min": rewards.min(),
         "reward/max": rewards.max(),
         "reward/unread": torch.tensor(len(batch.episodes) - len(scored)),
-        "policy/entropy": batch.entropies[batch.response_mask].double().mean(),
-        # NaN in a rollout without such tokens.
-        "reflection/entropy": batch.entropies_at_1[reflecting].double().mean(),
         "reflection/per_1000": 1000 * reflecting.double().sum() / tokens,
-        "mismatch/mean": mismatch["abs_sum"] / tokens,
-        "mismatch/k3": mismatch["k3_sum"] / tokens,
-        "mismatch/max": mismatch["abs_max"],
     }
     if batch.ref_logprobs is not None:
-        kl = gap_stats(batch.logprobs, batch.ref_logprobs, batch.response_mask)
+        kl = gap_stats(batch.old_logprobs, batch.ref_logprobs, batch.response_mask)
         metrics |= {"kl/k1": kl["k1_sum"] / tokens, "kl/k3": kl["k3_sum"] / tokens}
     metrics = {name: value.item() for name, value in metrics.items()}
     return metrics | {
@@ -51,6 +44,23 @@ def rollout_metrics(batch: Batch, reflection: Tensor) -> dict[str, float]:
         "response/truncated": truncated,
         "response/eos": 1 - truncated,
     }
+
+
+def policy_metrics(batch: Batch, reflection: Tensor) -> dict[str, float]:
+    """What the trainer's scores of the rollout say; NaN where it has scored no such tokens."""
+    if batch.scores is None:  # no update ran that would have made them
+        return {}
+    scored = batch.scores.mask
+    reflecting = torch.isin(batch.token_ids.cpu(), reflection).to(scored.device) & scored
+    mismatch = gap_stats(batch.sampler_logprobs, batch.scores.logprobs, scored)
+    metrics = {
+        "policy/entropy": batch.scores.entropies[scored].double().mean(),
+        "reflection/entropy": batch.scores.entropies_at_1[reflecting].double().mean(),
+        "mismatch/mean": mismatch["abs_sum"] / mismatch["tokens"],
+        "mismatch/k3": mismatch["k3_sum"] / mismatch["tokens"],
+        "mismatch/max": mismatch["abs_max"],
+    }
+    return {name: value.item() for name, value in metrics.items()}
 
 
 @torch.no_grad()

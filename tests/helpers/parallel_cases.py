@@ -15,7 +15,7 @@ from nanosafe.parallel import Ranks, full_tensor
 from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.text.data import Document, Episode, Row
 from nanosafe.train.batch import score_tokens
-from nanosafe.train.metrics import rollout_metrics
+from nanosafe.train.metrics import policy_metrics, rollout_metrics
 from nanosafe.train.optim import Optimizer
 
 STEPS, LR = 3, 1e-3
@@ -25,6 +25,7 @@ CASES = {  # rows of the rollout, and what differs from the defaults
     "rank without a token": dict(rows=3, truncated="mask"),  # row 1, the only one of rank 1, is truncated
     "baseline": dict(rows=6, estimator="reinforce++-baseline"),
     "sequence": dict(rows=5, reduction="sequence"),
+    "sampler": dict(rows=5, old_logprobs="sampler"),  # whose scores the update itself makes
     "sft": dict(rows=5),
     "recomputed": dict(rows=5, recompute=True),
     "one by one": dict(rows=5, recompute=True, tokens_per_microbatch=1),  # then a balance loss is of each text alone
@@ -110,6 +111,7 @@ def run_case(name: str, world: Path, ranks: Ranks) -> dict:
     else:
         batch, metrics = prepared(policy, reference, episodes, args, ranks)
         metrics |= train_rl.backward(policy, batch, list(range(len(episodes))), args, ranks)
+        metrics |= policy_metrics(batch, torch.arange(3, policy.config.vocab_size, 3))
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.named_parameters()}
     metrics["grad_norm"] = optimizer.step(lr=0.0)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
@@ -121,7 +123,7 @@ def arguments(case: dict) -> Namespace:
     return Namespace(**dict(
         truncated="keep", estimator="reinforce++", reduction="token", temperature=1.3, kl_coef=0.1, gamma=0.99,
         reward_clip=None, kl_kind="k1", no_normalize=False, clip_low=0.2, clip_high=0.2, dual_clip=None,
-        tokens_per_microbatch=40, minibatches=2, epochs=1, seed=0, lr=LR, steps=STEPS,
+        tokens_per_microbatch=40, old_logprobs="trainer", minibatches=2, epochs=1, seed=0, lr=LR, steps=STEPS,
     ) | {key: value for key, value in case.items() if key != "rows"})  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def prepared(policy, reference, episodes: list[Episode], args: Namespace, ranks:
     reflection = torch.arange(3, policy.config.vocab_size, 3)
     batch = score_tokens(policy, reference, episodes, args, ranks)
     metrics = rollout_metrics(batch, reflection) | train_rl.set_advantages(batch, args)
-    batch.logprobs += 0.4 * batch.sampler_logprobs.sin()  # as if the policy had moved: some ratios are clipped
+    # As if the policy had moved: some ratios are clipped.
+    batch.old_logprobs = batch.old_logprobs + 0.4 * batch.sampler_logprobs.sin()
     return batch, metrics
 
 
