@@ -59,7 +59,8 @@ def flags() -> ArgumentParser:
         help="what is scored: thought and answer (default), or what follows </think> (nothing does: "
         "an empty answer)")
     add("--prompts",
-        help="hub id, .json, .jsonl, .csv or .parquet; rows have question, prompt or messages")
+        help="hub id, .json, .jsonl, .csv or .parquet, in one of the forms of docs/your-own.md: question, "
+        "prompt, messages, conversations or instruction")
     add("--steps", type=positive_int, help="rollouts, each with its updates")
     add("--prompts-per-step", type=positive_int)
     add("--samples-per-prompt", type=positive_int)

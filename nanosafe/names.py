@@ -22,7 +22,8 @@ from nanosafe.model.weights import load_checkpoint
 from nanosafe.parallel import Ranks
 from nanosafe.recipes import RECIPES, TINY_RECIPES
 from nanosafe.text.data import Pair, Row
-from nanosafe.text.readers import as_pair, as_row, read_records
+from nanosafe.text.forms import as_pair, as_row
+from nanosafe.text.readers import read_records
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import build, datasets, judge
 from nanosafe.train.reward_model import RewardModel
@@ -93,7 +94,7 @@ def tiny_judge(conversations: Sequence[Conversation], references: Sequence[str |
 
 
 def load_rows(name: str) -> list[Row]:
-    """Rows of a data set: see `find_records` for the name and `readers.as_row` for their fields.
+    """Rows of a data set: see `find_records` for the name and `forms.as_row` for their fields.
 
     Raises what find_records raises, or ValueError naming the file, the row and the field.
     """
@@ -101,7 +102,7 @@ def load_rows(name: str) -> list[Row]:
 
 
 def load_pairs(name: str) -> list[Pair]:
-    """Labelled pairs, found like rows: see `readers.as_pair`. Raises what load_rows raises."""
+    """Labelled pairs, found like rows: see `forms.as_pair`. Raises what load_rows raises."""
     return [as_pair(record, source) for record, source in find_records(name)]
 
 

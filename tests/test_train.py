@@ -611,7 +611,7 @@ def test_options_of_the_loop_run_and_differ(world, tmp_path):
 
 @pytest.mark.parametrize("temperature", ["1", "1.5"])
 def test_the_samplers_logprobs_serve_as_the_trainers(world, tmp_path, temperature):
-    """One forward pass less, the same run within rounding; what the trainer scores is of the policy before the update."""
+    """One forward pass less, the same run within rounding; the trainer scores the policy before the update."""
     rows, weights = {}, {}
     for whose in ("sampler", "trainer"):
         options = ["--steps", "2", "--temperature", temperature, "--old-logprobs", whose]

@@ -29,7 +29,7 @@ from nanosafe.evals.tables import markdown
 from nanosafe.io.files import write_atomic
 from nanosafe.names import find_records, load_pairs, load_reward
 from nanosafe.parallel import Ranks
-from nanosafe.text.readers import as_row
+from nanosafe.text.forms import as_row
 from nanosafe.train import cli
 from nanosafe.train.rewards import conversation, known_rewards
 

@@ -1,6 +1,6 @@
 """From the rows of a data set to the token ids that training works on.
 
-A `Row` is one conversation, which readers.py finds in a file. RL encodes its prompt (`encode_prompts`), and what the
+A `Row` is one conversation of a file (readers.py, forms.py). RL encodes its prompt (`encode_prompts`), and what the
 policy answers becomes an `Episode`. SFT makes a `Document` of each assistant turn (`sft_documents`). Prompt and
 response are always tokenised apart, the response as the model would have generated it, so that SFT targets and
 rollouts have the same form.

@@ -1,72 +1,14 @@
-"""The rows of .json, .jsonl, .csv and .parquet files, checked field by field.
+"""The records of .json, .jsonl, .csv and .parquet files, each with its place ("FILE, line 3") for messages to the user.
 
-A file is read into records, each with its place ("FILE, line 3") for messages to the user, and a record becomes a
-`Row`, or a `Pair` of two labelled responses.
+What a record may hold is in forms.py.
 """
 
 import csv
 import io
 import json
-import math
 from pathlib import Path
 
 from nanosafe.io.hub import DATA_SUFFIXES
-from nanosafe.text.data import Pair, Row
-
-# A turn of another role is refused, because chat templates skip it without a word.
-ROLES = ("system", "user", "assistant")
-PROMPT_FIELDS = ("messages", "prompt", "question")  # "question" is STAR-1's
-
-
-def as_row(record: dict, source: str) -> Row:
-    """A record as a row: `messages`, or `prompt` (a text, or messages) or `question`, and perhaps `response` and
-    `answer`. Raises ValueError naming `source`, where the record stands, and the field."""
-    given = [name for name in PROMPT_FIELDS if record.get(name) is not None]
-    if not given:
-        raise ValueError(f"{source}: needs a field 'messages', 'prompt' or 'question'; "
-                         f"it has {list(record)}")
-    # An empty field does not hide a later one that holds the prompt.
-    field = next((name for name in given if record[name] not in ("", [])), given[0])
-    messages, form = record[field], "a list of objects"
-    if field != "messages":
-        form = "a text or a list of objects"
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise ValueError(f"{source}: field {field!r} must be {form} with a 'role' "
-                         f"({', '.join(ROLES)}) and a 'content' text")
-    response = record.get("response")
-    if response is not None:
-        if not isinstance(response, str):
-            raise ValueError(f"{source}: field 'response' must be a text")
-        messages = [*messages, {"role": "assistant", "content": response}]
-    return Row(messages, source, _answer_text(record.get("answer"), source))
-
-
-def _is_message(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    return value.get("role") in ROLES and isinstance(value.get("content"), str)
-
-
-def _answer_text(answer: object, source: str) -> str | None:
-    """A reference answer, which may be a number, as text."""
-    if answer is None or isinstance(answer, str):
-        return answer
-    # To Python a bool is an int, and its JSON reads NaN and Infinity.
-    if type(answer) is int or (type(answer) is float and math.isfinite(answer)):
-        return str(answer)
-    raise ValueError(f"{source}: field 'answer' must be a text or a number, not {answer!r:.50}")
-
-
-def as_pair(record: dict, source: str) -> Pair:
-    """A record as a labelled pair: `prompt` (or `question`), the texts `chosen` and `rejected`, perhaps `category`."""
-    row = as_row(record, source)
-    for field, kind in (("chosen", str), ("rejected", str), ("category", str | None)):
-        if not isinstance(record.get(field), kind):
-            raise ValueError(f"{source}: a labelled pair needs a text in field {field!r}; "
-                             f"it has {list(record)}")
-    return Pair(row.prompt, record["chosen"], record["rejected"], record.get("category"))
 
 
 def read_records(path: Path) -> list[tuple[dict, str]]:

@@ -318,6 +318,46 @@ def test_each_form_of_a_prompt_and_each_kind_of_file(tmp_path):
     assert rows[1].source == f"{tmp_path / 'c.jsonl'}, line 3"
 
 
+SHAREGPT = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+PARTS = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"prompt": "Hi", "completion": "Yes"}, [user("Hi"), assistant("Yes")]),
+    ({"prompt": [user("Hi")], "completion": [assistant("Yes")]}, [user("Hi"), assistant("Yes")]),
+    ({"conversations": SHAREGPT}, [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes")]),
+    ({"instruction": "Hi", "input": "", "output": "Yes"}, [user("Hi"), assistant("Yes")]),
+    ({"instruction": "Add.", "input": "1, 2", "output": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
+    ({"messages": [PARTS, assistant("Yes")]}, [user("Hi"), assistant("Yes")]),
+])  # fmt: skip
+def test_data_as_people_have_it(record, messages, tmp_path):
+    assert rows_of(tmp_path / "a.jsonl", json.dumps(record))[0].messages == messages
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+    {"prompt": [user("Hi")], "chosen": [assistant("Yes")], "rejected": [assistant("No")]},
+    {"chosen": [user("Hi"), assistant("Yes")], "rejected": [user("Hi"), assistant("No")]},
+    {"prompt": "Hi", "chosen": [user("Hi"), assistant("Yes")], "rejected": [user("Hi"), assistant("No")]},
+])  # fmt: skip
+def test_labelled_pairs_as_people_have_them(record, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert load_pairs(str(tmp_path / "a.jsonl")) == [([user("Hi")], "Yes", "No", None)]
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"prompt": "Hi", "chosen": "Yes"}, "needs a text in field 'rejected'"),
+    ({"chosen": "Yes", "rejected": "No"}, "needs a field 'prompt'"),
+    ({"chosen": [user("Hi"), assistant("Yes")], "rejected": [user("Ho"), assistant("No")]}, "'rejected' must be a t"),
+    ({"prompt": "Hi", "chosen": [user("Yes")], "rejected": "No"}, "'chosen' must be a text"),
+    ({"prompt": "Hi", "chosen": "Yes", "rejected": "No", "category": 3}, "'category' must be a text"),
+])  # fmt: skip
+def test_pairs_of_another_form_are_refused(record, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: .*{message}"):
+        load_pairs(str(tmp_path / "a.jsonl"))
+
+
 def test_parquet(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([{"messages": [user("Hi"), assistant(RESPONSE)], "id": 1}])
@@ -348,12 +388,18 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
     ("a.jsonl", "\n \n", r"a.jsonl holds no rows"),
     ("a.csv", "prompt\n", r"a.csv holds no rows"),
     ("a.csv", "question,response\nHello, how are you,Fine\n", r"a.csv, row 1: more fields"),
-    ("a.jsonl", '{"prompt": "Hi"}\n{"text": "Hi"}', r"line 2: needs a field .*'question'; it has \['text'\]"),
+    ("a.jsonl", '{"prompt": "Hi"}\n{"text": "Hi"}', r"line 2: needs a field .*'instruction'; it has \['text'\]"),
     ("a.jsonl", '{"prompt": 3}', r"line 1: field 'prompt' must be a text or a list"),
     ("a.jsonl", '{"messages": [{"role": "user"}]}', r"line 1: field 'messages' must be a list"),
     ("a.jsonl", '{"messages": "[]"}', r"line 1: field 'messages' must be a list"),
     ("a.jsonl", '{"messages": [{"role": "human", "content": "Hi"}]}', r"'role' \(system, user, assistant\)"),
     ("a.jsonl", '{"prompt": "Hi", "response": ["Yes"]}', r"line 1: field 'response' must be a text"),
+    ("a.jsonl", '{"conversations": [{"from": "bot", "value": "Hi"}]}', r"must be .* 'from' \(system, human, user"),
+    ("a.jsonl", '{"conversations": "Hi"}', r"line 1: field 'conversations' must be a list"),
+    ("a.jsonl", '{"instruction": ["Hi"], "output": "Yes"}', r"line 1: field 'instruction' must be a text"),
+    ("a.jsonl", '{"instruction": "Hi", "output": 3}', r"line 1: field 'output' must be a text"),
+    ("a.jsonl", '{"prompt": "Hi", "completion": [{"role": "assistant"}]}', r"field 'completion' must be a text or a"),
+    ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', r"no text: 'image_url'"),
     ("a.jsonl", '{"prompt": "Hi", "answer": ["4"]}', r"line 1: field 'answer' must be a text or a number"),
     ("a.txt", "Hi", r"a.txt: data must be a .jsonl, .json, .parquet, .csv file"),
     ("a.parquet", "Hi", r"a.parquet is no parquet file"),
