@@ -45,6 +45,7 @@ from nanosafe.train.reward_model import check_rows
 from nanosafe.train.rewards import Reward, conversation, fill_unread
 from nanosafe.train.run_folder import RunFolder
 from nanosafe.train.tracking import Clock, Tracker
+from nanosafe.train.weighted_reward import check_rewards, metric_name, reward_specs, with_parts
 
 WARMUP_SHARE, FINAL_LR_SHARE = 0.03, 0.1
 LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # sums of policy_loss that are reported
@@ -53,14 +54,16 @@ LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # sums of policy
 def flags() -> ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument
-    add("--reward-model",
-        help="alias, hub id or folder of a *ForSequenceClassification, or rule:math, rule:refusal")
+    add("--reward-model", nargs="+", metavar="REWARD",
+        help="alias, hub id or folder of a *ForSequenceClassification; rule:math, rule:refusal; or "
+        "FILE.py:FUNCTION, a function of your own (docs/your-own.md); of several the sum is taken")
+    add("--reward-weights", type=finite_float, nargs="+", metavar="WEIGHT",
+        help="of each of several rewards in that sum (default: 1)")
     add("--reward-scope", choices=("response", "answer"), default="response",
         help="what is scored: thought and answer (default), or what follows </think> (nothing does: "
         "an empty answer)")
     add("--prompts",
-        help="hub id, .json, .jsonl, .csv or .parquet, in one of the forms of docs/your-own.md: question, "
-        "prompt, messages, conversations or instruction")
+        help="hub id, .json, .jsonl, .csv or .parquet; docs/your-own.md has the forms of a row")
     add("--steps", type=positive_int, help="rollouts, each with its updates")
     add("--prompts-per-step", type=positive_int)
     add("--samples-per-prompt", type=positive_int)
@@ -117,6 +120,7 @@ def check(args: Namespace) -> None:
             args.truncated = finite_float(args.truncated)
         except (ValueError, ArgumentTypeError):
             raise ValueError(f"--truncated {args.truncated}: must be keep, mask or a number") from None
+    args.reward_model = check_rewards(args.reward_model, args.reward_weights)
     require(args.kl_coef >= 0, f"--kl-coef {args.kl_coef}: "
             "a negative one rewards moving away from the reference model")
     require(args.estimator != "reinforce++-baseline" or args.samples_per_prompt > 1,
@@ -151,8 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.main_first():
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
-        reward = load_reward(args.reward_model, scope=args.reward_scope, device=ranks.device,
-                             dtype=run.dtype, offload=args.offload, date=args.date)
+        reward = load_reward(args.reward_model, weights=args.reward_weights,
+                             scope=args.reward_scope, device=ranks.device, dtype=run.dtype,
+                             offload=args.offload, date=args.date)
     run.check_data(args.prompts, rows)
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
@@ -267,7 +272,7 @@ def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: N
           ranks: Ranks) -> None:
     """Set each episode's reward: the reward model reads the text of the conversation, never the policy's ids."""
 
-    def rewards_of(some: list[Episode]) -> list[float]:
+    def rewards_of(some: list[Episode]) -> list[list[float]]:
         conversations = []
         for episode in some:
             conversations.append(conversation(
@@ -276,10 +281,12 @@ def score(episodes: list[Episode], reward: Reward, tokenizer: Tokenizer, args: N
                 opened_thought=tokenizer.opens_thought(episode.prompt_ids),
                 scope=args.reward_scope,
             ))
-        return reward(conversations, [episode.source.answer for episode in some]).tolist()
+        return with_parts(reward, conversations, [episode.source for episode in some]).tolist()
 
+    names = [metric_name(spec) for spec in reward_specs(args.reward_model)]
     rewards = ranks.split_work(episodes, rewards_of)
-    for episode, value in zip(episodes, rewards, strict=True):
+    for episode, (value, *parts) in zip(episodes, rewards, strict=True):
+        episode.reward_parts = dict(zip(names, parts, strict=False))  # none of a single reward
         # --truncated NUMBER overrules what the reward says of half a response.
         fixed = episode.truncated and isinstance(args.truncated, float)
         episode.reward = args.truncated if fixed else value
@@ -345,14 +352,13 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
     denominator = int(tokens.sum() if args.reduction == "token" else (tokens > 0).sum())
     episodes = [batch.episodes[row] for row in minibatch]
     balance = Balance(policy.config, sum(map(len, episodes)), ranks)
-    unscored = batch.scores is None
-    scores = {}
+    scores = {} if batch.scores is None else None
     for indices in local_microbatches(episodes, args.tokens_per_microbatch, ranks):
         rows = [minibatch[i] for i in indices]
         packed = pack([episodes[i] for i in indices], ranks.device)
         hidden = response_hidden(policy, packed)
         token_logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
-        if unscored:
+        if scores is not None:
             at_1 = entropies_at_1(policy, hidden, packed, entropies, args.temperature)
             scores |= by_row(torch.stack([token_logprobs, entropies, at_1]), packed, rows)
         logprobs = packed.pad(token_logprobs)  # [b, T']
@@ -369,7 +375,7 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
         # Also without a row: under sharding the other ranks wait for this backward pass.
         (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
-    if unscored:  # This is the first mini-batch, before any update of the policy.
+    if scores is not None:  # This is the first mini-batch, before any update of the policy.
         batch.set_policy_scores(scores, ranks)
     named = dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))
     return named | {"denominator": denominator} | balance.metrics()

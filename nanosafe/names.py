@@ -26,8 +26,10 @@ from nanosafe.text.forms import as_pair, as_row
 from nanosafe.text.readers import read_records
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import build, datasets, judge
+from nanosafe.train.own_reward import OwnReward, is_function
 from nanosafe.train.reward_model import RewardModel
 from nanosafe.train.rewards import RULES, Conversation, Reward
+from nanosafe.train.weighted_reward import WeightedReward
 
 
 def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
@@ -69,9 +71,17 @@ def load_reward_model(name_or_path: str | Path, *, device: str | torch.device = 
     return RewardModel.load(checkpoint(name_or_path), device, dtype)
 
 
-def load_reward(spec: str, *, scope: str = "response", device: str | torch.device = "cpu",
-                dtype: torch.dtype = torch.bfloat16, offload: bool = False, date: str | None = None) -> Reward:
-    """The reward `spec`: rule:math, rule:refusal, rule:tiny-judge, or a reward model (alias, hub id or folder).
+def load_reward(spec: str | Sequence[str], *, weights: Sequence[float] | None = None, **options) -> Reward:
+    """The reward `spec`, or of several their sum with `weights` (default: 1); options: those of `load_one_reward`."""
+    if isinstance(spec, str):
+        return load_one_reward(spec, **options)
+    parts = {one: load_one_reward(one, **options) for one in spec}
+    return WeightedReward(parts, weights or [1.0] * len(parts))
+
+
+def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.device = "cpu",
+                    dtype: torch.dtype = torch.bfloat16, offload: bool = False, date: str | None = None) -> Reward:
+    """rule:math, rule:refusal, rule:tiny-judge, a function FILE.py:NAME, or a reward model (alias, hub id or folder).
 
     offload: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
     `rewards.conversation`; a reward model whose template deletes thoughts is refused with a ValueError for "response".
@@ -81,6 +91,8 @@ def load_reward(spec: str, *, scope: str = "response", device: str | torch.devic
         return rules[spec]
     if spec.startswith("rule:"):
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
+    if is_function(spec):
+        return OwnReward(spec)
     model = RewardModel.load(checkpoint(spec), device, dtype, offload=offload)
     # Scores of a run that is resumed must not change with the day.
     model.tokenizer.date = date or model.tokenizer.date
@@ -88,7 +100,7 @@ def load_reward(spec: str, *, scope: str = "response", device: str | torch.devic
     return model
 
 
-def tiny_judge(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+def tiny_judge(conversations: Sequence[Conversation], rows: Sequence[Row]) -> Tensor:
     """The exact judge of the tiny world as a reward."""
     return torch.tensor([judge.judge_reward(c[-2]["content"], c[-1]["content"]) for c in conversations])
 

@@ -660,6 +660,24 @@ def test_reward_for_a_letter_makes_the_policy_write_it(tmp_path, monkeypatch):
     assert sum(means[-3:]) > 2 * sum(means[:3]) + 1, means
 
 
+def test_several_rewards_one_of_them_a_function_of_ones_own(world, tmp_path):
+    """The command of docs/your-own.md, through the script: each is logged, and the data's own fields arrive."""
+    (tmp_path / "mine.py").write_text(
+        "def shorter(conversations, rows):\n"
+        "    return [-len(c[-1]['content']) * row['weight'] for c, row in zip(conversations, rows)]\n"
+    )
+    rows = [{"question": f"What is {i}?", "weight": 0.25} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ["--reward-model", "rule:refusal", f"{tmp_path}/mine.py:shorter", "--reward-weights", "3", "0.5",
+            "--prompts", str(tmp_path / "data.jsonl"), "--steps", "1"]  # fmt: skip
+    train_rl.main(rl_args(world, tmp_path / "run", *more))
+    [row] = rows_of(tmp_path / "run")
+    assert row["reward/shorter"] < 0 <= row["reward/rule_refusal"]
+    assert row["reward/mean"] == pytest.approx(3 * row["reward/rule_refusal"] + 0.5 * row["reward/shorter"])
+    for sample in rows_of(tmp_path / "run", "samples.jsonl"):
+        assert sample["reward/shorter"] == -0.25 * len(sample["response"])
+
+
 def test_gated_offline_and_missing_data_are_explained(tmp_path):
     environment = {k: v for k, v in os.environ.items()} | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = run_script("train_sft.py", "--model", "qwen3-0.6b", "--out", str(tmp_path / "run"), environment=environment)

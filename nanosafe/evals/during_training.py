@@ -40,8 +40,8 @@ GOOD_REWARD_MODEL = 0.8  # share of labelled pairs below which a reward model is
 class Watch:
     """`suite` put to the policy now and then. Rank 0 keeps each result in OUT/evals/step-N.json (see results.py)."""
 
-    def __init__(self, suite: Sequence[Benchmark], tokenizer: Tokenizer, reward: Reward,
-                 reward_name: str, out: str | Path, ranks: Ranks):
+    def __init__(self, suite: Sequence[Benchmark], tokenizer: Tokenizer,
+                 reward: Reward | None, reward_name: str, out: str | Path, ranks: Ranks):
         self.suite = []
         for benchmark in suite:
             if not benchmark.variation:
@@ -58,7 +58,8 @@ class Watch:
         for benchmark in self.suite:
             records = respond(policy, self.tokenizer, benchmark, ranks=self.ranks, seed=0,
                               tokens_per_microbatch=None)
-            if benchmark.about != "reasoning":  # what the reward is asked about in training, too
+            # Of what the reward is asked about in training, too.
+            if benchmark.about != "reasoning" and self.reward is not None:
                 add_rewards(records, self.reward, self.reward_name, self.ranks)
             result.benchmarks[benchmark.name] = summarize(benchmark, records)
         if self.ranks.main:
@@ -67,7 +68,9 @@ class Watch:
         metrics = {}
         for about in SUBJECTS:
             metrics[f"eval/{about.replace('-', '_')}"] = mean(result, headline(result, about))
-        return metrics | {"eval/reward": over_items(rewards(result).values()).mean}
+        if self.reward is not None:
+            metrics["eval/reward"] = over_items(rewards(result).values()).mean
+        return metrics
 
     def recall(self, step: int) -> None:
         """Read what a run that is resumed after `step` steps measured: its base, and the last."""
@@ -88,7 +91,6 @@ class Watch:
         found = []
         safety, refusal = self.change("safety"), self.change("over-refusal")
         reasoning = self.change("reasoning")
-        reward = paired_difference(rewards(self.base), rewards(self.now))
         if reasoning.mean < REASONING_FALLS:
             limit = REASONING_COLLAPSES if reasoning.mean < REASONING_COLLAPSES else REASONING_FALLS
             sure = "" if reasoning.excludes_zero else ", which may be chance"
@@ -102,10 +104,11 @@ class Watch:
         if changes[worst].high is not None and changes[worst].high < changes[best].low:
             found.append(f"categories disagree about safety: {worst} {changes[worst]}, "
                          f"{best} {changes[best]}")
-        reward_is_up = reward.low is not None and reward.low > 0
-        if reward_is_up and not (safety.excludes_zero and safety.mean > 0):
-            found.append(f"the reward is up ({reward}) while the judge sees no gain in safety "
-                         f"({safety})")
+        if rewards(self.base) and not (safety.excludes_zero and safety.mean > 0):
+            reward = paired_difference(rewards(self.base), rewards(self.now))
+            if reward.low is not None and reward.low > 0:
+                found.append(f"the reward is up ({reward}) while the judge sees no gain in safety "
+                             f"({safety})")
         if refusal.excludes_zero and refusal.mean > 0:
             found.append(f"over-refusal is up: {refusal}")
         return found
@@ -146,7 +149,9 @@ def _rows(result: Result) -> dict[str, dict[str, float]]:
     for about in SUBJECTS:
         metric = headline(result, about)
         rows[f"{about} ({metric.name.replace('_', '-')})"] = values(result, metric)
-    return rows | {"reward": rewards(result)}
+    if scores := rewards(result):
+        rows["reward"] = scores
+    return rows
 
 
 def reward_accuracy(reward: Reward, pairs: Sequence[Pair], ranks: Ranks,

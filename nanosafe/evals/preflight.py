@@ -8,8 +8,10 @@ from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs
 from nanosafe.parallel import Ranks, unsharded
 from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train.own_reward import is_function
 from nanosafe.train.rewards import Reward
 from nanosafe.train.run_folder import RunFolder
+from nanosafe.train.weighted_reward import WeightedReward, reward_specs
 
 
 def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
@@ -27,17 +29,18 @@ def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
 
 
 def try_reward(reward: Reward, args: Namespace, ranks: Ranks) -> None:
-    """Print how often the reward model prefers the safe response of --pairs, if there are any, with a warning."""
-    if not args.pairs or args.reward_model.startswith("rule:"):
-        return
-    right = reward_accuracy(reward, load_pairs(args.pairs), ranks, args.reward_model)
-    total = right.pop("all")
-    categories = ", ".join(f"{name} {estimate.mean:.2f}" for name, estimate in right.items())
-    ranks.print(f"{args.reward_model} prefers the safe response in {total} of {total.n} pairs; "
-                f"{categories}")
-    if total.mean < GOOD_REWARD_MODEL:
-        ranks.print(f"warning: that is less than {GOOD_REWARD_MODEL}: "
-                    "the policy will learn what it is wrong about")
+    """Print how often each reward model prefers the safe response of --pairs, if there are any, with a warning."""
+    parts = reward.parts if isinstance(reward, WeightedReward) else {args.reward_model: reward}
+    for name, part in parts.items():
+        if not args.pairs or name.startswith("rule:") or is_function(name):
+            continue
+        right = reward_accuracy(part, load_pairs(args.pairs), ranks, name)
+        total = right.pop("all")
+        categories = ", ".join(f"{category} {share.mean:.2f}" for category, share in right.items())
+        ranks.print(f"{name} prefers the safe response in {total} of {total.n} pairs; {categories}")
+        if total.mean < GOOD_REWARD_MODEL:
+            ranks.print(f"warning: that is less than {GOOD_REWARD_MODEL}: "
+                        "the policy will learn what it is wrong about")
 
 
 def start_watch(policy: Decoder, reward: Reward, tokenizer: Tokenizer, run: RunFolder) -> Watch | None:
@@ -46,7 +49,11 @@ def start_watch(policy: Decoder, reward: Reward, tokenizer: Tokenizer, run: RunF
     if not args.eval_every:
         return None
     suite = suite_of(policy.config, "validation")
-    watch = Watch(suite, tokenizer, reward, args.reward_model, args.out, ranks)
+    specs = reward_specs(args.reward_model)
+    if any(map(is_function, specs)):
+        # It may read fields of the training data, which the questions of an eval do not have.
+        reward = None
+    watch = Watch(suite, tokenizer, reward, " + ".join(specs), args.out, ranks)
     if run.resumed:
         watch.recall(run.state["step"])
         ranks.print("at the last measurement: " + watch.summary())

@@ -22,6 +22,8 @@ from nanosafe.plan import memory
 from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb
 from nanosafe.sampler.engine import default_prefill_tokens
 from nanosafe.text.data import sft_steps
+from nanosafe.train.own_reward import is_function
+from nanosafe.train.weighted_reward import reward_specs
 
 SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score's default
 MOST_GPUS = 64  # that are tried
@@ -112,10 +114,12 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     }  # fmt: skip
     if args.kl_coef:
         add_frozen(phases, "reference", s * size.total, "log-probs", args.offload)
-    if not args.reward_model.startswith("rule:"):
-        judge, _ = find_config(args.reward_model)
-        add_frozen(phases, "reward model", s * memory.sizes(judge).total, "reward", args.offload)
-        phases["reward"]["activations"] = max(SCORED_TOKENS, longest) * memory.forward_bytes(judge, s)
+    for name in reward_models(args):
+        judge, _ = find_config(name)
+        resident = phases["reward"].get("reward model", 0) + s * memory.sizes(judge).total
+        add_frozen(phases, "reward model", resident, "reward", args.offload)
+        activations = max(SCORED_TOKENS, longest) * memory.forward_bytes(judge, s)
+        phases["reward"]["activations"] = max(phases["reward"]["activations"], activations)
 
     free = machine.usable - sum(phases["rollout"].values())
     cache = memory.engine_cache(config, s, free, rows, longest, machine.kind)
@@ -140,6 +144,12 @@ def add_frozen(phases: dict[str, dict[str, float]], name: str, nbytes: float, tu
     for phase in phases:
         if phase == turn or not offload:
             phases[phase] = phases[phase] | {name: nbytes}
+
+
+def reward_models(args: Namespace) -> list[str]:
+    """Those of --reward-model that are models."""
+    specs = reward_specs(args.reward_model)
+    return [spec for spec in specs if not (spec.startswith("rule:") or is_function(spec))]
 
 
 def bytes_of(args: Namespace) -> int:
@@ -224,9 +234,9 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     if args.kl_coef:
         seconds["log-probs"] *= 2
         seconds["log-probs"] += s * size.total / LINK if args.offload else 0
-    if not args.reward_model.startswith("rule:"):
-        judge = memory.sizes(find_config(args.reward_model)[0]).total  # no reward model has experts
-        seconds["reward"] = 2 * judge * tokens / flops + (s * judge / LINK if args.offload else 0)
+    for name in reward_models(args):
+        judge = memory.sizes(find_config(name)[0]).total  # no reward model has experts
+        seconds["reward"] += 2 * judge * tokens / flops + (s * judge / LINK if args.offload else 0)
     return seconds
 
 
@@ -247,8 +257,8 @@ def report(script: str, args: Namespace) -> str:
     args = Namespace(**vars(args) | {"dtype": dtype})
     plan, s = make(script, args, machine), bytes_of(args)
     models = [args.model]
-    if script == "rl" and not args.reward_model.startswith("rule:"):
-        models.append(args.reward_model)
+    if script == "rl":
+        models += reward_models(args)
     lines = [f"plan of train_{script}.py --model {args.model} in {dtype} on {machine} "
              f"({gb(machine.usable)} for tensors); GB are 10^9 bytes"]
     downloads = []

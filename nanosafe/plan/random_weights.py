@@ -28,6 +28,8 @@ from nanosafe.parallel import Ranks
 from nanosafe.plan.machine import find_config
 from nanosafe.randomness import derive_seed
 from nanosafe.tiny import build
+from nanosafe.train.own_reward import is_function
+from nanosafe.train.weighted_reward import reward_specs
 
 SHARD_BYTES = 2 * 10**9  # what is in memory at a time
 VOCABULARY = 1024  # of the stand-in tokenizer, or less where the model has fewer
@@ -38,14 +40,19 @@ CORPUS = ("How do I bake bread at home?",
 def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
     """Put folders of random weights in place of args.model and of a reward model that is an alias or has no weights;
     prompts and data come from the tiny world unless they were `given`, names of flags on the command line."""
-    for name in ("model", "reward_model"):
-        value = getattr(args, name, None)
-        if value is None or name == "reward_model" and _stands_alone(value):
-            continue
+
+    def folder_for(name: str, what: str) -> str:
         with ranks.main_first():
-            folder = random_checkpoint(value)
-        ranks.print(f"--random-weights: {name.replace('_', ' ')} {value} is {folder}")
-        setattr(args, name, str(folder))
+            folder = str(random_checkpoint(name))
+        ranks.print(f"--random-weights: {what} {name} is {folder}")
+        return folder
+
+    args.model = folder_for(args.model, "model")
+    if hasattr(args, "reward_model"):
+        specs = []
+        for spec in reward_specs(args.reward_model):
+            specs.append(spec if _stands_alone(spec) else folder_for(spec, "reward model"))
+        args.reward_model = specs if isinstance(args.reward_model, list) else specs[0]
     for name in ("prompts", "data"):
         if hasattr(args, name) and name not in given:
             setattr(args, name, "tiny-star")
@@ -53,8 +60,10 @@ def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
 
 
 def _stands_alone(name: str) -> bool:
-    """A rule, a reward model of the tiny world, or a folder with weights."""
-    return name.startswith("rule:") or build.is_tiny(name) or any(Path(name).expanduser().glob("*.safetensors"))
+    """A rule, a function, a reward model of the tiny world, or a folder with weights."""
+    if name.startswith("rule:") or is_function(name) or build.is_tiny(name):
+        return True
+    return any(Path(name).expanduser().glob("*.safetensors"))
 
 
 def random_checkpoint(name: str, shard_bytes: int = SHARD_BYTES) -> Path:

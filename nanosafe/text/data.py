@@ -9,7 +9,7 @@ rollouts have the same form.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanosafe.io.files import digest
@@ -24,6 +24,7 @@ class Row:
     messages: list[dict]  # may end with an assistant turn, the SFT target
     source: str  # "FILE, line 3", for messages to the user
     answer: str | None = None  # reference answer, for rule rewards
+    columns: dict = field(default_factory=dict)  # the whole record, for a reward of the user's own
 
     @property
     def prompt(self) -> list[dict]:
@@ -63,6 +64,7 @@ class Episode(Document):
     truncated: bool  # ended by the token limit, not by the policy
     text: str  # the response without the token that ended it
     reward: float = float("nan")
+    reward_parts: dict[str, float] = field(default_factory=dict)  # of several rewards each one's, by name
 
 
 class Pair(NamedTuple):

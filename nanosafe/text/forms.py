@@ -57,7 +57,7 @@ def as_row(record: dict, source: str) -> Row:
             else:
                 messages = [*messages, {"role": "assistant", "content": _text(record, name, source)}]
             break
-    return Row(messages, source, _answer_text(record.get("answer"), source))
+    return Row(messages, source, _answer_text(record.get("answer"), source), record)
 
 
 def as_pair(record: dict, source: str) -> Pair:

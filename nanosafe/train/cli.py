@@ -153,8 +153,13 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
     ranks.print(f"{processes} on {args.device}, PyTorch {torch.__version__}")
     for origin, names in origins.items():
-        values = [(name, getattr(args, name)) for name in names]
-        shown = [f"{name} {value}" for name, value in values if value not in (None, False)]
+        shown = []
+        for name in names:
+            value = getattr(args, name)
+            if isinstance(value, list):
+                value = " ".join(map(str, value))
+            if value not in (None, False):
+                shown.append(f"{name} {value}")
         ranks.print(f"from the {origin}: {', '.join(shown)}")
     return ranks
 

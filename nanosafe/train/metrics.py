@@ -33,6 +33,9 @@ def rollout_metrics(batch: Batch, reflection: Tensor) -> dict[str, float]:
         "reward/unread": torch.tensor(len(batch.episodes) - len(scored)),
         "reflection/per_1000": 1000 * reflecting.double().sum() / tokens,
     }
+    for name in batch.episodes[0].reward_parts:
+        values = [e.reward_parts[name] for e in batch.episodes if e.reward != UNREAD]
+        metrics[f"reward/{name}"] = torch.tensor(values or [math.nan], dtype=torch.float64).mean()
     if batch.ref_logprobs is not None:
         kl = gap_stats(batch.old_logprobs, batch.ref_logprobs, batch.response_mask)
         metrics |= {"kl/k1": kl["k1_sum"] / tokens, "kl/k3": kl["k3_sum"] / tokens}
@@ -95,6 +98,7 @@ def sample_rows(episodes: list[Episode], step: int) -> list[dict]:
             "prompt": episode.source.prompt,
             "response": episode.text,
             "reward": episode.reward if math.isfinite(episode.reward) else None,
+            **{f"reward/{name}": score for name, score in episode.reward_parts.items()},
             "tokens": len(episode.response_ids),
             "truncated": episode.truncated,
         })

@@ -21,8 +21,10 @@ from nanosafe.text.data import Row
 from nanosafe.text.thoughts import END_THINK, THINK
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.offload import on_device
+from nanosafe.train.own_reward import OwnReward
 from nanosafe.train.packing import microbatches
 from nanosafe.train.rewards import UNREAD, Conversation, Reward, check_references, conversation
+from nanosafe.train.weighted_reward import WeightedReward
 
 PROBE = "nanosafe-probe"  # stands for a response where it is asked what a template makes of one
 
@@ -49,8 +51,7 @@ class RewardModel:
         tokenizer = Tokenizer(folder)
         return cls(load_checkpoint(folder, "cpu" if offload else device, dtype), tokenizer, device)
 
-    def __call__(self, conversations: Sequence[Conversation],
-                 references: Sequence[str | None]) -> Tensor:
+    def __call__(self, conversations: Sequence[Conversation], rows: Sequence[Row]) -> Tensor:
         """As a Reward: UNREAD for what is longer than the context, NaN where the score is not finite."""
         return self.score(conversations, skip_long=True)
 
@@ -148,8 +149,13 @@ class RewardModel:
 
 def check_rows(rows: Sequence[Row], reward: Reward, name: str) -> None:
     """Raise ValueError naming file and line of a row whose responses the reward `name` could never score."""
+    if isinstance(reward, WeightedReward):
+        for part_name, part in reward.parts.items():
+            check_rows(rows, part, part_name)
     if name == "rule:math":
         check_references(rows)
+    if isinstance(reward, OwnReward):
+        reward.try_on(rows[0])
     if isinstance(reward, RewardModel):
         for row in progress(rows, "prompts as the reward model reads them"):
             try:

@@ -1,6 +1,7 @@
 """What a reward is, the two rules, and the form of a conversation in which it is scored.
 
-A reward reads text, never the policy's token ids. A rule gives 0 or 1, a reward model (reward_model.py) its score.
+A reward reads text, never the policy's token ids. A rule gives 0 or 1, a reward model (reward_model.py) its score, a
+function of the user's own (own_reward.py) what it likes; several are added up (weighted_reward.py).
 """
 
 import math
@@ -19,8 +20,8 @@ from nanosafe.text.grading import grade_answers, readable
 from nanosafe.text.thoughts import THINK, is_refusal, split_thought
 
 Conversation = list[dict]  # [{"role": ..., "content": ...}, ...]
-# Of finished conversations, and the reference answers of their prompts -> float32 [B], on the CPU.
-Reward = Callable[[Sequence[Conversation], Sequence[str | None]], Tensor]
+# Of finished conversations, and the rows that their prompts come from -> float32 [B], on the CPU.
+Reward = Callable[[Sequence[Conversation], Sequence[Row]], Tensor]
 UNREAD = -math.inf  # the reward of a conversation that is longer than the reward model's context
 CHECKED_TOGETHER = 64  # reference answers
 
@@ -41,17 +42,19 @@ def conversation(messages: Conversation, response: str, *, opened_thought: bool,
     return [*messages, {"role": "assistant", "content": text}]
 
 
-def refusal_rule(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+def refusal_rule(conversations: Sequence[Conversation], rows: Sequence[Row]) -> Tensor:
     """1 where the answer opens with a refusal."""
     return torch.tensor([float(is_refusal(messages[-1]["content"])) for messages in conversations])
 
 
-def math_rule(conversations: Sequence[Conversation], references: Sequence[str | None]) -> Tensor:
+def math_rule(conversations: Sequence[Conversation], rows: Sequence[Row]) -> Tensor:
     """1 where the answer equals the reference. Raises ValueError naming the row that has no reference answer."""
-    if None in references:
-        row = list(references).index(None)
-        raise ValueError(f"row {row} has no reference answer: "
-                         "rule:math needs a data set with a field 'answer'")
+    references = []
+    for row in rows:
+        if row.answer is None:
+            raise ValueError(f"{row.source} has no reference answer: "
+                             "rule:math needs a data set with a field 'answer'")
+        references.append(row.answer)
     responses = [messages[-1]["content"] for messages in conversations]
     return torch.tensor(grade_answers("math", responses, list(map(_in_digits, references))))
 
@@ -84,7 +87,8 @@ def known_rewards(reward: Reward, name: str,
                   conversations: Sequence[Conversation]) -> list[float | None]:
     """Rewards for an eval, None for UNREAD. Raises ValueError naming reward and response where one is NaN."""
     known = []
-    scores = reward(conversations, [None] * len(conversations)).tolist()
+    rows = [Row(messages[:-1], "a question of an eval") for messages in conversations]
+    scores = reward(conversations, rows).tolist()
     for score, messages in zip(scores, conversations, strict=True):
         if math.isnan(score):
             response = messages[-1]["content"]

@@ -150,9 +150,9 @@ PAIRS = [Pair([{"role": "user", "content": "?"}], *texts) for texts in (
 EXPECTED = {"all": 3 / 5, "deception": 1 / 2, "violence": 1 / 2}
 
 
-def number(conversations, references) -> torch.Tensor:
+def number(conversations, rows) -> torch.Tensor:
     """A reward that reads its value from the response; conversations must be whole."""
-    assert [len(c) for c in conversations] == [2] * len(references) and set(references) <= {None}
+    assert [len(c) for c in conversations] == [2] * len(rows) and not any(row.columns for row in rows)
     return torch.tensor([float(c[-1]["content"]) for c in conversations])
 
 

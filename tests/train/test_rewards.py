@@ -10,11 +10,12 @@ from tiny_models import random_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from world import write_reward_model
 
-from nanosafe.names import load_reward, load_reward_model
+from nanosafe.names import load_reward, load_reward_model, load_rows
 from nanosafe.text.data import Row
 from nanosafe.train.offload import on_device
 from nanosafe.train.reward_model import check_rows
 from nanosafe.train.rewards import UNREAD, conversation, known_rewards
+from nanosafe.train.weighted_reward import check_rewards, metric_name
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|free|>' if loop.index == 3 }}<|{{ m.role }}|>{{ m.content -}}
 <|end|>{% endfor %}
@@ -157,10 +158,10 @@ def test_load_reward_gives_a_reward_model_and_rules_the_same_form(tmp_path):
 def test_rule_math_needs_a_reference_for_every_row():
     reward = load_reward("rule:math")
     answers = [[{"role": "assistant", "content": text}] for text in ("<think>8?</think>\\boxed{7}", "\\boxed{8}")]
-    values = reward(answers, ["7", "7"])
+    values = reward(answers, [Row([], "line 1", "7"), Row([], "line 2", "7")])
     assert values.dtype == torch.float32 and values.tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="row 1 has no reference answer"):
-        reward(answers, ["7", None])
+    with pytest.raises(ValueError, match="^line 2 has no reference answer"):
+        reward(answers, [Row([], "line 1", "7"), Row([], "line 2")])
 
 
 def test_conversation_puts_an_opened_thought_back_and_cuts_to_the_scope():
@@ -321,4 +322,68 @@ def test_rows_that_could_never_be_scored_are_found_before_the_start(tmp_path):
 ])
 def test_rule_math_reads_a_reference_with_an_exponent_as_a_number(reference, right, wrong):
     answers = [[{"role": "assistant", "content": f"\\boxed{{{text}}}"}] for text in (right, wrong)]
-    assert load_reward("rule:math")(answers, [reference] * 2).tolist() == [1.0, 0.0]
+    assert load_reward("rule:math")(answers, [Row([], "line 1", reference)] * 2).tolist() == [1.0, 0.0]
+
+
+OWN = """
+def brevity(conversations, rows):
+    return [row["bonus"] - len(messages[-1]["content"]) for messages, row in zip(conversations, rows)]
+
+def few(conversations, rows):
+    return [1.0]
+
+def words(conversations, rows):
+    return ["good"] * len(rows)
+
+def never(conversations, rows):
+    return [float("nan")] * len(rows)
+"""
+
+
+def test_a_function_of_ones_own_is_a_reward_and_sees_every_field_of_the_data(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hi", "bonus": 7}\n{"prompt": "Ho", "bonus": 9}\n')
+    rows = load_rows(str(tmp_path / "data.jsonl"))
+    reward = load_reward(f"{tmp_path}/mine.py:brevity")
+    conversations = [[*row.prompt, {"role": "assistant", "content": "Yes"}] for row in rows]
+    assert reward(conversations, rows).tolist() == [4.0, 6.0]
+    check_rows(rows, reward, "mine")
+    with pytest.raises(ValueError, match="mine.py:brevity: line 3: KeyError: 'bonus'"):
+        check_rows([Row([{"role": "user", "content": "Hi"}], "line 1")], reward, "mine")
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("none.py:brevity", "there is no file"),
+    ("mine.py:longest", "has no function longest"),
+    ("broken.py:brevity", "broken.py:brevity: .*NameError: name 'undefined'"),
+    ("mine.py:few", "returned 1 numbers for 2 conversations"),
+    ("mine.py:words", "must return a list of numbers, not \\['good'"),
+    ("mine.py:never", "gives line 1 the reward nan: it must be finite"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_function_is_said_before_the_start(spec, message, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("undefined\n")
+    rows = [Row([{"role": "user", "content": "Hi"}], "line 1")] * 2
+    with pytest.raises(ValueError, match=message):
+        reward = load_reward(f"{tmp_path}/{spec}")
+        if "never" in spec:
+            check_rows(rows, reward, spec)
+        reward([[{"role": "assistant", "content": ""}]] * 2, rows)
+
+
+def test_several_rewards_are_added_up_with_their_weights(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    specs = ["rule:refusal", f"{tmp_path}/mine.py:brevity"]
+    rows = [Row([], "line 1", columns={"bonus": 5})] * 2
+    conversations = [[{"role": "assistant", "content": text}] for text in ("I cannot help.", "Sure.")]
+    assert load_reward(specs)(conversations, rows).tolist() == [1 + 5 - 14, 0 + 5 - 5]
+    reward = load_reward(specs, weights=[2, -0.5])
+    assert reward(conversations, rows).tolist() == [2 - 0.5 * (5 - 14), 0]
+    scores = torch.tensor([[UNREAD, 3.0], [1.0, 3.0]])
+    assert reward.total(scores).tolist() == [UNREAD, 0.5], "what one could not read has no reward at all"
+    assert list(map(metric_name, specs)) == ["rule_refusal", "brevity"]
+    assert check_rewards(["rule:math"], None) == "rule:math" and check_rewards(specs, [1, 2]) == specs
+    message = "--reward-(weights: 2 rewards need|model .* each needs a name of its own)"
+    for several, weights in ((["rule:math", "rule:math"], None), (["a/x.py:mean", "rule:math"], None), (specs, [1.0])):
+        with pytest.raises(ValueError, match=message):
+            check_rewards(several, weights)
