@@ -56,8 +56,14 @@ def flags() -> ArgumentParser:
     add("--label", nargs="+", metavar="TEXT", help="names for tables and plots, one for each model")
     add("--benchmarks",
         help=f"split by commas, of {', '.join(BENCHMARKS)} (default: {','.join(PAPER)}); or of the "
-        "tiny world, as safety,arithmetic-no-thought (its models' default: all); tiny asks any "
-        "model all of these")
+        "tiny world, as safety,arithmetic-no-thought (its models' default: all; tiny asks any model all "
+        "of these); or a file of your own questions: .json, .jsonl, .csv or .parquet")
+    add("--about", choices=("safety", "over-refusal", "reasoning"), default="safety",
+        help="of a file given to --benchmarks: what its questions are about, which decides how they are "
+        "sampled and graded (default: %(default)s)")
+    add("--columns", nargs="+", default=[], metavar="COLUMN=NAME",
+        help="of such a file: its names for prompt, category and answer, where they are not found "
+        "(HarmBench's, AdvBench's and the like are)")
     add("--data", nargs="+", default=[], metavar="NAME=FILE",
         help="a benchmark's data from a local file, or from "
         "owner/name@revision:file on the hub, instead of its pinned source, as math-500=test.jsonl")

@@ -8,6 +8,7 @@ import torch
 
 from nanosafe.evals.attacks import with_attacks
 from nanosafe.evals.benchmark import Benchmark, slug
+from nanosafe.evals.own_questions import is_question_file, own_benchmark, read_columns
 from nanosafe.evals.paper_suite import BENCHMARKS, PAPER, load_benchmarks, load_graders
 from nanosafe.evals.tiny_suite import tiny_part, tiny_suite
 from nanosafe.model.config import ModelConfig
@@ -15,13 +16,25 @@ from nanosafe.parallel import Ranks
 
 
 def read_choice(args: Namespace) -> None:
-    """Replace the texts of --benchmarks and --data by a list of names and {name: file}; ValueError for unknown ones."""
-    args.benchmarks = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else []
+    """Replace the texts of --benchmarks and --data by a list of names and {name: file}; ValueError for unknown ones.
+
+    Question files become entries of args.own, under the names that they then have among args.benchmarks.
+    """
+    given = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else []
+    columns = read_columns(args.columns)
+    args.own, args.benchmarks = {}, []
+    for name in given:
+        if is_question_file(name):
+            name, args.own[name] = own_benchmark(name, args.about, columns)
+        args.benchmarks.append(name)
+    if columns and not args.own:
+        raise ValueError("--columns is for a file of questions: give one to --benchmarks")
     tiny = [slug(benchmark.name) for benchmark in tiny_suite(args.split, "okay")]
     known = ["tiny", *tiny, *BENCHMARKS]
     for name in args.benchmarks:
-        if name not in known:
-            raise ValueError(f"--benchmarks: no benchmark {name}; there are {', '.join(known)}")
+        if name not in known and name not in args.own:
+            raise ValueError(f"--benchmarks: no benchmark {name}; there are {', '.join(known)}, or give "
+                             "a file of questions")
     files = {}
     for pair in args.data:
         name, _, file = pair.partition("=")
@@ -36,11 +49,11 @@ def paper_loader(args: Namespace, ranks: Ranks) -> Callable[[], list[Benchmark]]
 
     @cache
     def load() -> list[Benchmark]:
-        names = _of_the_paper(args) or PAPER
+        entries = {name: (BENCHMARKS | args.own)[name] for name in _of_the_paper(args) or PAPER}
         with ranks.main_first():
-            graders = load_graders(names, args.judge, device=ranks.device,
+            graders = load_graders(entries, args.judge, device=ranks.device,
                                    dtype=getattr(torch, args.dtype), bounds=args.judge_bounds)
-            plain = load_benchmarks(names, graders, files=args.data,
+            plain = load_benchmarks(entries, graders, files=args.data,
                                     training=args.training_prompts, seed=args.seed)
             return with_attacks(plain, args.attack)
 
@@ -48,7 +61,8 @@ def paper_loader(args: Namespace, ranks: Ranks) -> Callable[[], list[Benchmark]]
 
 
 def _of_the_paper(args: Namespace) -> list[str]:
-    return [name for name in args.benchmarks if name in BENCHMARKS]
+    """The chosen ones of the paper's, and question files."""
+    return [name for name in args.benchmarks if name in BENCHMARKS or name in args.own]
 
 
 def choose_benchmarks(name: str, config: ModelConfig, args: Namespace,

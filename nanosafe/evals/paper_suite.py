@@ -57,7 +57,7 @@ REASONING = dict(about="reasoning", headline="right", temperature=0.6, top_p=0.9
 @dataclass(frozen=True)
 class Entry:
     source: str  # where hub.find_files finds it, of several files split by commas
-    rows: int  # of the whole data set
+    rows: int | None  # of the whole data set; None: any number
     fields: dict[str, tuple[str, ...]]  # field -> its names in known copies; "": it may be missing
     grader: str  # which kind: math, integer, letter, harm, refusal, air-bench or strongreject
     benchmark: dict  # what it is about and how it is sampled
@@ -116,16 +116,16 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-def load_graders(names: Sequence[str], judges: Sequence[str] | None, *, device: torch.device,
+def load_graders(entries: Mapping[str, Entry], judges: Sequence[str] | None, *, device: torch.device,
                  dtype: torch.dtype, bounds: tuple[float, float] | None = None) -> dict[str, NamedGrader]:
-    """The graders for the benchmarks `names`, by kind.
+    """The graders for benchmarks, by kind.
 
     judges: specs of load_judge, the first for the headline figures (None: Granite Guardian, where a
     benchmark cannot do without); the other arguments are load_judge's too. Raises what that raises.
     """
     graders = {kind: AnswerGrader(kind) for kind in ("math", "integer", "letter")}
     graders["refusal"] = RefusalGrader()
-    if not judges and any(BENCHMARKS[name].grader in NEED_A_JUDGE for name in names):
+    if not judges and any(entry.grader in NEED_A_JUDGE for entry in entries.values()):
         judges = [DEFAULT_JUDGE]
     by_kind: dict[str, list[NamedGrader]] = {}
     for spec in judges or ():
@@ -137,32 +137,35 @@ def load_graders(names: Sequence[str], judges: Sequence[str] | None, *, device: 
     return graders
 
 
-def load_benchmarks(names: Sequence[str], graders: Mapping[str, NamedGrader], *,
+def load_benchmarks(entries: Mapping[str, Entry], graders: Mapping[str, NamedGrader], *,
                     files: Mapping[str, str], training: str | None, seed: int) -> list[Benchmark]:
-    """The benchmarks `names` of the table above.
+    """Benchmarks by their entries in the table above, or in the form of such.
 
-    files: in place of the table's sources. training: SFT data whose prompts are left out of the
+    files: in place of the entries' sources. training: SFT data whose prompts are left out of the
     headline figures, or "none" (None: TRAINING_SET). Raises what load_benchmark raises.
     """
     # Safety's training data hold no problems of reasoning.
-    harmful = [name for name in names if BENCHMARKS[name].benchmark["about"] != "reasoning"]
-    seen = seen_prompts(harmful, files, training)
+    harmful = []
+    for name, entry in entries.items():
+        if entry.benchmark["about"] != "reasoning":
+            harmful.append(name)
+    own = [name for name in entries if name not in BENCHMARKS]
+    seen = seen_prompts(harmful, [*files, *own], training)
     benchmarks = []
-    for name in names:
-        file = files.get(name)
-        benchmarks.append(load_benchmark(name, graders, file=file, seed=seed, seen=seen))
+    for name, entry in entries.items():
+        benchmarks.append(load_benchmark(name, entry, graders, file=files.get(name), seed=seed, seen=seen))
     return benchmarks
 
 
-def seen_prompts(names: Sequence[str], files: Mapping[str, str], training: str | None) -> frozenset[str]:
+def seen_prompts(names: Sequence[str], own: Sequence[str], training: str | None) -> frozenset[str]:
     """The normalised prompts of the training set, for the benchmarks `names`. The default one, if the
-    hub is out of reach, is done without where the data are the user's own."""
+    hub is out of reach, is done without where the data of all are the user's `own`."""
     if not names or training == "none":
         return frozenset()
     try:
         return training_prompts(training or TRAINING_SET)
     except ConnectionError as error:
-        if training or set(names) - files.keys():
+        if training or set(names) - set(own):
             raise
         warning = "warning: no question is left out for being a training prompt:"
         print(warning, error, file=sys.stderr)
@@ -179,11 +182,11 @@ def normalise(prompt: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", "", prompt.lower()).split())
 
 
-def load_benchmark(name: str, graders: Mapping[str, NamedGrader], *, file: str | None = None,
+def load_benchmark(name: str, entry: Entry, graders: Mapping[str, NamedGrader], *, file: str | None = None,
                    seed: int = 0, seen: Container[str] = frozenset()) -> Benchmark:
-    """The benchmark `name` of the table above, its questions in an order of their own.
+    """A benchmark, its questions in an order of their own.
 
-    graders: by the entry's kind. file: in place of the table's source, a local file or one on the
+    graders: by the entry's kind. file: in place of the entry's source, a local file or one on the
     hub, "owner/name@revision:file"; of AIR-Bench "PROMPTS,JUDGE_PROMPTS", the second for graders
     that use them. seed: chooses air-bench's prompts. seen: training prompts, normalised, which mark
     questions.
@@ -192,24 +195,24 @@ def load_benchmark(name: str, graders: Mapping[str, NamedGrader], *, file: str |
     number of rows where it is not the data set's (`file` may hold fewer), and for questions that
     the grader cannot grade; FileNotFoundError, PermissionError (gated) or ConnectionError.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    entry, source = BENCHMARKS[name], file or BENCHMARKS[name].source
+    source = file or entry.source
     try:
         data = _read_data(source)
     except (FileNotFoundError, PermissionError, ConnectionError) as error:
-        otherwise = "" if file else f"; or give a local file, --data {name}=FILE{entry.hint}"
+        replaceable = name in BENCHMARKS and not file
+        otherwise = f"; or give a local file, --data {name}=FILE{entry.hint}" if replaceable else ""
         raise type(error)(f"benchmark {name}: {error}{otherwise}") from None
     rows = len(data.rows)
-    if rows != entry.rows and not (file and 0 < rows < entry.rows):
+    whole = entry.rows or rows
+    if rows != whole and not (file and 0 < rows < whole):
         raise ValueError(f"{source}: {name} has {entry.rows} rows, found {rows}: the data set has changed")
     questions = _questions(entry, data, seen)
     drawn = ""
     if name == "air-bench":
         questions = _one_of_each_category(questions, seed)
         drawn = f", drawn by seed {seed}"
-    expected = entry.questions or entry.rows
-    if not questions or (rows == entry.rows and len(questions) != expected):
+    expected = entry.questions or whole
+    if not questions or (rows == whole and len(questions) != expected):
         [column] = entry.fields.get("index", entry.fields["category"])
         raise ValueError(f"{source}: {name} has {expected} questions, found {len(questions)}: the "
                          f"values of field {column!r} have changed")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from hub import StandInHub
 
+from eval import flags as eval_flags
 from nanosafe.evals.benchmark import BOXED, Benchmark
+from nanosafe.evals.choice import read_choice
 from nanosafe.evals.graders import NamedGrader
 from nanosafe.evals.paper_suite import BENCHMARKS, load_benchmark, normalise, training_prompts
 
@@ -34,7 +36,7 @@ OFFICIAL_FILES = {  # benchmark: file of the assets, questions, those that stand
 
 
 def load(name: str, file: str | Path | None, **more) -> Benchmark:
-    return load_benchmark(name, GRADERS, file=None if file is None else str(file), **more)
+    return load_benchmark(name, BENCHMARKS[name], GRADERS, file=None if file is None else str(file), **more)
 
 
 # The official files
@@ -254,8 +256,8 @@ def test_numbers_of_rows_and_categories(tmp_path):
         load("xstest", write(tmp_path / "renamed.jsonl", renamed))
     with pytest.raises(ValueError, match="xstest-unsafe has 200 questions, found 0"):
         load("xstest-unsafe", write(tmp_path / "safe.jsonl", rows[:9]))
-    with pytest.raises(ValueError, match="there is no benchmark xtest; there are attaq, .*, gpqa-diamond"):
-        load("xtest", None)
+    with pytest.raises(ValueError, match="no benchmark xtest; there are tiny, .*attaq, .*, gpqa-diamond"):
+        read_choice(eval_flags().parse_args(["--benchmarks", "xtest"]))
 
 
 # From the hub
