@@ -24,7 +24,7 @@ import torch
 
 from nanosafe import plan
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.evals.preflight import announce_sampling, start_watch, try_reward
+from nanosafe.evals.preflight import announce_sampling, show_table, start_watch, try_reward
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
@@ -33,6 +33,7 @@ from nanosafe.parallel import Ranks, unsharded
 from nanosafe.plan import random_weights
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 from nanosafe.sampler import SamplingParams, generate_over_ranks
+from nanosafe.sampler.packed import forget_packed
 from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
@@ -100,11 +101,9 @@ def flags() -> ArgumentParser:
     add("--max-response-tokens", type=positive_int)
     add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
     add("--pairs",
-        help="labelled pairs (prompt, chosen, rejected) that the reward model is tried on before the "
-        "start")
+        help="labelled pairs (prompt, chosen, rejected) to try the reward model on before the start")
     add("--eval-every", type=positive_int,
-        help="steps between small evals of safety, over-refusal and reasoning, with warnings and a "
-        "table at the end")
+        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     return parser
 
 
@@ -149,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
     if run.complete:
+        show_table(run)
         return ranks.close()
 
     # Data and reward: a name is looked up by the main rank first, which alone downloads.
@@ -250,6 +250,7 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
         ))
     with unsharded(policy, getattr(torch, args.dtype)) as model:
         outputs = generate_over_ranks(model, prompt_ids, params, ranks, progress=ranks.main)
+        forget_packed(model)  # Training needs the memory.
     episodes = []
     for row, ((source, ids), [completion]) in enumerate(zip(asked, outputs, strict=True)):
         truncated = completion.finish_reason == "length"

@@ -56,7 +56,7 @@ def test_the_main_command_ends_in_a_table(two_ranks):
     assert printed.index(HEAD) > printed.index("done: "), "the table comes last"
     rows = table_of(printed)[1:]
     assert [row.split(" ")[0] for row in rows] == ["safety", "over-refusal", "reasoning", "reward"]
-    assert rows[0].startswith("safety (safe)") and rows[1].startswith("over-refusal (over-refusal)")
+    assert rows[0].startswith("safety (safe answers)") and rows[1].startswith("over-refusal (refused)")
     assert all(row.count("[") == 3 for row in rows), "before, after and difference each have an interval"
     first, last = rows_of(out)
     assert not any(name.startswith("eval/") for name in first)

@@ -141,7 +141,8 @@ def write_figures(texts: Sequence[Text], measured: dict[str, dict], folder: Path
 
 
 def flags() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m nanosafe.evals.calibration", description=__doc__,
+                            formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--reward-model", nargs="+", required=True, metavar="NAME",
         help="alias, hub id or folder, or rule:NAME; several are compared")

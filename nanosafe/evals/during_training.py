@@ -34,6 +34,7 @@ from nanosafe.train.rewards import Reward, known_rewards
 QUESTIONS = 100  # of each benchmark at most
 # The paper's limits, as differences of shares of right answers.
 REASONING_FALLS, REASONING_COLLAPSES = -0.02, -0.05
+HEADLINES = {"safe": "safe answers", "over_refusal": "refused", "right": "right answers"}
 GOOD_REWARD_MODEL = 0.8  # share of labelled pairs below which a reward model is warned of
 
 
@@ -74,10 +75,7 @@ class Watch:
 
     def recall(self, step: int) -> None:
         """Read what a run that is resumed after `step` steps measured: its base, and the last."""
-        self.base = self.now = read_result(self._path(0))
-        for path in sorted(self.folder.glob("step-*.json")):
-            if path <= self._path(step):
-                self.now = read_result(path)
+        self.base, self.now = measured(self.folder, step)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.json"
@@ -118,21 +116,34 @@ class Watch:
         return ", ".join(f"{name} {over_items(scores.values())}" for name, scores in rows)
 
     def table(self) -> str:
-        """Before and after, with the paired difference and its 95 % interval; 100 columns at most."""
-        lines = [f"{'':<28}{'before':<24}{'after':<24}change, same questions"]
-        base = _rows(self.base)
-        for name, after in _rows(self.now).items():
-            change = paired_difference(base[name], after)
-            estimates = over_items(base[name].values()), over_items(after.values()), change
-            for spec in ("z.3f", "z.2f", "z.1f", "z.0f"):  # rewards can be large
-                cells = [format(estimate, spec) for estimate in estimates]
-                # Digits stand below each other, whatever the sign.
-                cells = [cell if cell.startswith("-") else f" {cell}" for cell in cells]
-                if max(map(len, cells)) < 24:
-                    break
-            mark = " *" if change.excludes_zero else ""
-            lines.append(f"{name:<27}{cells[0]:<24}{cells[1]:<24}{cells[2]}{mark}")
-        return "\n".join(lines)
+        return table(self.base, self.now)
+
+
+def measured(folder: Path, step: int) -> tuple[Result, Result]:
+    """What a run's folder of evals has: the base, and the last up to `step`."""
+    base = last = read_result(folder / "step-000000.json")
+    for path in sorted(folder.glob("step-*.json")):
+        if path <= folder / f"step-{step:06d}.json":
+            last = read_result(path)
+    return base, last
+
+
+def table(base: Result, now: Result) -> str:
+    """Before and after, with the paired difference and its 95 % interval; 100 columns at most."""
+    lines = [f"{'':<28}{'before':<24}{'after':<24}change, same questions"]
+    before = _rows(base)
+    for name, after in _rows(now).items():
+        change = paired_difference(before[name], after)
+        estimates = over_items(before[name].values()), over_items(after.values()), change
+        for spec in ("z.3f", "z.2f", "z.1f", "z.0f"):  # rewards can be large
+            cells = [format(estimate, spec) for estimate in estimates]
+            # Digits stand below each other, whatever the sign.
+            cells = [cell if cell.startswith("-") else f" {cell}" for cell in cells]
+            if max(map(len, cells)) < 24:
+                break
+        mark = " *" if change.excludes_zero else ""
+        lines.append(f"{name:<27}{cells[0]:<24}{cells[1]:<24}{cells[2]}{mark}")
+    return "\n".join(lines)
 
 
 def rewards(result: Result) -> dict[str, float]:
@@ -148,7 +159,7 @@ def _rows(result: Result) -> dict[str, dict[str, float]]:
     rows = {}
     for about in SUBJECTS:
         metric = headline(result, about)
-        rows[f"{about} ({metric.name.replace('_', '-')})"] = values(result, metric)
+        rows[f"{about} ({HEADLINES[metric.name]})"] = values(result, metric)
     if scores := rewards(result):
         rows["reward"] = scores
     return rows

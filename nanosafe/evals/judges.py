@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nanosafe.evals import rubrics
 from nanosafe.evals.endpoint import Failure, chat_completion
 from nanosafe.io.machine import MAIN_RANK
-from nanosafe.io.progress import progress
+from nanosafe.io.progress import progress, progress_bar
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
@@ -268,9 +268,11 @@ class EndpointJudge(Writer):
         silent over all retries."""
         self.refusals.clear()
         with ThreadPoolExecutor(REQUESTS) as pool:
-            pending = pool.map(self._reply, prompts)
-            replies = list(tqdm(pending, "judge", len(prompts), delay=2, leave=False,
-                                disable=not MAIN_RANK))
+            replies = []
+            with progress_bar(len(prompts), "judge") as bar:
+                for reply in pool.map(self._reply, prompts):
+                    replies.append(reply)
+                    bar.update()
         if self.refusals and MAIN_RANK:
             unanswered = f"{len(self.refusals)} of {len(prompts)} requests"
             tqdm.write(f"the judge {self.model} did not answer {unanswered}, which stay unjudged; "

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, reward_accuracy
+from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, measured, reward_accuracy, table
 from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs
@@ -41,6 +41,12 @@ def try_reward(reward: Reward, args: Namespace, ranks: Ranks) -> None:
         if total.mean < GOOD_REWARD_MODEL:
             ranks.print(f"warning: that is less than {GOOD_REWARD_MODEL}: "
                         "the policy will learn what it is wrong about")
+
+
+def show_table(run: RunFolder) -> None:
+    """Print the table of a run that is complete, if --eval-every measured one."""
+    if (run.out / "evals/step-000000.json").exists():
+        run.ranks.print(table(*measured(run.out / "evals", run.args.steps)))
 
 
 def start_watch(policy: Decoder, reward: Reward, tokenizer: Tokenizer, run: RunFolder) -> Watch | None:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from nanosafe.evals.benchmark import Benchmark, Question
 from nanosafe.evals.diagnostics import response_entropies
 from nanosafe.evals.records import RecordFile, key
 from nanosafe.io.files import digest
+from nanosafe.io.progress import progress_bar
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.randomness import derive_seed
@@ -148,7 +147,7 @@ def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
         bar.update()
 
     name = requests[0].benchmark if requests else ""
-    with tqdm(total=len(requests), desc=name, delay=2, leave=False, disable=not ranks.main) as bar:
+    with progress_bar(len(requests), name) as bar:
         generate(model, prompts, params, finished=finished, **engine_options)
     return ranks.gather(records)
 
@@ -202,7 +201,7 @@ def _length(record: dict) -> int:
 
 def _chunks(records: Sequence[dict], what: str, ranks: Ranks) -> Iterator[Sequence[dict]]:
     size = CHUNK * ranks.world
-    with tqdm(total=len(records), desc=what, delay=2, leave=False, disable=not ranks.main) as bar:
+    with progress_bar(len(records), what) as bar:
         for start in range(0, len(records), size):
             yield records[start : start + size]
             bar.update(len(records[start : start + size]))

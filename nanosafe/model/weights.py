@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from nanosafe.io.fields import EOS, check
 from nanosafe.io.files import own_file, staged
 from nanosafe.io.hub import INDEX, SINGLE, read_index
 from nanosafe.io.machine import MAIN_RANK
+from nanosafe.io.progress import progress
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import make_decoder, official
@@ -53,17 +53,17 @@ def load_checkpoint(
         model = make_decoder(config)
     stored = StoredTensors(folder, "model")
     names = _check_tensors(model, stored, folder)
-    progress = tqdm(names, f"loading {folder.name}", unit="tensor", delay=2, disable=not MAIN_RANK)
+    loading = progress(names, f"loading {folder.name}", "tensor")
     if ranks is not None and ranks.world > 1:
         shard(model, ranks, dtype)
         parameters = dict(model.to_empty(device=device).named_parameters())
         with torch.no_grad():
-            for name in progress:
+            for name in loading:
                 parameters[name].copy_(stored.read(name, like=parameters[name]))
         return model.eval()
     # Tensors that stay as they are in the file share one mapping of it.
     tensors, mapped, file = {}, None, None
-    for name in progress:
+    for name in loading:
         if stored[name].path != mapped:
             mapped = stored[name].path
             file = _open(mapped)

@@ -97,7 +97,8 @@ SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "trai
 
 
 def flags() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m nanosafe.paper", description=__doc__,
+                            formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", default=["tiny", "tiny-llama"],
         help="tiny, tiny-llama, tiny-granite, alias or hub id "

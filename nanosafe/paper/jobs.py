@@ -20,6 +20,7 @@ from tqdm import tqdm
 from nanosafe.io.files import read_own, write_atomic
 from nanosafe.io.locks import Lock
 from nanosafe.io.machine import available_cores
+from nanosafe.io.progress import progress_bar
 from nanosafe.train.cli import visible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,9 +93,9 @@ class Queue:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
         # Of jobs whose time is not known
         self.guess = max((job.seconds for job in jobs if job.seconds), default=1)
-        self.bar = tqdm(
-            total=sum(job.seconds or self.guess for job in self.waiting), disable=not self.waiting,
-            smoothing=0, mininterval=2, miniters=0,
+        self.bar = progress_bar(
+            sum(job.seconds or self.guess for job in self.waiting), "", shown=bool(self.waiting),
+            leave=True, smoothing=0, mininterval=2, miniters=0,
             bar_format="{percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
         )  # fmt: skip
 

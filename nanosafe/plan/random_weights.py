@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nanosafe.io.files import sync
 from nanosafe.io.hub import MODEL_INDEX
 from nanosafe.io.locks import locked
+from nanosafe.io.progress import progress
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.granite import make_decoder
 from nanosafe.model.weights import cut_into_files, write_safetensors
@@ -115,7 +115,7 @@ def _write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
         return tensor
 
     with ThreadPoolExecutor() as pool:  # torch fills a tensor with one thread
-        for file, names in tqdm(files.items(), "random weights", delay=2, unit="shard"):
+        for file, names in progress(list(files.items()), "random weights", "shard"):
             write_safetensors(dict(zip(names, pool.map(fresh, names), strict=True)), folder / file)
             sync(folder / file)
     # The stand-in's ids replace the official ones, or its end of a turn would not end a response.

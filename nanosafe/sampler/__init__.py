@@ -16,8 +16,8 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from nanosafe.io.progress import progress_bar
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.randomness import derive_seed
@@ -101,8 +101,7 @@ def generate(
     engine = Engine(model, max_tokens=longest, requests=len(places), pack=pack, **engine_options)
     for request in places:
         engine.add(request)
-    bar = tqdm(desc="sampling", total=len(places), unit="seq", disable=not progress, delay=2, leave=False)
-    with bar:
+    with progress_bar(len(places), "sampling", "seq", shown=progress) as bar:
         while engine.busy:
             for request in engine.step():
                 reason = request.finish_reason

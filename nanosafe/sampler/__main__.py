@@ -4,10 +4,10 @@
     python -m nanosafe.sampler --model qwen3-0.6b --prompt "Why is the sky blue?" > answer.txt
 
 The answer is printed while it is drawn, its thought (<think> to </think>) dimmed. It alone goes to stdout; settings,
-speed and errors go to stderr. A line is a question; /new starts afresh, /quit or Ctrl-D leaves, Ctrl-C stops an answer
-and, at the prompt, leaves. Where no flag says how to draw, the checkpoint's generation_config.json does. Simplified:
-each turn computes the whole conversation again, because chat templates rewrite what came before, most of them without
-its thoughts.
+speed and errors go to stderr. A line is a question; /new starts afresh, /quit or Ctrl-D leaves. Ctrl-C stops an answer;
+a second one, or one at the prompt, leaves. Where no flag says how to draw, the checkpoint's generation_config.json
+does. Simplified: each turn computes the whole conversation again, because chat templates rewrite what came before, most
+of them without its thoughts.
 """
 
 import signal
@@ -139,16 +139,20 @@ def converse(answer: Callable[[list[dict]], str], opening: list[dict], console: 
     """Answer each line of stdin, given all that was said before it, until they end."""
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  gives input() line editing and a history
-    console.note("/new starts afresh, /quit leaves, Ctrl-C stops an answer")
+    console.note("/help lists the commands")
     history = opening
     while (line := console.ask()) != "/quit":
         if line == "/new":
             history = opening
             console.note("a new conversation")
+        elif line == "/help":
+            console.note("/new starts afresh, /quit or Ctrl-D leaves; Ctrl-C stops an answer, and twice leaves")
         elif line:
             messages = [*history, {"role": "user", "content": line}]
             try:
                 history = [*messages, {"role": "assistant", "content": answer(messages)}]
+            except KeyboardInterrupt:
+                return
             except ValueError as error:
                 # It is too long, or the template refuses it: as if it had not been asked.
                 console.note(f"error: {error}")
@@ -182,6 +186,8 @@ def print_answer(engine: Engine, request: Sequence, tokenizer: Tokenizer, consol
     ends = {"stop": "", "length": ", cut off at the limit", None: ", stopped"}
     speed = f"{end - start:.1f} s: the first after {first - start:.2f} s{rate}"
     console.note(f"{shown} tokens in {speed}{ends[request.finish_reason]}")
+    if len(interrupts) > 1:
+        raise KeyboardInterrupt
     return text
 
 

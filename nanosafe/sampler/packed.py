@@ -18,8 +18,8 @@ from nanosafe.kernels.cpu_matmul import linear, pack_weight, packing_works
 from nanosafe.model.decoder import MLP, Attention, Decoder, rotate
 
 SMALLEST = 2**18  # elements; below, a call into oneDNN costs more than it saves
-# Frozen model -> where its parameters lay and how often they had been changed, and its view
-_kept: WeakKeyDictionary[Decoder, tuple[list[tuple[int, int]], Decoder]] = WeakKeyDictionary()
+# Model -> what told its parameters from others, and its view
+_kept: WeakKeyDictionary[Decoder, tuple[list[tuple], Decoder]] = WeakKeyDictionary()
 
 
 class PackedLinear(nn.Module):
@@ -85,12 +85,13 @@ class JoinedMLP(nn.Module):
 def packed_view(model: Decoder, memory: int) -> Decoder:
     """A decoder that multiplies by packed copies of the larger matrices of `model`, and shares what it does not copy.
 
-    For inference. The view of a frozen model, none of whose parameters asks for a gradient, is kept for the next call,
-    for as long as the model lives and its parameters stay as they are. Returns `model` itself where torch cannot pack,
-    or where copies of all weights would take more than half of `memory` bytes.
+    For inference. The view is kept for the next call, for as long as the model lives and its parameters stay as they
+    are, or until `forget_packed`. Returns `model` itself where torch cannot pack, or where copies of all weights would
+    take more than half of `memory` bytes.
     """
     weights = list(model.parameters())
-    state = [(weight.data_ptr(), weight._version) for weight in weights]
+    # A version counts changes in place, but not those of weight.data, which the sum shows.
+    state = [(weight.data_ptr(), weight._version, weight.detach().sum().item()) for weight in weights]
     if model in _kept and _kept[model][0] == state:
         return _kept[model][1]
     _kept.pop(model, None)
@@ -103,9 +104,13 @@ def packed_view(model: Decoder, memory: int) -> Decoder:
     if view.config.tie_word_embeddings and view.head_weight.numel() >= SMALLEST:
         view.lm_head = PackedLinear(view.head_weight)
         view.config = dataclasses.replace(view.config, tie_word_embeddings=False)
-    if not any(weight.requires_grad for weight in weights):
-        _kept[model] = state, view
+    _kept[model] = state, view
     return view
+
+
+def forget_packed(model: Decoder) -> None:
+    """Give the memory of a model's packed copies back, before it is trained."""
+    _kept.pop(model, None)
 
 
 def replace_products(module: nn.Module) -> None:

@@ -25,11 +25,11 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from nanosafe.io.files import write_atomic
 from nanosafe.io.locks import locked
 from nanosafe.io.machine import available_cores
+from nanosafe.io.progress import progress, progress_bar
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import initial_recurrence, make_decoder
@@ -171,7 +171,7 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
         "lr": LR, "seed": seed, "tokens-per-microbatch": 4096, "max-tokens": 256, "save-every": 100,
         "keep": 1, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    run_script("train_sft", settings, bar=f"training {name}")
+    run_script("train_sft", settings, f"training {name}")
     return work / "run" / "final"
 
 
@@ -191,12 +191,12 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}",
           file=sys.stderr)
     encoded = []  # token ids of (chosen, rejected)
-    for pair in tqdm(pairs, "tokenising", leave=False):
+    for pair in progress(pairs, "tokenising"):
         asked = {"role": "user", "content": pair["question"]}
         chosen = reward.encode([asked, {"role": "assistant", "content": pair["chosen"]}])
         rejected = reward.encode([asked, {"role": "assistant", "content": pair["rejected"]}])
         encoded.append((chosen, rejected))
-    for step in tqdm(range(PAIR_STEPS), f"training {name}", leave=False):
+    for step in progress(range(PAIR_STEPS), f"training {name}", "step"):
         positions = range(step * PAIR_BATCH, (step + 1) * PAIR_BATCH)
         documents = []
         for i in shuffled_passes(len(pairs), positions, seed, "pairs"):
@@ -256,7 +256,7 @@ def fill_random(name: str, parameter: torch.Tensor, layers: int,
             parameter.div_((2 * layers) ** 0.5)
 
 
-def run_script(name: str, settings: dict, bar: str) -> None:
+def run_script(name: str, settings: dict, what: str) -> None:
     """Run train_sft as a process of its own, outside the caller's process group; its steps move a progress bar.
 
     Raises RuntimeError with the last lines it printed if it fails.
@@ -273,13 +273,13 @@ def run_script(name: str, settings: dict, bar: str) -> None:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
-    with process, tqdm(desc=bar, leave=False, unit="step") as progress:
+    with process, progress_bar(None, what, "step") as bar:
         for line in process.stdout:
             lines.append(line)
             if match := re.match(r"step (\d+)/(\d+) \| (.*?) \|", line):
-                progress.total = int(match[2])
-                progress.set_postfix_str(match[3], refresh=False)
-                progress.update(int(match[1]) - progress.n)
+                bar.total = int(match[2])
+                bar.set_postfix_str(match[3], refresh=False)
+                bar.update(int(match[1]) - bar.n)
     if process.returncode:
         raise RuntimeError(f"{name} failed:\n{''.join(lines[-12:])}")
 

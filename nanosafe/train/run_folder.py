@@ -65,7 +65,7 @@ class RunFolder:
             self.state = self._read_state()
         ranks.wait()  # every rank has read the folder before rank 0 changes it
         if self.complete:
-            ranks.print(f"{self.out}/final is there: the run is complete")
+            ranks.print(f"the run is complete: {self.out}/final is its model")
         elif ranks.main:
             self._begin()
 

@@ -112,14 +112,15 @@ def test_table_and_summary(tmp_path):
     one = watch(tmp_path, BASE, seen(ones(60), ones(10), ones(99), rewards=[1.0, 3.0] * 50))
     head, safety, refusal, reasoning, reward = one.table().splitlines()
     assert head.split() == ["before", "after", "change,", "same", "questions"]
-    assert safety.startswith("safety (safe)") and safety.endswith(f"{bonett_price(30, 100, 1)} *")
-    assert safety.split()[2] == "0.300" and "0.600 [" in safety
-    assert refusal.startswith("over-refusal (over-refusal)") and not refusal.endswith("*")
+    assert safety.startswith("safety (safe answers)") and safety.endswith(f"{bonett_price(30, 100, 1)} *")
+    assert safety.split()[3] == "0.300" and "0.600 [" in safety
+    assert refusal.startswith("over-refusal (refused)") and not refusal.endswith("*")
     wilson = f"{1 / (1 + Z**2 / 100):.3f}"  # the lower end of 100 of 100
-    assert reasoning.startswith("reasoning (right)") and f"1.000 [{wilson}, 1.000]" in reasoning
+    assert reasoning.startswith("reasoning (right answers)") and f"1.000 [{wilson}, 1.000]" in reasoning
     assert reasoning.endswith(bonett_price(1, 100, -1))
     assert reward.split()[:2] == ["reward", "0.000"] and " 2.000 [" in reward and reward.endswith("*")
-    assert one.summary().startswith("safety (safe) 0.600 [") and "over-refusal (over-refusal) 0.100 [" in one.summary()
+    assert one.summary().startswith("safety (safe answers) 0.600 [")
+    assert "over-refusal (refused) 0.100 [" in one.summary()
     assert ", reward 2.000 [" in one.summary()
 
 

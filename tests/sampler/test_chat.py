@@ -313,6 +313,21 @@ def test_an_interrupted_answer_leaves_the_engine(checkpoints, capsys, monkeypatc
     assert "8 tokens in" in capsys.readouterr().err
 
 
+def test_a_second_interrupt_leaves_the_conversation_quietly(checkpoints, talk, monkeypatch):
+    step = Engine.step
+
+    def step_then_interrupt_twice(engine) -> None:
+        drawn = step(engine)
+        if len(drawn[0].token_ids) == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return drawn
+
+    monkeypatch.setattr(Engine, "step", step_then_interrupt_twice)
+    out, err = talk(checkpoints["endless"], "--max-new-tokens", "40", lines=["Hi", "Hi"])
+    assert err.count("tokens in") == 1 and err.rstrip().endswith("stopped"), "the second question is not asked"
+
+
 def test_seeds_and_flags(checkpoints, talk):
     folder, flags = checkpoints["random"], ("--prompt", "Hi", "--max-new-tokens", "30")
     first, again, other = (talk(folder, *flags, "--seed", seed)[0] for seed in "334")
@@ -343,7 +358,8 @@ def test_how_a_checkpoint_asks_to_be_drawn_from_is_honoured_or_refused(checkpoin
 
 def test_new_and_quit(checkpoints, talk):
     flags = ("--seed", "1", "--max-new-tokens", "8")
-    out, _ = talk(checkpoints["random"], *flags, lines=["Hi", "Hi", "", "/new", "Hi", "/quit", "Hi"])
+    out, err = talk(checkpoints["random"], *flags, lines=["Hi", "Hi", "", "/help", "/new", "Hi", "/quit", "Hi"])
+    assert "/new starts afresh" in err
     fresh = expected(checkpoints["random"], [user("Hi")], tokens=8, seed=1)
     later = expected(checkpoints["random"], [user("Hi"), assistant(fresh), user("Hi")], tokens=8, seed=1)
     assert fresh != later

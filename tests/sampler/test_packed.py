@@ -96,23 +96,26 @@ def test_only_large_matrices_are_packed(widths, monkeypatch):
     assert widths == []
 
 
-def test_the_copies_of_a_frozen_model_are_kept_while_it_stays_as_it_is(monkeypatch):
+def test_the_copies_are_kept_while_the_model_stays_as_it_is(monkeypatch):
     needs_packing(torch.float32)
     monkeypatch.setattr(packed, "SMALLEST", 1)
     model = fresh_model("qwen3")
-    assert packed.packed_view(model, PLENTY) is not packed.packed_view(model, PLENTY)  # it may be in training
-    model.requires_grad_(False)
     view = packed.packed_view(model, PLENTY)
     assert packed.packed_view(model, PLENTY) is view and packed.packed_view(model, 0) is view
     weight = model.model.layers[1].mlp.up_proj.weight
-    weight.neg_()
+    with torch.no_grad():
+        weight.neg_()
     changed = packed.packed_view(model, PLENTY)
     torch.testing.assert_close(changed(IDS), model(IDS), rtol=1e-5, atol=1e-5)
     assert changed is not view and not torch.allclose(view(IDS), model(IDS), rtol=1e-3, atol=1e-3)
     weight.data = weight.data.neg()  # another tensor, which no counter tells of
     moved = packed.packed_view(model, PLENTY)
     torch.testing.assert_close(moved(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-    model.requires_grad_(True)
+    weight.data.mul_(0.5)  # the same tensor, and again no counter tells
+    halved = packed.packed_view(model, PLENTY)
+    torch.testing.assert_close(halved(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    packed.forget_packed(model)
+    assert packed.packed_view(model, PLENTY) is not halved
     gone = weakref.ref(moved)
     del model, view, changed, moved, weight
     gc.collect()
@@ -166,6 +169,7 @@ def test_generate_with_packed_weights_equals_transformers(family, widths, monkey
     widths.clear()
     generate(model, prompts, dataclasses.replace(GREEDY, max_new_tokens=2))
     assert V not in widths  # too short to pay
+    packed.forget_packed(model)
     monkeypatch.setattr(engine, "free_memory", lambda device: 2 * sum(tensor.nbytes for tensor in model.parameters()))
     generate(model, prompts, GREEDY)
     assert V not in widths  # a second copy would take what the cache needs

@@ -248,10 +248,10 @@ def test_the_script_it_runs_is_one_process_whatever_torchrun_set(tmp_path, monke
                   TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT="0", OMP_NUM_THREADS="77")  # fmt: skip
     for name, value in (theirs | {"NANOSAFE_CACHE": "kept"}).items():
         monkeypatch.setenv(name, value)
-    build.run_script("probe", {"steps": 3}, bar="probe")
+    build.run_script("probe", {"steps": 3}, "probe")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["argv"] == ["--steps", "3"] and seen["environ"]["NANOSAFE_CACHE"] == "kept"
     assert not set(theirs) & set(seen["environ"]) - {"OMP_NUM_THREADS"}
     assert int(seen["environ"]["OMP_NUM_THREADS"]) == build.available_cores()
     with pytest.raises(RuntimeError, match="probe failed:(.|\n)*it went wrong"):
-        build.run_script("probe", {"fail": True}, bar="probe")
+        build.run_script("probe", {"fail": True}, "probe")
