@@ -41,8 +41,10 @@ def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
-               dtype: torch.dtype = torch.bfloat16, ranks: Ranks | None = None) -> Decoder:
+               dtype: torch.dtype | None = None, ranks: Ranks | None = None) -> Decoder:
     """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
+
+    dtype: as the scripts' --dtype, by default float32 on a CPU and bfloat16 on CUDA.
 
     What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
     ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype`.
@@ -51,7 +53,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
     folder = checkpoint(name_or_path)
     if ModelConfig.from_folder(folder).num_labels:
         raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
-    model = load_checkpoint(folder, device, dtype, ranks)
+    model = load_checkpoint(folder, device, dtype or default_dtype(device), ranks)
     with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
         model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
     return model
@@ -63,12 +65,17 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def load_reward_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
-                      dtype: torch.dtype = torch.bfloat16) -> RewardModel:
-    """The *ForSequenceClassification model with one label in `name_or_path`, in eval mode.
+                      dtype: torch.dtype | None = None) -> RewardModel:
+    """The *ForSequenceClassification model with one label in `name_or_path`, in eval mode; dtype as in `load_model`.
 
     Raises what `find_checkpoint`, `load_checkpoint` and `Tokenizer` raise, and ValueError for a language model.
     """
-    return RewardModel.load(checkpoint(name_or_path), device, dtype)
+    return RewardModel.load(checkpoint(name_or_path), device, dtype or default_dtype(device))
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """The compute type where none is asked for: a CPU gains nothing by half precision that is worth its rounding."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def load_reward(spec: str | Sequence[str], *, weights: Sequence[float] | None = None, **options) -> Reward:
@@ -80,7 +87,7 @@ def load_reward(spec: str | Sequence[str], *, weights: Sequence[float] | None = 
 
 
 def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.device = "cpu",
-                    dtype: torch.dtype = torch.bfloat16, offload: bool = False, date: str | None = None) -> Reward:
+                    dtype: torch.dtype | None = None, offload: bool = False, date: str | None = None) -> Reward:
     """rule:math, rule:refusal, rule:tiny-judge, a function FILE.py:NAME, or a reward model (alias, hub id or folder).
 
     offload: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
@@ -93,7 +100,7 @@ def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.d
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
     if is_function(spec):
         return OwnReward(spec)
-    model = RewardModel.load(checkpoint(spec), device, dtype, offload=offload)
+    model = RewardModel.load(checkpoint(spec), device, dtype or default_dtype(device), offload=offload)
     # Scores of a run that is resumed must not change with the day.
     model.tokenizer.date = date or model.tokenizer.date
     model.check_scope(scope, spec)

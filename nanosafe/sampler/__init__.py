@@ -8,12 +8,10 @@ from its prompt too, or one seed for many prompts would make all of them draw wi
     python -m nanosafe.sampler --model qwen3-0.6b        # talk to a checkpoint
 """
 
-import math
 import operator
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
 import torch
 
@@ -22,77 +20,39 @@ from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.params import Completion, SamplingParams
 from nanosafe.sampler.scheduler import Sequence
+from nanosafe.text.tokenizer import Tokenizer
 
 PACKING_PAYS = 32  # new tokens; to pack a CPU's weights for fewer takes longer than it saves
-Prompts = Many[Many[int]]  # token ids
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to draw: temperature 0 is greedy; top_k 0, top_p 1, min_p 0 switch a filter off; seed None: a fresh one."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_new_tokens: int = 256
-    n: int = 1  # completions per prompt, each with its own seed derived from `seed` and the prompt
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self):
-        # logits / temperature must not overflow float32.
-        temperature_valid = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
-        self._check("temperature", temperature_valid, "0 or at least 1e-6")
-        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
-        top_k_valid = isinstance(self.top_k, int) and self.top_k >= 0
-        self._check("top_k", top_k_valid, "an integer of at least 0")
-        self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
-        for name in ("max_new_tokens", "n"):
-            value = getattr(self, name)
-            self._check(name, isinstance(value, int) and value > 0, "a positive integer")
-        self._check("seed", isinstance(self.seed, int | None), "an integer or None")
-        all_integers = all(isinstance(token, int) for token in self.stop_token_ids)
-        self._check("stop_token_ids", all_integers, "integers")
-
-    def _check(self, name: str, valid: bool, meaning: str) -> None:
-        if not valid:
-            value = getattr(self, name)
-            raise ValueError(f"SamplingParams.{name} must be {meaning}, got {value!r}")
-
-
-@dataclass
-class Completion:
-    """token_ids include the stop token; logprobs[i] is that of token i at the sampling temperature, before filters
-    (greedy: at temperature 1); finish_reason is "stop" or "length"."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
+Prompts = Many[Many[int] | str]  # token ids, or texts
 
 
 def generate(
     model: Decoder, prompts: Prompts, params: SamplingParams | Many[SamplingParams], *,
-    progress: bool = False, finished: Callable[[int, Completion], None] | None = None, **engine_options,
+    tokenizer: Tokenizer | None = None, progress: bool = False,
+    finished: Callable[[int, Completion], None] | None = None, **engine_options,
 ) -> list[list[Completion]]:  # fmt: skip
-    """Sample `params.n` completions of every prompt (token ids); the result is a list of n Completions per prompt.
+    """Sample `params.n` completions of every prompt; the result is a list of n Completions per prompt.
 
+    A prompt is a list of token ids or, given a tokenizer, a text, which is encoded as it stands (for a chat see
+    Tokenizer.encode_chat). With a tokenizer completions have their text too.
     Stops at the checkpoint's EOS ids (ModelConfig.eos_ids; not if ignore_eos) and at stop_token_ids.
     finished(i, completion) is called as soon as a completion of prompt number i ends, for whoever must not lose it.
     The other options are those of EngineOptions. Raises ValueError where a prompt is empty, outside the vocabulary or
     too long, where `params` are not one per prompt, or where the longest request does not fit into the KV cache alone;
     and where a token's log-prob is not finite, naming the model.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list: of one prompt, [prompt]")
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams")
     places: dict[Sequence, tuple[int, int]] = {}  # number of the prompt, and of its sample
     for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
-        prompt = [operator.index(token) for token in prompt]
+        ids = token_ids(prompt, index, tokenizer)
         for sample in range(one.n):
-            places[sequence(model, prompt, one, index, sample)] = index, sample
+            places[sequence(model, ids, one, index, sample)] = index, sample
     completions: list[list[Completion | None]] = [[None] * one.n for one in each]
     if not places:
         return completions
@@ -109,6 +69,8 @@ def generate(
                     continue
                 index, sample = places[request]
                 completion = Completion(request.token_ids, request.logprobs, reason)
+                if tokenizer is not None:
+                    completion.text = tokenizer.decode(request.token_ids, skip_special_tokens=True)
                 completions[index][sample] = completion
                 bar.update()
                 if finished:
@@ -118,6 +80,18 @@ def generate(
         # What training makes next would lie in the memory of the KV cache, and keep all of it from being given back.
         torch.cuda.empty_cache()
     return completions
+
+
+def token_ids(prompt: Many[int] | str, index: int, tokenizer: Tokenizer | None) -> list[int]:
+    """Prompt number `index` as token ids; raises ValueError for what is neither these nor a text with a tokenizer."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"prompt {index} is a text: give generate a tokenizer, or token ids")
+        return tokenizer.encode(prompt)
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(f"prompt {index} must be a text or a list of token ids, not {prompt!r:.60}") from None
 
 
 def generate_over_ranks(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import hub
@@ -20,11 +21,13 @@ from nanosafe.model import weights
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.granite import make_decoder
 from nanosafe.model.weights import load_checkpoint, save_model
-from nanosafe.names import load_model, load_tokenizer
+from nanosafe.names import load_model as load_model_as_scripts_do
+from nanosafe.names import load_tokenizer
 from nanosafe.recipes import ALIASES
 from nanosafe.sampler import SamplingParams, generate
 
 transformers = pytest.importorskip("transformers")
+load_model = partial(load_model_as_scripts_do, dtype=torch.bfloat16)  # the type of the files
 ROOT = Path(__file__).parents[2]
 SHAPE = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -10,9 +10,10 @@ from test_randomness import python_noise
 from test_sample import chi_square_p
 from tiny_models import FAMILIES, decoder_like, random_checkpoint, random_reference, tiny_raw
 from transformers.generation import logits_process as warpers
+from world import write_world
 
 from nanosafe.model.config import ModelConfig
-from nanosafe.names import load_model
+from nanosafe.names import load_model, load_tokenizer
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler import SamplingParams, engine, generate, runner
 
@@ -352,6 +353,9 @@ def test_no_prompts_give_no_completions():
         (dict(n=0), "SamplingParams.n must"),
         (dict(seed="a"), "seed"),
         (dict(stop_token_ids=("</s>",)), "stop_token_ids"),
+        (dict(stop_token_ids=5), "stop_token_ids must be integers, got 5"),
+        (dict(temperature="0.6"), "temperature must be a number, got '0.6'"),
+        (dict(top_p=None), "top_p must be a number"),
     ],
     ids=str,
 )
@@ -367,6 +371,10 @@ def test_bad_prompts_are_named():
         ([good, []], "prompt 1 is empty"),
         ([good, [5, 97]], "prompt 1 .* vocabulary of 97"),
         ([[-1], good], "prompt 0 .* vocabulary"),
+        ([good, "Hi"], "prompt 1 is a text: give generate a tokenizer"),
+        ("Hi", "prompts must be a list"),
+        ([5, 6], "prompt 0 must be a text or a list of token ids, not 5"),
+        ([good, [5.5]], "prompt 1 must be a text or a list"),
         ([good, [5] * 243], "prompt 1 has 243 tokens; .*max_new_tokens=14 .*max_position_embeddings=256"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -382,7 +390,7 @@ def test_prompts_may_be_tensors():
     model = models("qwen3")[1]
     params = dataclasses.replace(GREEDY, temperature=1.0, seed=3)
     assert generate(model, torch.tensor([PROMPTS[1]]), params) == generate(model, [PROMPTS[1]], params)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="prompt 0 must be a text or a list of token ids, not .1.5."):
         generate(model, [[1.5]], params)
 
 
@@ -426,3 +434,15 @@ def test_banned_tokens_are_never_drawn_and_the_rest_is_renormalised():
     [[one]] = generate(uniform_model(), [[5]], SamplingParams(max_new_tokens=20, seed=3, ignore_eos=True),
                        banned_token_ids=[v for v in range(97) if v not in (8, 9)])  # fmt: skip
     assert set(one.token_ids) == {8, 9} and one.logprobs == pytest.approx([-math.log(2)] * 20, abs=1e-6)
+
+
+def test_texts_are_prompts_where_a_tokenizer_is_given(tmp_path):
+    folder = write_world(tmp_path) / "policy"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    texts = ["What is 1?", "Say hello."]
+    named = generate(model, texts, GREEDY, tokenizer=tokenizer)
+    plain = generate(model, [tokenizer.encode(text) for text in texts], GREEDY)
+    for [one], [other] in zip(named, plain, strict=True):
+        assert one.token_ids == other.token_ids and other.text is None
+        assert one.text == tokenizer.decode(one.token_ids, skip_special_tokens=True)
+    assert model.head_weight.dtype == torch.float32, "on a CPU, as in the scripts"
