@@ -6,11 +6,14 @@ functions, because a folder needs none of it and it takes half a second.
 """
 
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from nanosafe.io.files import read_json
 from nanosafe.io.machine import MAIN_RANK
@@ -61,7 +64,8 @@ def _download_checkpoint(repo: str, revision: str | None, weights: bool) -> Path
         utils.disable_progress_bars()
     wanted = [*SMALL_FILES, MODEL_INDEX] if weights else SMALL_FILES
     with hub_errors_explained(repo, revision, "config and tokenizer"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted,
+                                        local_files_only=hub_is_away()))
     files = ["config.json"]
     if weights and (folder / MODEL_INDEX).exists():
         files += sorted(set(read_index(folder / MODEL_INDEX).values()))
@@ -81,7 +85,24 @@ def _download(
 
     shown = repo if kind == "model" else f"{kind}s/{repo}"
     with hub_errors_explained(shown, revision, file):
-        return Path(hf_hub_download(repo, file, repo_type=kind, revision=commit))
+        return Path(hf_hub_download(repo, file, repo_type=kind, revision=commit,
+                                    local_files_only=hub_is_away()))
+
+
+def hub_is_away() -> bool:
+    """Whether the hub's host does not answer at all: its library alone would try again for 23 seconds."""
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or (getproxies() and not proxy_bypass(hub.hostname)):
+        return False
+    for timeout in (2, 5):  # seconds
+        try:
+            socket.create_connection((hub.hostname, hub.port or 443), timeout).close()
+            return False
+        except OSError:
+            continue
+    return True
 
 
 @contextmanager
@@ -180,6 +201,8 @@ def _list_data_files(repo: str, revision: str | None) -> tuple[str | None, list[
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
+        if hub_is_away():
+            raise ConnectionError
         names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision).siblings]
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):  # gated ones too
         raise
