@@ -15,12 +15,9 @@ table.md and plots. A response is kept as soon as it ends: the same command goes
 one only grades again (a model's verdicts only with --regrade).
 """
 
-import os
+import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
 
-# Responses of all lengths leave a GPU's memory in pieces otherwise. PyTorch reads this when it is imported.
-os.environ.setdefault(
-    "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-
+# isort: split
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence

@@ -11,12 +11,9 @@ known. Every rank knows the whole rollout and all its numbers; only the work is 
 and backward passes), so that any number of processes computes the same step.
 """
 
-import os
+import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
 
-# Responses of all lengths leave a GPU's memory in pieces otherwise. PyTorch reads this when it is imported.
-os.environ.setdefault(
-    "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-
+# isort: split
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 

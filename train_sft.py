@@ -8,12 +8,9 @@ the prompt, averaged over all response tokens of a step: one global denominator 
 default recipe is STAR-1's own: 5 epochs of its 1,000 rows in batches of 128.
 """
 
-import os
+import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
 
-# Responses of all lengths leave a GPU's memory in pieces otherwise. PyTorch reads this when it is imported.
-os.environ.setdefault(
-    "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-
+# isort: split
 import math
 from argparse import ArgumentParser
 

@@ -4,6 +4,10 @@ The public surface: load official weights, sample, score, grade, and the REINFOR
 scripts, train_sft.py and train_rl.py.
 """
 
+from nanosafe.io.machine import prepare_torch
+
+prepare_torch()  # before torch is imported
+
 from nanosafe.kernels.logprob import token_logprob_entropy
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import save_model

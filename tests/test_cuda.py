@@ -3,8 +3,6 @@
 On a GPU where there is one, else on a pretended device.
 """
 
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -227,16 +225,6 @@ def test_products_in_bfloat16_add_up_in_float32():
     with pretending():
         Ranks("cuda")
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-
-
-@pytest.mark.parametrize("script", ["train_rl.py", "train_sft.py", "eval.py"])
-@pytest.mark.parametrize("given, expected", [({}, "expandable_segments:True"),
-                                             ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native")])
-def test_scripts_set_up_the_allocator_before_torch_is_there(script, given, expected, tmp_path):
-    (tmp_path / "torch.py").write_text("import os\nraise SystemExit(os.environ.get('PYTORCH_ALLOC_CONF'))\n")
-    done = subprocess.run([sys.executable, script], cwd=ROOT, env={"PYTHONPATH": str(tmp_path), **given},
-                          capture_output=True, text=True)
-    assert done.stderr.strip() == expected
 
 
 def test_a_model_without_a_multiplier_multiplies_nothing(tmp_path):

@@ -1,9 +1,17 @@
-"""What this process has: its rank, cores, and the host's memory within the limits of a container or job."""
+"""What this process has: its rank, cores, and the host's memory within the limits of a container or job.
+
+And what it tells PyTorch by the environment.
+"""
 
 import os
 from pathlib import Path
 
 MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # of libgomp, PyTorch's OpenMP on Linux
+# Rounds of about 26 ns that a thread waits awake for another, about as long as the pauses between small products last;
+# then it sleeps. libgomp's own 300,000 (8 ms) suit a machine that does nothing else: where another process holds the
+# core of one thread, the others wait awake through its turns, and keep it from theirs, at every single product.
+SPINS = 1000
 # The two layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
 # the files of limit and use, and the line of memory.stat that counts files the kernel can drop.
 LAYOUTS = {
@@ -11,6 +19,21 @@ LAYOUTS = {
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
                "total_inactive_file"),
 }  # fmt: skip
+
+
+def prepare_torch() -> None:
+    """Set what PyTorch and its threads read from the environment when they are loaded; what the user has set stays."""
+    # Responses of all lengths leave a GPU's memory in pieces otherwise.
+    older_name = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", older_name)
+    # To wait by another policy than to change the number of threads: on that, the order of sums may depend.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
+
+def thread_settings() -> str:
+    """What the environment tells the threads, as NAME VALUE, NAME VALUE."""
+    return ", ".join(f"{name} {os.environ[name]}" for name in THREAD_SETTINGS if name in os.environ)
 
 
 def available_cores() -> int:

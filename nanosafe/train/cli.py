@@ -10,6 +10,7 @@ from datetime import date
 
 import torch
 
+from nanosafe.io.machine import thread_settings
 from nanosafe.parallel import Ranks
 from nanosafe.recipes import RECIPES, TINY_RECIPES
 from nanosafe.train.tracking import require_trackers
@@ -151,7 +152,8 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
         name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
         args.out = f"runs/{script}-{name}"
     processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
-    ranks.print(f"{processes} on {args.device}, PyTorch {torch.__version__}")
+    threads = f"{torch.get_num_threads()} threads each ({thread_settings()})"
+    ranks.print(f"{processes} on {args.device}, {threads}, PyTorch {torch.__version__}")
     for origin, names in origins.items():
         shown = []
         for name in names:

@@ -1,11 +1,14 @@
-"""Free memory, against /proc and cgroup files written by hand."""
+"""Free memory, against /proc and cgroup files written by hand; what PyTorch finds in the environment."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nanosafe.io.machine import host_memory
 
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 KERNEL = {"proc/meminfo": "MemTotal: 67108864 kB\nMemFree: 1048576 kB\nMemAvailable: 33554432 kB"}  # 64, 1, 32 GiB
 JOB = "sys/fs/cgroup/job/"
@@ -44,3 +47,17 @@ def test_without_proc_all_memory_counts(tmp_path):
 def test_the_machine_that_runs_this_has_free_memory():
     total, free = host_memory()
     assert 0 < free <= total
+
+
+@pytest.mark.parametrize("program", ["train_rl.py", "train_sft.py", "eval.py", "-mnanosafe.sampler", "-mtrain_rl"])
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True 1000"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "GOMP_SPINCOUNT": "7"}, "backend:native 7"),
+    ({"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "2"}, "expandable_segments:True None"),
+])  # fmt: skip
+def test_programs_set_the_environment_before_torch_is_there(program, given, expected, tmp_path):
+    printing = "print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('GOMP_SPINCOUNT'))"
+    (tmp_path / "torch.py").write_text(f"import os\n{printing}\nraise SystemExit\n")
+    done = subprocess.run([sys.executable, program], cwd=ROOT, env={"PYTHONPATH": str(tmp_path), **given},
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
