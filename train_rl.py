@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The policy goes on from the newest checkpoint. The reference stays what the policy was at the start.
     policy = load_model(run.resumed or base, device=ranks.device, dtype=run.dtype, ranks=ranks)
-    policy.recompute(ranks.device.type == "cuda" and not args.no_recompute)
+    policy.recompute(plan.choose_recompute("rl", args, ranks))
     reference = None
     if args.kl_coef:
         home = "cpu" if args.offload else ranks.device

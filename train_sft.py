@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
     model = load_model(run.resumed or base, device=ranks.device, dtype=run.dtype, ranks=ranks)
-    model.recompute(ranks.device.type == "cuda" and not args.no_recompute)
+    model.recompute(plan.choose_recompute("sft", args, ranks))
     optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
     run.attach(model, tokenizer, optimizer)
     documents, cut = [], 0

@@ -29,9 +29,9 @@ fewest changes that do are shown.
 - GB are 10^9 bytes. A card sold as 80 (141) GB gives 78 (139) GiB, of which 3 % and 1 GB are taken off.
 - The peak is that of tensors, the KV pool included, which takes 80 % of what is left. Sequences: how many of full
   length it holds at once on each GPU.
-- Hours are an estimate. Assumed: prompts of 128 tokens, responses evenly spread up to the longest; 8 FLOP per parameter
-  and token in the update (6 with --no-recompute), 2 in each forward, at 40 % of 989 TFLOP/s; decoding at 60 % of
-  3.35 TB/s, on cards of 141 GB of 4.8 TB/s. Not counted:
+- Hours are an estimate. Assumed: prompts of 128 tokens, responses evenly spread up to the longest; 6 FLOP per parameter
+  and token in the update, 8 where whole layers are recomputed (--recompute, by default the least that fits), 2 in each
+  forward, at 40 % of 989 TFLOP/s; decoding at 60 % of 3.35 TB/s, on cards of 141 GB of 4.8 TB/s. Not counted:
   attention's FLOP, communication, optimizer, saving, evaluation.
 - Measured peaks beside these: not measured on a GPU so far. `python benchmarks/gpu.py --only train rl rl8b` on a card
   measures both, and prints the plan's figure beside each.

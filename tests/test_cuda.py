@@ -173,8 +173,8 @@ def test_training_on_cuda_is_that_on_the_cpu(family, tmp_path):
         assert on_cuda == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in on_cpu]
 
 
-@pytest.mark.parametrize("family, flag", [("qwen3", "--no-recompute"), ("qwen3", "--low-memory"),
-                                          ("granite4", "--no-recompute")])  # fmt: skip
+@pytest.mark.parametrize("family, flag", [("qwen3", "--recompute=some"), ("qwen3", "--low-memory"),
+                                          ("granite4", "--recompute=layer")])  # fmt: skip
 def test_training_in_bfloat16_on_cuda(family, flag, tmp_path):
     """Other kernels round elsewhere, so only the first step is nearly that of the CPU."""
     world = write_world(tmp_path, family=family)

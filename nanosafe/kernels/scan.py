@@ -11,13 +11,11 @@ one behind the other and know nothing of each other. `scan_step` does one token,
 twin. The recurrence is in float32.
 """
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from nanosafe.kernels import INTERPRETED, tl, triton
+from nanosafe.kernels.compiled import compiled
 
 
 class Segments:
@@ -130,7 +128,7 @@ def scan(
     chunks, groups = segments.chunks(chunk_size), B.shape[1]
     # Where a chunk is filled up, dt is 0: no step.
     x, dt, B, C = chunks.cut(x), chunks.cut(dt), chunks.cut(B), chunks.cut(C)
-    scan_within = compiled_within() if x.is_cuda else within
+    scan_within = compiled(within) if x.is_cuda else within
     y, added, kept, reach = scan_within(x, dt, A, B, C)
     if state is None:
         state = added.new_zeros(len(segments.lengths), *added.shape[1:])
@@ -169,12 +167,6 @@ def within(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tens
     added = torch.einsum("clghp,clgs->cghps", u * left, B).flatten(1, 2)
     kept = logs[..., -1].float().exp().flatten(1, 2)[..., None, None]
     return y, added, kept, logs.float().exp().permute(0, 3, 1, 2)[..., None]
-
-
-@cache
-def compiled_within() -> Callable:
-    """`within` for CUDA: elementwise work in few kernels, for any number and length of chunks."""
-    return torch.compile(within, dynamic=True)
 
 
 def scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from nanosafe.kernels.compiled import compiled_in_training
 
 # They are nn.Linear and F.linear, but for a faster product on some CPUs.
 from nanosafe.kernels.cpu_matmul import Linear, linear
 from nanosafe.model.attention import AttentionBackend, PackedDocuments
 from nanosafe.model.config import ModelConfig, Rope
+from nanosafe.model.recompute import checkpointed
 
 
 class Attention(nn.Module):
@@ -57,16 +59,16 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    # In training: keep only the layer's input, and compute what is inside anew in the backward pass.
-    gradient_checkpointing = False
+    recompute = "none"  # of RECOMPUTE: what training computes anew in the backward pass
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
+        self.last_width = 0 if config.hybrid else config.intermediate_size  # see `checkpointed`
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.build(config, layer)
@@ -76,13 +78,14 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.block, x, cos, sin, backend, use_reentrant=False)
-        return self.block(x, cos, sin, backend)
+        return checkpointed(self.block, self.recompute, self.last_width, x, cos, sin, backend)
 
     def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
-        x = x.add(self.self_attn(self.input_layernorm(x), cos, sin, backend), alpha=self.residual_multiplier)
-        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
+        scale, norm = self.residual_multiplier, self.post_attention_layernorm
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, backend)
+        x, normed = add_norm(x, attended, scale, norm.weight, norm.eps)
+        del attended  # or it would take memory until the end of the layer
+        return x.add(self.mlp(normed), alpha=scale)
 
 
 class Body(nn.Module):
@@ -117,10 +120,10 @@ class Decoder(nn.Module):
         """[V, D]: the language-model head, which is the embedding itself in a tied model."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def recompute(self, on: bool) -> None:
-        """Gradient checkpointing: whether backward passes compute the activations inside each layer anew."""
+    def recompute(self, what: str) -> None:
+        """Gradient checkpointing: what backward passes compute anew, one of RECOMPUTE."""
         for layer in self.model.layers:
-            layer.gradient_checkpointing = on
+            layer.recompute = what
 
     def hidden(self, tokens: Tensor, positions: Tensor, backend: AttentionBackend) -> Tensor:
         """tokens [N], positions [N] (from 0 in each document) -> hidden states [N, D] after the final norm."""
@@ -152,6 +155,19 @@ class Decoder(nn.Module):
         return self.logits(hidden).unflatten(0, (B, T))
 
 
+@compiled_in_training
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@compiled_in_training
+def add_norm(x: Tensor, update: Tensor, scale: float, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + scale * update, the residual stream [N, D], and its RMSNorm."""
+    x = x.add(update, alpha=scale)
+    return x, F.rms_norm(x, weight.shape, weight, eps)
+
+
+@compiled_in_training
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim]; see rope_tables."""
     x32 = x.float()

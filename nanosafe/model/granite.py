@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanosafe.kernels.cpu_matmul import Linear, linear
 from nanosafe.model.attention import AttentionBackend
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import Attention, Decoder, Layer
+from nanosafe.model.decoder import Attention, Decoder, Layer, add_norm, swiglu
 from nanosafe.model.hybrid import HybridState, Routing
 from nanosafe.parallel import Ranks
 
@@ -88,12 +88,7 @@ class SharedMLP(nn.Module):
         self.output_linear = Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_linear(swiglu(self.input_linear(x)))
-
-
-def swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+        return self.output_linear(swiglu(*self.input_linear(x).chunk(2, dim=-1)))
 
 
 class Router(nn.Module):
@@ -147,7 +142,8 @@ class MixtureOfExperts(nn.Module):
         ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)
         # Copies first, then their order: as a gather the gradient would add up a token's parts in any order.
         rows = x[:, None].expand(-1, self.chosen, -1).flatten(0, 1).index_select(0, order)  # [N * k, D]
-        out = self.output_linear(swiglu(self.input_linear(rows, ends)), ends)
+        gate, up = self.input_linear(rows, ends).chunk(2, dim=-1)
+        out = self.output_linear(swiglu(gate, up), ends)
         out = out.index_select(0, order.argsort()).unflatten(0, experts.shape)  # [N, k, D]
         return (out * top.softmax(-1).to(x.dtype)[..., None]).sum(1)
 
@@ -186,10 +182,11 @@ class HybridLayer(Layer):
         self.shared_mlp = SharedMLP(config)
 
     def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
-        x = x.add(self.mix(self.input_layernorm(x), cos, sin, backend), alpha=self.residual_multiplier)
-        return x.add(
-            self.feed_forward(self.post_attention_layernorm(x), backend.hybrid), alpha=self.residual_multiplier
-        )
+        scale, norm = self.residual_multiplier, self.post_attention_layernorm
+        mixed = self.mix(self.input_layernorm(x), cos, sin, backend)
+        x, normed = add_norm(x, mixed, scale, norm.weight, norm.eps)
+        del mixed  # as in Layer
+        return x.add(self.feed_forward(normed, backend.hybrid), alpha=scale)
 
     def mix(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
         return self.mamba(x, backend.hybrid) if self.is_mamba else self.self_attn(x, cos, sin, backend)

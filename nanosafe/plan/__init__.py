@@ -17,7 +17,9 @@ import torch
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.kernels.logprob import CHUNK_BYTES
 from nanosafe.model.attention import KVCache
+from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.names import recipe, tiny_seed
+from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
 from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb
 from nanosafe.sampler.engine import default_prefill_tokens
@@ -31,6 +33,8 @@ MOST_GPUS = 64  # that are tried
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9
 # Assumed: what training reaches of the one, decoding of the other
 COMPUTE_SHARE, MEMORY_SHARE = 0.4, 0.6
+# Activations are kept instead of recomputed only up to this share of the memory: no GPU has confirmed the counts.
+UPDATE_SHARE = 0.85
 # Assumed mean prompt; STAR-1's rows; assumed tokens of each
 PROMPT_TOKENS, SFT_ROWS, SFT_TOKENS = 128, 1000, 1000
 
@@ -42,6 +46,7 @@ class Plan(NamedTuple):
     blocks: int  # of the KV pool
     table_width: int  # blocks of the longest sequence
     refused: str | None  # why no setting can help
+    recompute: str  # of RECOMPUTE: the flag or, without one, what was chosen
 
     @property
     def totals(self) -> dict[str, float]:
@@ -63,18 +68,40 @@ def show(script: str, args: Namespace) -> None:
         print(report(script, args), flush=True)
 
 
+def choose_recompute(script: str, args: Namespace, ranks: Ranks) -> str:
+    """--recompute or, where it was not given, what the plan chooses for these ranks: the same on all."""
+    if args.recompute is not None:
+        return args.recompute
+    if ranks.device.type == "cpu":
+        return RECOMPUTE[0]
+    smallest = min(ranks.gather([torch.cuda.get_device_properties(ranks.device).total_memory]))
+    plan = make(script, args, Machine(ranks.world, smallest))
+    ranks.print(f"from the plan: recompute {plan.recompute} (an update should need "
+                f"{gb(plan.totals['update'])} of {gb(plan.machine.usable)} GB on each GPU)")
+    return plan.recompute
+
+
 # The plan.
 
 
 def settings(script: str, model: str, **changes) -> Namespace:
     """Flags of train_rl.py or train_sft.py ("rl", "sft") that are read here, as the recipe has them, with `changes`."""
-    flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, no_recompute=False,
-                 keep=2, steps=None)
+    flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, recompute=None, keep=2,
+                 steps=None)
     return Namespace(**flags | recipe(script, model) | changes)
 
 
 def make(script: str, args: Namespace, machine: Machine) -> Plan:
-    """The plan of train_rl.py or train_sft.py with flags `args` on `machine`. Raises what find_config raises."""
+    """The plan of train_rl.py or train_sft.py with flags `args` on `machine`. Raises what find_config raises.
+
+    Without --recompute it has the fastest setting with which an update fits, on a CPU always the fastest.
+    """
+    if args.recompute is None:
+        for recompute in RECOMPUTE:
+            plan = make(script, Namespace(**vars(args) | {"recompute": recompute}), machine)
+            if machine.kind == "cpu" or plan.totals["update"] <= UPDATE_SHARE * machine.usable:
+                break
+        return plan
     config, _ = find_config(args.model)
     size, world, s = memory.sizes(config), machine.count, bytes_of(args)
     if args.low_memory and (world > 1 or s != 2):
@@ -82,19 +109,18 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
                          "instead")
     state = memory.training_state(size, s, world, args.low_memory)
     state_and_gradients = state | {"gradients": memory.gradients(size, world)}
-    recompute = machine.kind == "cuda" and not args.no_recompute
     longest = args.max_tokens if script == "sft" else args.max_prompt_tokens + args.max_response_tokens
     tokens = max(args.tokens_per_microbatch, longest)  # a longer document goes alone
     update = state_and_gradients | {
         "shard buffers": memory.sharding_buffers(size, s, world, training=True),
-        "activations": memory.training_activations(config, size, s, tokens, recompute, world),
+        "activations": memory.training_activations(config, size, s, tokens, args.recompute, world),
     }
     step = state_and_gradients | {
         "optimizer": memory.optimizer_workspace(size, args.low_memory, machine.kind)
     }
     if script == "sft":
         return Plan({"update": update, "step": step}, machine, blocks=0, table_width=0,
-                    refused=None)
+                    refused=None, recompute=args.recompute)
 
     rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
     rows_at_once = min(rows, memory.runner_of(machine.kind).max_batch)
@@ -135,7 +161,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in "
                    f"--dtype, {gb(least)} with one sequence), each has {gb(machine.usable)}: only "
                    "a larger card or a smaller model helps")
-    return Plan(phases, machine, blocks, width, refused)
+    return Plan(phases, machine, blocks, width, refused, args.recompute)
 
 
 def add_frozen(phases: dict[str, dict[str, float]], name: str, nbytes: float, turn: str,
@@ -202,7 +228,7 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     size, s = memory.sizes(config), bytes_of(args)
     flops = PEAK_FLOPS * COMPUTE_SHARE * machine.count
     # Per parameter and token: forward 2, backward 4, forward again 2
-    training = 6 if args.no_recompute else 8
+    training = 8 if plan.recompute == "layer" else 6
     if script == "sft":
         return {"update": training * size.active * args.batch_size * SFT_TOKENS / flops}
     rows = args.prompts_per_step * args.samples_per_prompt
@@ -272,7 +298,8 @@ def report(script: str, args: Namespace) -> str:
     lines += table(plan)
     if script == "rl":
         lines += cache_lines(args, plan)
-    lines.append(f"  expected peak: {gb(plan.peak)} GB of tensors on each of {gb(machine.usable)}")
+    lines.append(f"  expected peak: {gb(plan.peak)} GB of tensors on each of {gb(machine.usable)}, "
+                 f"with --recompute {plan.recompute}")
     lines.append(f"  IT FITS: {'yes' if plan.fits else 'NO'}")
     if plan.refused:
         lines.append(f"  {plan.refused}")

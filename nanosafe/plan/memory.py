@@ -100,7 +100,7 @@ def forward_bytes(config: ModelConfig, s: int) -> float:
     """Per token, without gradients: the worst moment of a layer."""
     D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
     Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    mlp = s * (3 * D + 3 * F)  # x, x after attention, its norm; silu(gate), up, their product
+    mlp = s * (3 * D + 4 * F)  # x, x after attention, its norm; gate, up, silu(gate), the product
     # x, its norm; q, k, v; in float32 q, both products and the sum
     rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q
     worst = max(mlp, rope)
@@ -133,6 +133,18 @@ def saved_bytes(config: ModelConfig, s: int) -> float:
     return mixer + s * mlp
 
 
+def kept_bytes(config: ModelConfig, s: int, recompute: str) -> float:
+    """Per token: what a layer keeps until its backward pass, its input not counted; see model/recompute.py."""
+    if recompute == "layer":
+        return 0
+    if recompute == "none" or config.hybrid:  # of a hybrid an upper bound
+        return saved_bytes(config, s)
+    Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # q, k and v before norms and rotation; the attended values and their product; gate and up.
+    products = 2 * Q + 2 * K + config.hidden_size + 2 * config.intermediate_size
+    return s * products + 4 * config.num_attention_heads  # log-sum-exps
+
+
 def backward_bytes(config: ModelConfig, s: int) -> float:
     """Per token: a layer in its backward: what is saved, and in the MLP the gradients of gate, up or their product."""
     more = s * (3 * config.hidden_size + 2 * mlp_size(config))
@@ -141,20 +153,19 @@ def backward_bytes(config: ModelConfig, s: int) -> float:
     return saved_bytes(config, s) + more
 
 
-def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, recompute: bool,
+def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, recompute: str,
                          world: int) -> float:
     """Bytes of one micro-batch of `tokens`, at the worst of three moments: the head's backward, a layer's, the root's.
 
-    `recompute` keeps every layer's input, and of one layer at a time the rest. Beside the inputs there are the last
-    hidden state, its norm, the selection for the head and the gradient. Several processes: at the end the gradient of
-    embedding and head, in --dtype and in float32, is summed over the ranks.
+    Every layer's input is kept, and of the rest what `recompute` says; all of it is there of one layer at a time.
+    Beside the inputs there are the last hidden state, its norm, the selection for the head and the gradient. Several
+    processes: at the end the gradient of embedding and head, in --dtype and in float32, is summed over the ranks.
     """
     kept = tokens * s * config.hidden_size * (config.num_hidden_layers + 4)
     kept += tokens * 2 * 4 * config.head_dim  # cos and sin
-    layer = tokens * backward_bytes(config, s) + s * size.head
-    if not recompute:
-        kept += tokens * saved_bytes(config, s) * config.num_hidden_layers
-        layer -= tokens * saved_bytes(config, s)  # they are kept already
+    kept_of_layer = tokens * kept_bytes(config, s, recompute)
+    kept += kept_of_layer * config.num_hidden_layers
+    layer = tokens * backward_bytes(config, s) - kept_of_layer + s * size.head
     # A chunk of logits; the head's gradient in float32 and in --dtype
     head = CHUNK_BYTES + (4 + s) * size.head
     root = (s + 4) * size.root if world > 1 else 0

@@ -11,6 +11,7 @@ from datetime import date
 import torch
 
 from nanosafe.io.machine import thread_settings
+from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.parallel import Ranks
 from nanosafe.recipes import RECIPES, TINY_RECIPES
 from nanosafe.train.tracking import require_trackers
@@ -64,9 +65,10 @@ def new_parser(description: str) -> ArgumentParser:
     add("--offload", action="store_true",
         help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a "
         "step")
-    add("--no-recompute", action="store_true",
-        help="keep all activations of a micro-batch instead of recomputing each layer's in the "
-        "backward pass (on CUDA): a quarter fewer FLOP, several times the memory")
+    add("--recompute", choices=RECOMPUTE,
+        help="what the backward pass computes anew instead of keeping it: none; some, all but "
+        "products and attention, for half the memory; layer, whole layers, for the least memory and a "
+        "third more FLOP (default: the fastest that fits by the plan, on a CPU none)")
     add("--plan", nargs="?", const="", metavar="NxGB",
         help="only print what the run needs (memory of each GPU, hours, disk, downloads), whether it "
         "fits and what helps; nothing is downloaded. 8x80: on 8 GPUs of 80 GB (default: the visible "

@@ -27,8 +27,9 @@ CASES = {  # rows of the rollout, and what differs from the defaults
     "sequence": dict(rows=5, reduction="sequence"),
     "sampler": dict(rows=5, old_logprobs="sampler"),  # whose scores the update itself makes
     "sft": dict(rows=5),
-    "recomputed": dict(rows=5, recompute=True),
-    "one by one": dict(rows=5, recompute=True, tokens_per_microbatch=1),  # then a balance loss is of each text alone
+    "recomputed": dict(rows=5, recompute="layer"),
+    "products kept": dict(rows=5, recompute="some"),
+    "one by one": dict(rows=5, recompute="layer", tokens_per_microbatch=1),  # then a balance loss is of each text alone
 }
 
 
@@ -97,7 +98,7 @@ def completions(world: Path, ranks: Ranks, count: int) -> list[list[tuple]]:
 
 def run_case(name: str, world: Path, ranks: Ranks) -> dict:
     policy = load_model(world / "policy", dtype=torch.float32, ranks=ranks)
-    policy.recompute("recompute" in CASES[name])
+    policy.recompute(CASES[name].get("recompute", "none"))
     reference = load_model(world / "policy", dtype=torch.float32)
     with torch.no_grad():
         for parameter in reference.parameters():

@@ -8,14 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from test_plan import LiveBytes
 from tiny_models import FAMILIES, LLAMA3_ROPE, decoder_like, random_checkpoint, random_reference, tiny_config, tiny_raw
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from nanosafe.kernels import cpu_matmul
 from nanosafe.model import attention as memory
+from nanosafe.model import decoder
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model.config import ModelConfig
-from nanosafe.model.decoder import rope_frequencies, rope_tables
+from nanosafe.model.decoder import add_norm, rope_frequencies, rope_tables, rotate, swiglu
 from nanosafe.model.granite import make_decoder
+from nanosafe.model.recompute import RECOMPUTE
 
 TOLERANCE = 1e-4  # of the largest |logit|
 LENGTHS = [5, 80, 1, 33, 33, 12]  # equal neighbours go as one batch; 80 is past the original length of the scaled ropes
@@ -354,32 +359,68 @@ def test_one_kernel_for_all_documents_gets_what_the_loop_computes(groups, pair, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "granite"])
-def test_recomputing_layers_gives_equal_gradients_from_less_memory(family, pair):
-    model, documents = pair(family)[1], random_documents()
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of products and attention, oneDNN's too, which torch's own counter does not know."""
 
-    def run(recompute: bool) -> tuple[list[torch.Tensor], int]:
-        kept = 0
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
 
-        def keep(tensor):
-            nonlocal kept
-            kept += tensor.nbytes * (not isinstance(tensor, nn.Parameter))
-            return tensor
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op.overloadpacket in flop_registry:
+            self.flops += flop_registry[op.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif op is torch.ops.mkldnn._linear_pointwise.default:
+            self.flops += 2 * out.numel() * args[0].shape[-1]
+        return out
 
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, "granite4"])
+def test_what_is_recomputed_decides_memory_and_flops_and_no_gradient(family, onednn, monkeypatch):
+    """`some` repeats no product, `layer` those of one forward pass, at times without each layer's last."""
+    if onednn and not cpu_matmul.packing_works(torch.float32):
+        pytest.skip("this CPU has no oneDNN")
+    monkeypatch.setattr(cpu_matmul, "prefers_onednn", lambda x, weight: onednn)
+    torch.manual_seed(0)
+    model, documents = make_decoder(tiny_config(family)), random_documents()
+    packed = PackedDocuments(LENGTHS)
+    kept, flops, forward, gradients = {}, {}, {}, {}
+    for recompute in RECOMPUTE:
         model.recompute(recompute)
-        packed = PackedDocuments(LENGTHS)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with LiveBytes(model.parameters()) as memory, Products() as products:
             loss = model.hidden(torch.cat(documents), packed.positions, packed).square().sum()
+            kept[recompute], forward[recompute] = memory.live, products.flops
+            loss.backward()
+        flops[recompute] = products.flops
+        gradients[recompute] = [p.grad for p in model.parameters() if p.grad is not None]
         model.zero_grad()
-        loss.backward()
-        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], kept
-
-    (plain, whole), (again, less) = run(False), run(True)
-    model.recompute(False)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    assert less < whole / 5
+    for recompute in ("some", "layer"):
+        assert all(map(torch.equal, gradients[recompute], gradients["none"]))
+    assert flops["some"] == flops["none"] > 2 * forward["none"] == 2 * forward["layer"]
+    repeated = flops["layer"] - flops["none"]
+    assert 0.75 * forward["none"] < repeated <= forward["none"]
+    assert kept["layer"] < kept["none"] / 5 and kept["layer"] < kept["some"] < kept["none"]
     with torch.no_grad():
         model(documents[0][None])  # nothing to recompute
+
+
+def test_compiled_functions_are_recomputed_with_the_layer(monkeypatch):
+    """Selective recomputation sees no operation in them, and must get its gradients right all the same."""
+    for function in (rotate, swiglu, add_norm):
+        twin = torch.compile(function.__wrapped__, dynamic=True, backend="aot_eager")
+        monkeypatch.setattr(decoder, function.__name__, twin)
+    torch.manual_seed(0)
+    model, documents = make_decoder(tiny_config("qwen3")), random_documents()
+    packed = PackedDocuments(LENGTHS)
+    gradients = []
+    for recompute in RECOMPUTE:
+        model.recompute(recompute)
+        model.hidden(torch.cat(documents), packed.positions, packed).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    for found in gradients[1:]:
+        assert all(map(torch.equal, found, gradients[0]))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance, HybridDecoder, HybridLayer, make_decoder, official
 from nanosafe.model.hybrid import StateCache
+from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.model.weights import StoredTensors, load_checkpoint, save_model
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory as plan_memory
@@ -85,7 +86,7 @@ def test_packed_documents_and_batches_give_the_logits_of_transformers(case, pair
     assert relative_difference(model(batch), reference(batch, use_cache=False).logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_those_of_transformers(case, recompute, pair):
     reference, model = pair(case)
@@ -98,7 +99,7 @@ def test_gradients_equal_those_of_transformers(case, recompute, pair):
     model.zero_grad()
     logits = packed_logits(model, documents).split(LENGTHS)
     sum(loss(*pair) for pair in zip(logits, documents, strict=True)).backward()
-    model.recompute(False)
+    model.recompute("none")
     reference.zero_grad()
     sum(loss(reference(document[None], use_cache=False).logits[0], document) for document in documents).backward()
     expected = {official(name): tensor.grad for name, tensor in reference.named_parameters()}
@@ -584,7 +585,8 @@ def test_two_ranks_compute_what_one_does(tmp_path):
     balanced = write_policy(tmp_path / "balanced" / "policy", family="granite4", output_router_logits=True,
                             router_aux_loss_coef=3.0).parent
     write_policy(tmp_path / "policy", family="granite4")
-    names = dict.fromkeys(["unequal", "rank without a row", "recomputed", "sft"], tmp_path) | {"one by one": balanced}
+    names = dict.fromkeys(["unequal", "rank without a row", "recomputed", "products kept", "sft"], tmp_path)
+    names["one by one"] = balanced
     for ranks in (1, 2):
         torch.multiprocessing.spawn(run_named, (ranks, tmp_path, tmp_path, names), nprocs=ranks)
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
@@ -595,8 +597,9 @@ def test_two_ranks_compute_what_one_does(tmp_path):
         for parameter, gradient in one[name]["gradients"].items():
             error = (two[0][name]["gradients"][parameter] - gradient).norm() / gradient.norm().clamp(min=1e-12)
             assert error <= 1e-5, (name, parameter, error)
-    recomputed, plain = one["recomputed"]["gradients"], one["unequal"]["gradients"]
-    assert all(torch.equal(recomputed[parameter], plain[parameter]) for parameter in plain)
+    plain = one["unequal"]["gradients"]
+    for name in ("recomputed", "products kept"):
+        assert all(torch.equal(one[name]["gradients"][parameter], plain[parameter]) for parameter in plain)
     router = "model.layers.0.block_sparse_moe.router.layer.weight"
     assert relative_difference(one["one by one"]["gradients"][router], plain[router]) > 0.1
     for a, b in zip(two[0]["trained"]["rows"], one["trained"]["rows"], strict=True):

@@ -19,6 +19,8 @@ from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Layer, rope_tables
 from nanosafe.model.granite import make_decoder
+from nanosafe.model.recompute import RECOMPUTE
+from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
 from nanosafe.plan.machine import known_config
 from nanosafe.plan.shapes import SHAPES
@@ -128,14 +130,18 @@ def test_activations_of_a_layer_are_the_bytes_that_live(alias, monkeypatch):
         layer(x, cos, sin, documents)
     given = 2 * config.hidden_size + 8 * config.head_dim  # x, cos and sin were there before
     assert memory.forward_bytes(config, 2) - given == pytest.approx(forward.peak / len(x), rel=0.03)
-    with LiveBytes(layer.parameters()) as both:
-        y = layer(x.requires_grad_(), cos, sin, documents)
-        assert memory.saved_bytes(config, 2) == pytest.approx((both.live - y.nbytes) / len(x), rel=0.001)
-        both.peak = 0
-        y.backward(torch.ones_like(y))
-    # Its weights' gradients, which other parts count, are at most partly there at the peak.
-    weights = sum(p.nbytes for p in layer.parameters())
-    assert (both.peak - weights) / len(x) < memory.backward_bytes(config, 2) < 1.05 * both.peak / len(x)
+    x.requires_grad_()
+    for layer.recompute in RECOMPUTE:
+        with LiveBytes(layer.parameters()) as both:
+            y = layer(x, cos, sin, documents)
+            kept = (both.live - y.nbytes) / len(x)
+            both.peak = 0
+            y.backward(torch.ones_like(y))
+        assert memory.kept_bytes(config, 2, layer.recompute) == pytest.approx(kept, rel=0.001)
+        # Its weights' gradients, which other parts count, are at most partly there at the peak.
+        weights = sum(p.nbytes for p in layer.parameters())
+        assert (both.peak - weights) / len(x) < memory.backward_bytes(config, 2) < 1.05 * both.peak / len(x)
+        layer.zero_grad()
 
 
 def test_the_state_of_one_process_is_what_model_and_optimizer_hold():
@@ -210,9 +216,9 @@ def test_the_pool_is_the_engines(rows):
 
 def test_a_run_whose_pool_is_shorter_than_a_sequence_does_not_fit():
     machine = plan.Machine(1, 10 * 10**9)
-    assert plan.Plan({"rollout": {"weights": 8e9}}, machine, blocks=5, table_width=5, refused=None).fits
-    assert not plan.Plan({"rollout": {"weights": 8e9}}, machine, blocks=4, table_width=5, refused=None).fits
-    assert not plan.Plan({"rollout": {"weights": 9e9}}, machine, blocks=5, table_width=5, refused=None).fits
+    for weights, blocks, fits in ((8e9, 5, True), (8e9, 4, False), (9e9, 5, False)):
+        phases = {"rollout": {"weights": weights}}
+        assert plan.Plan(phases, machine, blocks, table_width=5, refused=None, recompute="layer").fits == fits
 
 
 def test_activations_follow_the_budget_the_longest_response_and_recomputation():
@@ -220,10 +226,37 @@ def test_activations_follow_the_budget_the_longest_response_and_recomputation():
         args = plan.settings("rl", "qwen3-8b", **changes)
         return plan.make("rl", args, plan.Machine(8, plan.card_bytes(141))).phases["update"]["activations"]
 
-    assert activations(tokens_per_microbatch=8192) < activations() < activations(no_recompute=True)
+    layer, some, none = (activations(recompute=recompute) for recompute in ("layer", "some", "none"))
+    assert activations(recompute="layer", tokens_per_microbatch=8192) < layer < some < none
     assert activations(max_response_tokens=15360) == activations(tokens_per_microbatch=1024, max_response_tokens=15360)
     # All layers' activations stay: about 36 times what one layer keeps, 16,384 tokens of 8B's 12,288-wide MLP.
-    assert activations(no_recompute=True) > 36 * 16384 * 2 * 4 * 12288
+    assert none > 36 * 16384 * 2 * 4 * 12288 and some - layer > 36 * 16384 * 2 * (2 * 12288 + 4096)
+
+
+def test_the_plan_recomputes_the_least_with_which_an_update_fits():
+    def chosen(machine, model="qwen3-8b", **changes):
+        return plan.make("rl", plan.settings("rl", model, low_memory=True, **changes), machine).recompute
+
+    large = plan.Machine(1, plan.card_bytes(141))
+    assert chosen(large) == chosen(large, "granite-4.0-tiny", offload=True) == "layer"
+    assert chosen(large, offload=True, tokens_per_microbatch=8192) == "some"
+    assert chosen(large, "qwen3-0.6b") == chosen(large, recompute="none") == "none"
+    assert chosen(plan.Machine(1, 10**9, "cpu")) == "none"  # as ever
+
+
+def test_ranks_of_unequal_gpus_choose_alike_and_say_so(monkeypatch, capsys):
+    """By the smallest of them, whatever this rank's own has."""
+    card = Namespace(total_memory=plan.card_bytes(141))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    args = plan.settings("sft", "qwen3-8b")
+    for smallest, expected in ((141, "none"), (96, "some"), (80, "layer")):
+        ranks = Ranks("cpu")
+        ranks.device, ranks.world = torch.device("cuda"), 8
+        ranks.gather = lambda own, smallest=smallest: [*own, plan.card_bytes(smallest)]
+        assert plan.choose_recompute("sft", args, ranks) == expected
+        assert f"recompute {expected}" in capsys.readouterr().out
+    assert plan.choose_recompute("sft", plan.settings("sft", "qwen3-8b", recompute="layer"), ranks) == "layer"
+    assert plan.choose_recompute("sft", args, Ranks("cpu")) == "none"
 
 
 # What is said.
@@ -276,7 +309,7 @@ def test_hours_by_hand():
     """One prompt, one response of always 2 * mean tokens at most: weights are read once a step, for max steps."""
     machine = plan.Machine(1, plan.card_bytes(141))
     args = plan.settings("rl", "qwen3-8b", prompts_per_step=1, minibatches=1, kl_coef=0, reward_model="rule:refusal",
-                         low_memory=True)  # fmt: skip
+                         low_memory=True, recompute="layer")  # fmt: skip
     seconds = plan.seconds_per_step("rl", args, machine, plan.make("rl", args, machine))
     weights = 2 * (8_190_735_360 - 151936 * 4096)
     cache = 147_456 * (2048 * 128 + 4096**2 / 6)
@@ -284,6 +317,9 @@ def test_hours_by_hand():
     assert seconds["rollout"] == pytest.approx((4096 * weights + cache) / (0.6 * 4.8e12) + 2 * flop / (0.4 * 989e12))
     assert seconds["update"] == pytest.approx(8 * flop / (0.4 * 989e12)) and seconds["reward"] == 0
     assert seconds["log-probs"] == pytest.approx(seconds["update"] / 4)
+    args.recompute = "some"
+    faster = plan.seconds_per_step("rl", args, machine, plan.make("rl", args, machine))
+    assert faster["update"] == pytest.approx(6 / 8 * seconds["update"])
 
 
 @pytest.mark.parametrize("script", [train_rl, train_sft])
