@@ -157,7 +157,9 @@ class Decoder(nn.Module):
 
 @compiled_in_training
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate).mul_(up)  # one tensor less, which a backward pass would need
 
 
 @compiled_in_training

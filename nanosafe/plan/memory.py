@@ -100,7 +100,7 @@ def forward_bytes(config: ModelConfig, s: int) -> float:
     """Per token, without gradients: the worst moment of a layer."""
     D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
     Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    mlp = s * (3 * D + 4 * F)  # x, x after attention, its norm; gate, up, silu(gate), the product
+    mlp = s * (3 * D + 3 * F)  # x, x after attention, its norm; gate, up, silu(gate)
     # x, its norm; q, k, v; in float32 q, both products and the sum
     rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q
     worst = max(mlp, rope)

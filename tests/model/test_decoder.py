@@ -20,7 +20,7 @@ from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecod
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import add_norm, rope_frequencies, rope_tables, rotate, swiglu
 from nanosafe.model.granite import make_decoder
-from nanosafe.model.recompute import RECOMPUTE
+from nanosafe.model.recompute import PRODUCTS, RECOMPUTE
 
 TOLERANCE = 1e-4  # of the largest |logit|
 LENGTHS = [5, 80, 1, 33, 33, 12]  # equal neighbours go as one batch; 80 is past the original length of the scaled ropes
@@ -403,6 +403,13 @@ def test_what_is_recomputed_decides_memory_and_flops_and_no_gradient(family, one
     assert kept["layer"] < kept["none"] / 5 and kept["layer"] < kept["some"] < kept["none"]
     with torch.no_grad():
         model(documents[0][None])  # nothing to recompute
+
+
+def test_the_products_that_are_kept_exist():
+    """A name that is none would be recomputed, and nothing would say so."""
+    for name in PRODUCTS:
+        namespace, operation = name.split("::")
+        assert hasattr(getattr(torch.ops, namespace), operation) or not torch.backends.mkldnn.is_available()
 
 
 def test_compiled_functions_are_recomputed_with_the_layer(monkeypatch):
