@@ -328,11 +328,12 @@ def train(stage: Stage) -> None:
 def head(stage: Stage) -> None:
     import head as benchmark
 
-    for vocab, mib in ((131072, 512), (151936, 512), (151936, 1024), (151936, 2048)):
-        with stage.attempt(vocab=vocab, chunk_mib=mib):
-            sizes = dict(tokens=8192, dim=4096, vocab=vocab, chunk_mib=mib)
+    for tokens, vocab, columns in ((8192, 131072, 16384), (8192, 151936, 16384), (16384, 151936, 8192),
+                                   (16384, 151936, 4096)):
+        with stage.attempt(tokens=tokens, vocab=vocab, columns=columns):
+            sizes = dict(tokens=tokens, dim=4096, vocab=vocab, columns=columns)
             if stage.smoke:
-                sizes = dict(tokens=64, dim=64, vocab=vocab // 256, chunk_mib=1)
+                sizes = dict(tokens=64, dim=64, vocab=vocab // 256, columns=columns // 256)
             kind = str(stage.dtype).removeprefix("torch.")
             case = benchmark.Case(argparse.Namespace(device=str(stage.device), dtype=kind, **sizes))
             ours, products, row = case.function("nanosafe"), case.function("products"), {}
@@ -340,8 +341,9 @@ def head(stage: Stage) -> None:
                 took = stage.seconds(partial(case.run, ours, backward))
                 floor = stage.seconds(partial(case.run, products, backward))
                 row[name] = {"ms": round(1e3 * took, 2), "to_products": round(took / floor, 3)}
-            stage.say(vocab=vocab, chunk_mib=mib, **row)
-            stage.say(vocab=vocab, chunk_mib=mib, kernels=stage.kernels(partial(case.run, ours, True), 8))
+            stage.say(tokens=tokens, vocab=vocab, columns=columns, **row)
+            kernels = stage.kernels(partial(case.run, ours, True), 8)
+            stage.say(tokens=tokens, vocab=vocab, columns=columns, kernels=kernels)
 
 
 # Whole runs.

@@ -1,22 +1,23 @@
 """Log-prob and entropy of the head, forward and forward + backward: time and peak memory beside other ways.
 
-    nanosafe   token_logprob_entropy: chunks of logits in one workspace, a hand-written pass over rows each way
-    chunked    the same chunks in plain torch: log_softmax and entropy per chunk, recomputed in backward by
-               torch.utils.checkpoint
+    nanosafe   token_logprob_entropy: tiles of the vocabulary, a hand-written pass over each tile both ways
+    chunked    chunks of tokens in plain torch, as large as a tile: log_softmax and entropy per chunk, recomputed in
+               backward by torch.utils.checkpoint
     full       all logits at once
     compiled   `full` through torch.compile
+    torch_ce   F.linear_cross_entropy of torch 2.13 and later, in its own chunks (the log-prob alone, no entropy)
     liger      Liger's fused linear cross-entropy, where it is installed (the log-prob alone, no entropy)
-    products   matrix products alone, in the same chunks, each into memory that is there already: the floor
+    products   matrix products alone, in our tiles, each into memory that is there already: the floor
 
 A head multiplies N x D hidden states by a D x V weight: 2 N D V floating-point operations forward and 4 N D V backward.
 TFLOP/s count these, whatever else a side computes; what keeps no logits multiplies them out twice, so that its floor,
 and that of `products`, is 8 N D V in all. Times are medians of runs that alternate between the sides in one process.
-Peak memory is that of forward + backward in a process of its own, beyond the inputs; its bound is the workspace, the
-two gradients and, in half precision, the weight's gradient in float32. A side that does not fit or does not run here is
-left out, with the reason. The last line is one JSON object.
+Peak memory is that of forward + backward in a process of its own, beyond the inputs; its bound is a tile of logits,
+the two gradients and, in half precision, the hidden states' gradient in float32. A side that does not fit or does not
+run here is left out, with the reason. The last line is one JSON object.
 
     python benchmarks/head.py                                  # CPU: N 4096, D 1024, V 151936, float32; half an hour
-    python benchmarks/head.py --tokens 256 --dim 64 --vocab 5000 --chunk-mib 1        # seconds
+    python benchmarks/head.py --tokens 256 --dim 64 --vocab 5000                      # seconds
     python benchmarks/head.py --device cuda                    # N 8192, D 4096, V 131072, bfloat16
 """
 
@@ -37,11 +38,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanosafe import token_logprob_entropy
-from nanosafe.kernels.logprob import CHUNK_BYTES, CUDA_ROWS
+from nanosafe.kernels.logprob import tile_columns
 
-SIDES = ("nanosafe", "chunked", "full", "compiled", "liger", "products")
-DEFAULTS = {"cpu": dict(tokens=4096, dim=1024, vocab=151936, dtype="float32", chunk_mib=512),
-            "cuda": dict(tokens=8192, dim=4096, vocab=131072, dtype="bfloat16", chunk_mib=CHUNK_BYTES >> 20)}
+SIDES = ("nanosafe", "chunked", "full", "compiled", "torch_ce", "liger", "products")
+DEFAULTS = {"cpu": dict(tokens=4096, dim=1024, vocab=151936, dtype="float32"),
+            "cuda": dict(tokens=8192, dim=4096, vocab=131072, dtype="bfloat16")}
 
 
 def full(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,15 +56,16 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def products(hidden: Tensor, weight: Tensor, rows: int, memory: list[Tensor], backward: bool) -> None:
+def products(hidden: Tensor, weight: Tensor, memory: list[Tensor], backward: bool) -> None:
     logits, grad_hidden, grad_weight = memory
-    for h in hidden.split(rows):
-        torch.mm(h, weight.T, out=logits[: len(h)])
+    columns = logits.shape[1]
+    for part in weight.split(columns):
+        torch.mm(hidden, part.T, out=logits[:, : len(part)])
     if backward:
-        for h, grad in zip(hidden.split(rows), grad_hidden.split(rows), strict=True):
-            part = torch.mm(h, weight.T, out=logits[: len(h)])
-            torch.mm(part, weight, out=grad)
-            torch.mm(part.T, h, out=grad_weight)
+        for part, grad in zip(weight.split(columns), grad_weight.split(columns), strict=True):
+            tile = torch.mm(hidden, part.T, out=logits[:, : len(part)])
+            torch.mm(tile, part, out=grad_hidden)
+            torch.mm(tile.T, hidden, out=grad)
 
 
 class Case:
@@ -76,33 +78,33 @@ class Case:
         self.weight = torch.empty(args.vocab, args.dim, device=self.device, dtype=dtype)
         self.weight.normal_(std=2 * args.dim**-0.5).requires_grad_()  # logits with a standard deviation of 2
         self.targets = torch.randint(args.vocab, (args.tokens,), device=self.device)
-        self.chunk_bytes = args.chunk_mib << 20
-        self.rows = max(1, self.chunk_bytes // (4 * args.vocab))  # as ours
-        if self.device.type == "cuda":
-            self.rows = self.rows // CUDA_ROWS * CUDA_ROWS or self.rows
-        else:
-            self.rows = 2 ** (self.rows.bit_length() - 1)
+        columns = args.columns or tile_columns(args.tokens, dtype, self.device.type == "cuda")
+        self.columns = min(columns, args.vocab)
+        self.rows = max(1, args.tokens * self.columns // args.vocab)  # of `chunked`
         self.memory: list[Tensor] = []
 
     def function(self, side: str):
         if side == "products":
             with torch.no_grad():
-                self.memory = [self.hidden.new_empty(min(self.rows, len(self.hidden)), len(self.weight)),
+                self.memory = [self.hidden.new_empty(len(self.hidden), self.columns),
                                torch.empty_like(self.hidden), torch.empty_like(self.weight)]
         if side == "compiled":
             return torch.compile(full)
+        if side == "torch_ce":
+            options = torch.nn.LinearCrossEntropyOptions()
+            return lambda *inputs: (-F.linear_cross_entropy(*inputs, reduction="none", options=options),)
         if side == "liger":
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
             return lambda hidden, weight, targets: (-loss(weight, hidden, targets),)
-        return {"nanosafe": lambda *inputs: token_logprob_entropy(*inputs, chunk_bytes=self.chunk_bytes),
+        return {"nanosafe": lambda *inputs: token_logprob_entropy(*inputs, columns=self.columns),
                 "chunked": lambda *inputs: chunked(*inputs, self.rows), "full": full, "products": None}[side]
 
     def run(self, function, backward: bool) -> None:
         if function is None:
             with torch.no_grad():
-                products(self.hidden, self.weight, self.rows, self.memory, backward)
+                products(self.hidden, self.weight, self.memory, backward)
         else:
             with torch.set_grad_enabled(backward):
                 outputs = function(self.hidden, self.weight, self.targets)
@@ -155,7 +157,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, help="V")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of hidden states and weight")
     parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chunk-mib", type=int, help="budget of the workspace for logits")
+    parser.add_argument("--columns", type=int, help="of the vocabulary in a tile; by default as in training")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--repeats", type=int, default=3, help="measured runs, after one that is not counted")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # the side whose peak memory this process measures
@@ -191,12 +193,13 @@ def main() -> None:
                 row[f"{name}_to_products"] = round(median / statistics.median(times["products", backward]), 3)
         print(f"{side:9}", ", ".join(f"{key} {value}" for key, value in row.items()))
     half = case.weight.dtype != torch.float32
-    outputs = case.hidden.nbytes + case.weight.nbytes + (4 * case.weight.numel() if half else 0)
+    logits = args.tokens * case.columns * (4 if args.device == "cuda" else case.weight.itemsize)
+    bound = logits + case.hidden.nbytes + case.weight.nbytes + (4 * case.hidden.numel() if half else 0)
     cpu = platform.processor() or platform.machine()
     result = {"benchmark": "head", "device": args.device, "dtype": args.dtype, "N": args.tokens, "D": args.dim,
               "V": args.vocab, "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
               "threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": args.repeats,
-              "peak_bound_gb": round((case.chunk_bytes + outputs) / 1e9, 3), **rows}
+              "columns": case.columns, "peak_bound_gb": round(bound / 1e9, 3), **rows}
     print(json.dumps(result))
 
 

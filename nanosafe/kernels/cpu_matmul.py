@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**21  # multiplications; below, a call into oneDNN costs more than it saves
-TILE_ROWS = 256  # oneDNN writes to a tensor of its own, so a result that belongs elsewhere is made in tiles
-HEAD_BYTES = 64 << 20  # of logits at a time: memory that was used before is faster than fresh memory
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -59,34 +57,6 @@ class _OneDnnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_x, grad_weight, grad_bias
-
-
-def linear_into(out: Tensor, x: Tensor, weight: Tensor, **options) -> Tensor:
-    """x [N, in] @ weight.T written to out [N, out], which is returned; options: those of torch.mm."""
-    if not prefers_onednn(x, weight):
-        return torch.mm(x, weight.T, out=out, **options)
-    for out_rows, x_rows in zip(out.split(TILE_ROWS), x.split(TILE_ROWS), strict=True):
-        out_rows.copy_(onednn_linear(x_rows, weight))
-    return out
-
-
-def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """total [out, in] += grad.T @ x, for grad [N, out] and x [N, in]."""
-    if not prefers_onednn(grad.T, x.T):
-        total.addmm_(grad.T, x)
-        return
-    columns = 8 * TILE_ROWS
-    for rows, grad_columns in zip(total.split(columns), grad.split(columns, dim=1), strict=True):
-        # The narrower factor is not put on the left here: its result would be added transposed.
-        rows += onednn_linear(grad_columns.T, x.T)
-
-
-def head_rows(budget: int, hidden: Tensor, weight: Tensor) -> int:
-    """Rows of hidden to multiply by the head's weight [V, D] at a time, where `budget` rows of logits may exist."""
-    rows = min(budget, max(512, HEAD_BYTES // (len(weight) * hidden.dtype.itemsize)))
-    if prefers_onednn(hidden, weight):
-        rows = max(rows // 2, rows - TILE_ROWS)  # linear_into makes tiles besides
-    return 1 << (rows.bit_length() - 1)  # a power of two, which matrix products are tuned for
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Log-prob and entropy of target tokens from hidden states, without the [N, V] logits of a whole batch in memory.
+"""Log-prob and entropy of target tokens from hidden states, without the [N, V] logits of a batch in memory.
 
-The tokens go through the head in chunks. A chunk's logits are one matrix product into a workspace of `chunk_bytes`, and
-one pass over its rows reduces them to a few numbers per token; backward repeats the product, a second pass overwrites
-the logits by their gradient, and two more products give those of hidden states and weight. Both passes are written
-twice: here in plain PyTorch, which defines them, and in logprob_triton.py with a program for each row. All arithmetic
-on logits is float32, and the weight's gradient adds up over chunks in float32.
+The vocabulary goes through the head in tiles of columns, all tokens at once. A tile's logits [N, columns] are one
+matrix product, and one pass over them updates the four numbers per token that are carried from tile to tile. Backward
+repeats the product, a second pass overwrites the logits by their gradient, and one more product completes the tile's
+part of the weight's gradient; only the gradient of the hidden states adds up over tiles. Both passes are written twice:
+here in plain PyTorch, which defines them, and in logprob_triton.py with a program for each row. All arithmetic on
+logits is float32, and so is the sum over tiles.
 """
 
 from collections.abc import Iterator
@@ -14,17 +15,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanosafe.kernels import INTERPRETED, triton
-from nanosafe.kernels.cpu_matmul import add_weight_gradient, head_rows, linear_into
+from nanosafe.kernels.cpu_matmul import linear
 from nanosafe.kernels.logprob_triton import LOWEST, triton_row_gradients, triton_row_statistics
 
-# Every chunk reads and writes the weight's whole gradient, so few large chunks: at least 1,024 rows up to V = 262,144.
-CHUNK_BYTES = 1 << 30
-CUDA_ROWS = 256  # of whose multiples a matrix product on a GPU wastes nothing
-BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in a CPU's cache
+# Of a tile's logits. Every tile reads and writes the hidden states' whole gradient, so few wide ones: 8,192 columns of
+# 16,384 tokens. On a CPU they stay in its cache from the product to the pass.
+TILE_BYTES, CPU_TILE_BYTES = 512 << 20, 16 << 20
+COLUMNS = 1024  # of whose multiples a matrix product wastes nothing; a tile has so many however many tokens there are
+BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in one core's cache
 
 
 def token_logprob_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, columns: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, D], weight [V, D], targets [N] int64 -> log p(target) [N], entropy in nats [N]; float32 (float64 for
     float64 inputs), differentiable once in hidden and weight.
@@ -33,79 +35,72 @@ def token_logprob_entropy(
     logits_scaling) multiply the temperature by it. Every target lies in [0, V), for no token is ignored: select those
     that count before the head. Another raises RuntimeError in the plain pass and gives NaN in the Triton kernel.
 
-    At most `chunk_bytes` of logits, but at least a row, exist at a time. Backward also holds the weight's gradient in
-    float32. Half precision on CUDA has its products rounded to float32, elsewhere to the inputs' type.
+    Logits [N, columns] exist at a time, by default `tile_columns`. Backward also holds the hidden states' gradient in
+    float32. Half precision on CUDA has its logits and the addends of that gradient in float32, elsewhere rounded.
     """
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {list(targets.shape)} are not one per row of hidden states {list(hidden.shape)}")
+    if not takes_triton(hidden) and ((targets < 0) | (targets >= len(weight))).any():
+        raise RuntimeError(f"a target is out of bounds of the vocabulary of {len(weight)}")
+    columns = columns or tile_columns(len(hidden), hidden.dtype, hidden.is_cuda)
     with torch.cuda.device_of(hidden):  # where Triton launches
-        return _ChunkedHead.apply(hidden, weight, targets.contiguous(), float(temperature), chunk_bytes)
+        return _TiledHead.apply(hidden, weight, targets.contiguous(), float(temperature), columns)
 
 
-class _ChunkedHead(torch.autograd.Function):
+def tile_columns(tokens: int, dtype: torch.dtype, is_cuda: bool) -> int:
+    """Columns of a tile of logits for `tokens` hidden states of `dtype`."""
+    numbers = TILE_BYTES // 4 if is_cuda else CPU_TILE_BYTES // dtype.itemsize  # only CUDA widens half precision
+    return max(1, numbers // max(tokens, 1) // COLUMNS) * COLUMNS
+
+
+class _TiledHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_bytes: int):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, columns: int):
         row_statistics = triton_row_statistics if takes_triton(hidden) else plain_row_statistics
-        # Log-prob, entropy, the largest logit, and by how much log sum exp exceeds it. The last two are
-        # kept apart because their sum would be rounded where all logits are far from 0.
-        statistics = hidden.new_empty(4, len(hidden), dtype=wide(hidden))
-        for rows, logits in _chunks(hidden, weight, chunk_bytes):
-            row_statistics(logits, targets[rows], temperature, statistics[:, rows])
-        ctx.save_for_backward(hidden, weight, targets, statistics)
-        ctx.temperature, ctx.chunk_bytes = temperature, chunk_bytes
-        return statistics[0].clone(), statistics[1].clone()
+        statistics = hidden.new_zeros(4, len(hidden), dtype=wide(hidden))
+        peak, total, weighted, picked = statistics
+        peak.fill_(torch.finfo(peak.dtype).min)  # finite, for a tile may hold nothing but -inf
+        picked.fill_(torch.nan)  # until the target's tile comes
+        for first in range(0, len(weight), columns):
+            # The logits have no name here, so that they are gone before the next tile's are made.
+            row_statistics(_logits(hidden, weight[first : first + columns]), targets - first, temperature, statistics)
+        logsum = total.log()
+        entropy = logsum - weighted / total
+        # Peak and logsum are kept apart because their sum would be rounded where all logits are far from 0.
+        ctx.save_for_backward(hidden, weight, targets, peak, logsum, entropy)
+        ctx.temperature, ctx.columns = temperature, columns
+        return picked - peak - logsum, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs: Tensor, grad_entropies: Tensor):
-        hidden, weight, targets, statistics = ctx.saved_tensors
+        hidden, weight, targets, *statistics = ctx.saved_tensors
         row_gradients = triton_row_gradients if takes_triton(hidden) else plain_row_gradients
-        upstream = torch.stack([grad_logprobs, grad_entropies])
-        grad_hidden = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = hidden.new_empty(hidden.shape)
-        if ctx.needs_input_grad[1]:
-            # In bfloat16 every chunk would round the sum of all chunks before it once more.
-            grad_weight = torch.zeros_like(weight, dtype=wide(weight))
-        for rows, logits in _chunks(hidden, weight, ctx.chunk_bytes):
-            # Each row of gradients lies in the first part of its own logits.
-            grads = logits.view(weight.dtype)[:, : len(weight)]
-            row_gradients(
-                logits, grads, targets[rows], ctx.temperature, statistics[:, rows], upstream[:, rows]
-            )
-            if grad_hidden is not None:
-                linear_into(grad_hidden[rows], grads, weight.T)
-            if grad_weight is not None:
-                _add_weight_gradient(grad_weight, grads, hidden[rows])
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        upstream = [grad_logprobs / ctx.temperature, grad_entropies / ctx.temperature]
+        numbers = torch.stack(statistics + upstream)
+        # In bfloat16 every tile would round the sum of all tiles before it once more.
+        grad_hidden = torch.zeros_like(hidden, dtype=wide(hidden))
+        grad_weight = torch.empty_like(weight)
+        for first in range(0, len(weight), ctx.columns):
+            tile = slice(first, first + ctx.columns)
+            part = weight[tile]  # [columns, D]
+            logits = _logits(hidden, part)
+            grads = logits.view(weight.dtype)[:, : len(part)]  # a row lies in the first part of its own logits
+            row_gradients(logits, grads, targets - first, ctx.temperature, numbers)
+            if hidden.is_cuda and grads.dtype != numbers.dtype:
+                torch.addmm(grad_hidden, grads, part, out_dtype=numbers.dtype, out=grad_hidden)
+            else:
+                grad_hidden += linear(grads, part.T)
+            torch.mm(grads.T, hidden, out=grad_weight[tile])
+            del logits, grads  # before the next tile's are made
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of hidden and their logits [n, V], before temperature, in a workspace that the next overwrite."""
-    # Only CUDA has products wider than their factors.
-    dtype = wide(hidden) if hidden.is_cuda else hidden.dtype
-    chunk_rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
-    if hidden.is_cuda:
-        chunk_rows = chunk_rows // CUDA_ROWS * CUDA_ROWS or chunk_rows
-    else:
-        chunk_rows = head_rows(chunk_rows, hidden, weight)
-    workspace = hidden.new_empty(min(chunk_rows, len(hidden)), len(weight), dtype=dtype)
-    options = {} if dtype == hidden.dtype else {"out_dtype": dtype}
-    for start in range(0, len(hidden), chunk_rows):
-        rows = slice(start, min(start + chunk_rows, len(hidden)))
-        yield rows, linear_into(workspace[: rows.stop - start], hidden[rows], weight, **options)
-
-
-def _add_weight_gradient(total: Tensor, grads: Tensor, hidden: Tensor) -> None:
-    """total += grads.T @ hidden, without rounding the product to the factors' type where torch allows it."""
-    if total.dtype == grads.dtype:
-        add_weight_gradient(total, grads, hidden)
-    elif total.is_cuda:
-        torch.addmm(total, grads.T, hidden, out_dtype=total.dtype, out=total)
-    else:
-        total += grads.T @ hidden
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [N, D] @ weight [columns, D].T, before temperature."""
+    if hidden.is_cuda and hidden.dtype != wide(hidden):
+        return torch.mm(hidden, weight.T, out_dtype=wide(hidden))
+    return linear(hidden, weight)
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -117,38 +112,47 @@ def takes_triton(hidden: Tensor) -> bool:
 
 
 def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float, statistics: Tensor) -> None:
-    """Fill statistics [4, n] from logits [n, V], which are overwritten, and targets [n].
+    """Update statistics [4, N] by a tile's logits [N, columns]; targets [N] count from its first column.
 
-    With z = logits / temperature they are logprob = z_target - peak - logsum, entropy = -sum p log p, peak = max z and
-    logsum = log sum exp(z - peak).
+    With z = logits / temperature of all tiles so far they are peak = max z, total = sum exp(z - peak), weighted =
+    sum (z - peak) exp(z - peak), and z_target: the online softmax of Milakov and Gimelshein (arXiv:1805.02867).
     """
     for rows in _blocks(logits):
-        z = logits[rows].to(statistics.dtype).div_(temperature)  # [block, V]
-        peak = z.amax(dim=1, keepdim=True)
-        picked = z.sub_(peak).gather(1, targets[rows, None])[:, 0]
-        exp = z.exp()
-        total = exp.sum(dim=1)
-        logsum = total.log()
-        entropy = logsum - exp.mul_(z.clamp_(min=LOWEST)).sum(dim=1) / total
-        statistics[:, rows] = torch.stack([picked - logsum, entropy, peak[:, 0], logsum])
+        peak, total, weighted, picked = statistics[:, rows]
+        z = logits[rows].to(statistics.dtype).div_(temperature)  # [block, columns]
+        inside, place = _find(targets[rows], z)
+        picked.copy_(z.gather(1, place)[:, 0].where(inside, picked))
+        higher = torch.maximum(peak, z.amax(dim=1))
+        fall = (peak - higher).clamp_(min=LOWEST)
+        exp = z.sub_(higher[:, None]).exp()
+        weighted.addcmul_(fall, total).mul_(fall.exp())
+        total.mul_(fall.exp()).add_(exp.sum(dim=1))
+        weighted.add_(exp.mul_(z.clamp_(min=LOWEST)).sum(dim=1))
+        peak.copy_(higher)
 
 
 def plain_row_gradients(
-    logits: Tensor, grads: Tensor, targets: Tensor, temperature: float, statistics: Tensor, upstream: Tensor
+    logits: Tensor, grads: Tensor, targets: Tensor, temperature: float, numbers: Tensor
 ) -> None:
-    """Fill grads [n, V], which lies in the memory of logits [n, V], with the gradient of logits.
+    """Fill grads [N, columns], which lies in the memory of a tile's logits, with their gradient.
 
-    With upstream gradients a and b [2, n] of log-prob and entropy it is
-    d/d logit_j = (a (1{j = target} - p_j) - b p_j (log p_j + entropy)) / temperature.
+    numbers [5, N]: peak, logsum = log sum exp(z - peak), entropy, and the upstream gradients a and b of log-prob and
+    entropy over the temperature. d/d logit_j = a (1{j = target} - p_j) - b p_j (log p_j + entropy).
     """
-    _, entropy, peak, logsum = statistics[:, :, None].unbind()  # [n, 1]
-    a, b = (upstream / temperature)[:, :, None].unbind()
     for rows in _blocks(logits):
-        z = logits[rows].to(statistics.dtype).div_(temperature)  # [block, V]
-        logp = z.sub_(peak[rows]).sub_(logsum[rows])
+        peak, logsum, entropy, a, b = numbers[:, rows, None]  # [block, 1]
+        z = logits[rows].to(numbers.dtype).div_(temperature)  # [block, columns]
+        inside, place = _find(targets[rows], z)
+        logp = z.sub_(peak).sub_(logsum)
         p = logp.exp()
-        by_p = logp.clamp_(min=LOWEST).add_(entropy[rows]).mul_(-b[rows]).sub_(a[rows])
-        grads[rows] = p.mul_(by_p).scatter_add_(1, targets[rows, None], a[rows])
+        by_p = logp.clamp_(min=LOWEST).add_(entropy).mul_(-b).sub_(a)
+        grads[rows] = p.mul_(by_p).scatter_add_(1, place, a * inside[:, None])
+
+
+def _find(targets: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets [n] are columns of z, and the columns [n, 1] to look at: theirs, or the first."""
+    inside = (targets >= 0) & (targets < z.shape[1])
+    return inside, (targets * inside)[:, None]
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

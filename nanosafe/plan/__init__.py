@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from nanosafe.io.machine import MAIN_RANK
-from nanosafe.kernels.logprob import CHUNK_BYTES
 from nanosafe.model.attention import KVCache
 from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.names import recipe, tiny_seed
@@ -133,7 +132,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         "reward": state | {"activations": 0},
         "log-probs": state | {
             "shard buffers": memory.sharding_buffers(size, s, world, training=False),
-            "activations": tokens * memory.forward_bytes(config, s) + CHUNK_BYTES,
+            "activations": tokens * memory.forward_bytes(config, s) + memory.head_tile(config, s, tokens),
         },
         "update": update,
         "step": step,

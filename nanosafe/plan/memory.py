@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe.kernels.logprob import CHUNK_BYTES
+from nanosafe.kernels.logprob import tile_columns
 from nanosafe.kernels.split_adam import CHUNK
 from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
@@ -153,6 +153,11 @@ def backward_bytes(config: ModelConfig, s: int) -> float:
     return saved_bytes(config, s) + more
 
 
+def head_tile(config: ModelConfig, s: int, tokens: int) -> int:
+    """Bytes of the logits that exist at a time, in float32, on a GPU; a CPU has smaller tiles."""
+    return 4 * tokens * min(config.vocab_size, tile_columns(tokens, compute_type(s), is_cuda=True))
+
+
 def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, recompute: str,
                          world: int) -> float:
     """Bytes of one micro-batch of `tokens`, at the worst of three moments: the head's backward, a layer's, the root's.
@@ -166,8 +171,8 @@ def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, 
     kept_of_layer = tokens * kept_bytes(config, s, recompute)
     kept += kept_of_layer * config.num_hidden_layers
     layer = tokens * backward_bytes(config, s) - kept_of_layer + s * size.head
-    # A chunk of logits; the head's gradient in float32 and in --dtype
-    head = CHUNK_BYTES + (4 + s) * size.head
+    # Its weight's gradient, and in float32 that of the hidden states, which adds up over tiles.
+    head = head_tile(config, s, tokens) + s * size.head + 4 * tokens * config.hidden_size
     root = (s + 4) * size.root if world > 1 else 0
     return max(kept + head, kept + layer, root)
 

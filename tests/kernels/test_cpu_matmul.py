@@ -73,20 +73,6 @@ def test_a_gradient_nobody_wants_is_not_computed(forced):
     assert forced[0] == (30, 6) and weight.grad.shape == (6, 8) and len(forced) == 2
 
 
-def test_products_into_a_tensor_are_made_in_tiles(forced, monkeypatch):
-    monkeypatch.setattr(products, "TILE_ROWS", 4)
-    x, weight, grad = random(10, 6), random(70, 6), random(10, 70)
-    out = torch.full((10, 70), torch.nan)
-    assert products.linear_into(out, x, weight) is out
-    torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
-    assert forced == [(4, 70), (4, 70), (2, 70)]
-    total = random(70, 6)
-    wanted = total.double() + grad.double().T @ x.double()
-    products.add_weight_gradient(total, grad, x)
-    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
-    assert forced[3:] == [(32, 6), (32, 6), (6, 6)]
-
-
 def test_weights_with_gaps_between_rows_are_made_dense(forced):
     x, wide = random(9, 8), random(5, 20)
     torch.testing.assert_close(products.linear(x, wide[:, :8]), x @ wide[:, :8].T, rtol=1e-5, atol=1e-5)
@@ -109,17 +95,15 @@ def test_a_model_and_its_gradients_are_those_of_float64(family, forced):
         torch.testing.assert_close(gradients[0][name].double(), exact, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_head_equals_float64_and_keeps_its_budget(forced):
-    hidden, weight, targets = random(2100, 24), random(100, 24), torch.arange(2100) % 100
+def test_the_head_equals_float64(forced):
+    hidden, weight, targets = random(210, 24), random(100, 24), torch.arange(210) % 100
     results = []
     for dtype in (torch.float32, torch.float64):
         leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
-        logprobs, entropies = token_logprob_entropy(*leaves, targets, chunk_bytes=2000 * 100 * dtype.itemsize)
+        logprobs, entropies = token_logprob_entropy(*leaves, targets, columns=70)
         results.append([logprobs, entropies, *torch.autograd.grad((logprobs + 0.3 * entropies).sum(), leaves)])
-        if dtype == torch.float32:
-            # 2,000 rows may exist: 1,024, the power of two below 2,000 - 256, and a tile of 256
-            assert [shape for shape in forced if shape[1] == 100][:9] == [(256, 100)] * 8 + [(52, 100)]
-            assert [shape for shape in forced if shape == (100, 24)] == [(100, 24)] * 3  # 1,024 + 1,024 + 52 rows
+    # The logits of both tiles, and in backward before the hidden states' gradient once more.
+    assert forced == [(210, 70), (210, 30), (210, 70), (210, 24), (210, 30), (210, 24)]
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
 

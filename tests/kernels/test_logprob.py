@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanosafe.kernels.logprob import BLOCK_BYTES, token_logprob_entropy
+from nanosafe.kernels.logprob import BLOCK_BYTES, tile_columns, token_logprob_entropy
 
 D, V = 12, 101  # no multiple of anything
 
@@ -53,11 +53,11 @@ def upstream(N: int, kinds: str):
 
 @pytest.mark.parametrize("kinds", ["logprob", "entropy", "logprob and entropy"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 6.0])
-@pytest.mark.parametrize("chunk_rows", [1, 4, 11, 1000])
-def test_values_and_gradients_equal_plain_log_softmax(kinds, temperature, chunk_rows):
+@pytest.mark.parametrize("columns", [1, 4, 50, 1000])
+def test_values_and_gradients_equal_plain_log_softmax(kinds, temperature, columns):
     case = (*inputs(11), upstream(11, kinds))
     truth = with_gradients(plain, *case, temperature=temperature)
-    options = dict(temperature=temperature, chunk_bytes=8 * V * chunk_rows)
+    options = dict(temperature=temperature, columns=columns)
     for a, b in zip(with_gradients(token_logprob_entropy, *case, **options), truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -67,7 +67,7 @@ def test_analytic_gradient_agrees_with_finite_differences():
     arguments = [x.double().requires_grad_() for x in (hidden, weight)]
 
     def function(h, w):
-        return token_logprob_entropy(h, w, targets, 0.7, chunk_bytes=8 * 7 * 2)
+        return token_logprob_entropy(h, w, targets, 0.7, columns=3)
 
     assert function(*arguments)[0].dtype == torch.float64
     assert torch.autograd.gradcheck(function, arguments, eps=1e-6, atol=1e-9, rtol=1e-7)
@@ -94,7 +94,7 @@ def test_peaked_and_uniform_rows():
     torch.testing.assert_close(hidden.grad[0], torch.full((D,), -100.0))  # all of p lies on token 0, not on the target
 
 
-def test_a_chunk_of_several_blocks_of_rows():
+def test_a_tile_of_several_blocks_of_rows():
     N = 2 * BLOCK_BYTES // (4 * 3001) + 1
     case = (*inputs(N, vocab=3001), upstream(N, "logprob and entropy"))
     for a, b in zip(with_gradients(token_logprob_entropy, *case), with_gradients(plain, *case), strict=True):
@@ -124,7 +124,7 @@ def test_a_tied_weight_gets_both_gradients():
     _, weight, targets = inputs(8)
     tokens = targets.flip(0)
     ours, truth = (weight.double().requires_grad_() for _ in range(2))
-    token_logprob_entropy(ours[tokens], ours, targets, chunk_bytes=8 * V * 3)[0].sum().backward()
+    token_logprob_entropy(ours[tokens], ours, targets, columns=30)[0].sum().backward()
     plain(truth[tokens], truth, targets)[0].sum().backward()
     torch.testing.assert_close(ours.grad, truth.grad)
 
@@ -134,22 +134,24 @@ def test_hidden_states_that_are_not_contiguous():
     case = (weight, targets, upstream(11, "logprob and entropy"))
     wide = hidden.double().T.contiguous().T  # column-major, as a selection from a transposed tensor may be
     assert not wide.is_contiguous()
-    ours = with_gradients(token_logprob_entropy, wide, *case, chunk_bytes=8 * V * 4)
+    ours = with_gradients(token_logprob_entropy, wide, *case, columns=40)
     for a, b in zip(ours, with_gradients(plain, hidden, *case), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2**-8), (torch.float32, 2**-20)])
-def test_chunks_are_no_further_from_the_truth_than_all_logits_at_once(dtype, unit):
-    """Adding up the weight's gradient in bfloat16 would be: each chunk rounds the sum of those before it once more."""
+@pytest.mark.parametrize("dtype, of_hidden, of_weight", [
+    (torch.bfloat16, 2**-6, 2**-8), (torch.float32, 2**-20, 2**-18)])  # fmt: skip
+def test_tiles_are_no_further_from_the_truth_than_all_logits_at_once(dtype, of_hidden, of_weight):
+    """Adding up the hidden states' gradient in bfloat16 would be: each tile rounds the sum of those before it again."""
     N = 1024
     hidden, weight, targets = inputs(N, scale=0.5)
     case = (hidden.to(dtype), weight.to(dtype), targets, upstream(N, "logprob and entropy"))
     truth = with_gradients(plain, *case)
     eager = with_gradients(plain, *case, dtype=dtype)
-    ours = with_gradients(token_logprob_entropy, *case, dtype=dtype, chunk_bytes=4 * V * 16)
-    # The addends of the weight's gradient, 64 of them, are of half precision where torch has no wider products.
-    for a, b, t, tolerance in zip(ours, eager, truth, (1e-5, 1e-5, unit, 4 * unit), strict=True):
+    ours = with_gradients(token_logprob_entropy, *case, dtype=dtype, columns=16)
+    # The addends of the hidden states' gradient, 7 of them, are of half precision where torch has no wider products;
+    # the weight's is one product over all tokens.
+    for a, b, t, tolerance in zip(ours, eager, truth, (1e-5, 1e-5, of_hidden, of_weight), strict=True):
         assert ((a - t).abs() <= (b - t).abs() + tolerance * (1 + t.abs())).all()
         assert (a - t).norm() <= 1.2 * (b - t).norm()
         assert (a - t).abs().max() <= 1.5 * (b - t).abs().max()
@@ -166,6 +168,13 @@ def test_a_logit_that_overflows_shows_as_a_loss_that_is_not_finite():
         torch.testing.assert_close(entropies, torch.tensor([float(V - 1)]).log())
     (logprobs.sum() + entropies.sum()).backward()
     assert hidden.grad.isfinite().all()
+
+
+def test_tiles_fit_their_budget_but_are_never_narrow():
+    half, single = torch.bfloat16, torch.float32
+    assert tile_columns(16_384, half, is_cuda=True) == tile_columns(16_384, single, is_cuda=True) == 8192
+    assert tile_columns(1024, single, is_cuda=False) == 4096 and tile_columns(1024, half, is_cuda=False) == 8192
+    assert tile_columns(10**6, half, is_cuda=True) == 1024 and tile_columns(0, half, is_cuda=False) > 10**6
 
 
 @pytest.mark.parametrize("target", [-100, V])
@@ -199,8 +208,8 @@ def report_peak(name: str, dtype: str, N: int, D: int, V: int, **options) -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory where Linux has it")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peak_memory_is_the_budget_and_the_gradients(dtype):
-    N, D, V, budget, slack = 2048, 192, 2**15, 64 << 20, 16 << 20  # 512 rows of float32 fill the budget
+def test_peak_memory_is_a_tile_of_logits_and_the_gradients(dtype):
+    N, D, V, columns, slack = 2048, 192, 2**15, 2**13, 16 << 20
 
     def peak(name: str, options: str = "") -> int:
         """In a process of its own, whose maximum no other test has raised."""
@@ -210,7 +219,6 @@ def test_peak_memory_is_the_budget_and_the_gradients(dtype):
         return int(run.stdout)
 
     assert peak("plain") > 2 * 4 * N * V  # the measure sees what it should
-    gradients = (N + V) * D * getattr(torch, dtype).itemsize
-    if dtype == "bfloat16":
-        gradients += V * D * 4  # the weight's, as it adds up
-    assert peak("token_logprob_entropy", f", chunk_bytes={budget}") <= budget + gradients + slack
+    size = getattr(torch, dtype).itemsize
+    tile, gradients = size * N * columns, size * (N + V) * D + 4 * N * D  # the hidden states', as it adds up
+    assert peak("token_logprob_entropy", f", columns={columns}") <= tile + gradients + slack
