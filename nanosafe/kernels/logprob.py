@@ -1,11 +1,10 @@
 """Log-prob and entropy of target tokens from hidden states, without the [N, V] logits of a batch in memory.
 
 The vocabulary goes through the head in tiles of columns, all tokens at once. A tile's logits [N, columns] are one
-matrix product, and one pass over them updates the four numbers per token that are carried from tile to tile. Backward
-repeats the product, a second pass overwrites the logits by their gradient, and one more product completes the tile's
-part of the weight's gradient; only the gradient of the hidden states adds up over tiles. Both passes are written twice:
-here in plain PyTorch, which defines them, and in logprob_triton.py with a program for each row. All arithmetic on
-logits is float32, and so is the sum over tiles.
+matrix product; a pass over them updates four numbers per token, which are carried from tile to tile. Backward repeats
+the product, a second pass overwrites the logits by their gradient, and one more product completes the weight's gradient
+for these columns; only the hidden states' gradient adds up over tiles. Both passes are written twice: here in plain
+PyTorch, which defines them, and in logprob_triton.py. All arithmetic on logits, and that sum, is float32.
 """
 
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ def token_logprob_entropy(
 
 def tile_columns(tokens: int, dtype: torch.dtype, is_cuda: bool) -> int:
     """Columns of a tile of logits for `tokens` hidden states of `dtype`."""
-    numbers = TILE_BYTES // 4 if is_cuda else CPU_TILE_BYTES // dtype.itemsize  # only CUDA widens half precision
+    numbers = TILE_BYTES // 4 if is_cuda else CPU_TILE_BYTES // dtype.itemsize
     return max(1, numbers // max(tokens, 1) // COLUMNS) * COLUMNS
 
 
@@ -57,9 +56,10 @@ class _TiledHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, columns: int):
         row_statistics = triton_row_statistics if takes_triton(hidden) else plain_row_statistics
-        statistics = hidden.new_zeros(4, len(hidden), dtype=wide(hidden))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        statistics = hidden.new_zeros(4, len(hidden), dtype=dtype)
         peak, total, weighted, picked = statistics
-        peak.fill_(torch.finfo(peak.dtype).min)  # finite, for a tile may hold nothing but -inf
+        peak.fill_(torch.finfo(dtype).min)  # finite, for a tile may hold nothing but -inf
         picked.fill_(torch.nan)  # until the target's tile comes
         for first in range(0, len(weight), columns):
             # The logits have no name here, so that they are gone before the next tile's are made.
@@ -76,10 +76,9 @@ class _TiledHead(torch.autograd.Function):
     def backward(ctx, grad_logprobs: Tensor, grad_entropies: Tensor):
         hidden, weight, targets, *statistics = ctx.saved_tensors
         row_gradients = triton_row_gradients if takes_triton(hidden) else plain_row_gradients
-        upstream = [grad_logprobs / ctx.temperature, grad_entropies / ctx.temperature]
-        numbers = torch.stack(statistics + upstream)
+        numbers = torch.stack([*statistics, grad_logprobs / ctx.temperature, grad_entropies / ctx.temperature])
         # In bfloat16 every tile would round the sum of all tiles before it once more.
-        grad_hidden = torch.zeros_like(hidden, dtype=wide(hidden))
+        grad_hidden = torch.zeros_like(hidden, dtype=numbers.dtype)
         grad_weight = torch.empty_like(weight)
         for first in range(0, len(weight), ctx.columns):
             tile = slice(first, first + ctx.columns)
@@ -87,8 +86,8 @@ class _TiledHead(torch.autograd.Function):
             logits = _logits(hidden, part)
             grads = logits.view(weight.dtype)[:, : len(part)]  # a row lies in the first part of its own logits
             row_gradients(logits, grads, targets - first, ctx.temperature, numbers)
-            if hidden.is_cuda and grads.dtype != numbers.dtype:
-                torch.addmm(grad_hidden, grads, part, out_dtype=numbers.dtype, out=grad_hidden)
+            if widens(hidden):
+                torch.addmm(grad_hidden, grads, part, out_dtype=torch.float32, out=grad_hidden)
             else:
                 grad_hidden += linear(grads, part.T)
             torch.mm(grads.T, hidden, out=grad_weight[tile])
@@ -98,13 +97,12 @@ class _TiledHead(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [N, D] @ weight [columns, D].T, before temperature."""
-    if hidden.is_cuda and hidden.dtype != wide(hidden):
-        return torch.mm(hidden, weight.T, out_dtype=wide(hidden))
-    return linear(hidden, weight)
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32) if widens(hidden) else linear(hidden, weight)
 
 
-def wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def widens(hidden: Tensor) -> bool:
+    """Only CUDA has products wider than their factors."""
+    return hidden.is_cuda and hidden.dtype.itemsize < 4
 
 
 def takes_triton(hidden: Tensor) -> bool:
@@ -120,8 +118,8 @@ def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float, st
     for rows in _blocks(logits):
         peak, total, weighted, picked = statistics[:, rows]
         z = logits[rows].to(statistics.dtype).div_(temperature)  # [block, columns]
-        inside, place = _find(targets[rows], z)
-        picked.copy_(z.gather(1, place)[:, 0].where(inside, picked))
+        place = targets[rows].clamp(0, z.shape[1] - 1)
+        picked.copy_(z.gather(1, place[:, None])[:, 0].where(place == targets[rows], picked))
         higher = torch.maximum(peak, z.amax(dim=1))
         fall = (peak - higher).clamp_(min=LOWEST)
         exp = z.sub_(higher[:, None]).exp()
@@ -142,17 +140,11 @@ def plain_row_gradients(
     for rows in _blocks(logits):
         peak, logsum, entropy, a, b = numbers[:, rows, None]  # [block, 1]
         z = logits[rows].to(numbers.dtype).div_(temperature)  # [block, columns]
-        inside, place = _find(targets[rows], z)
+        place = targets[rows, None].clamp(0, z.shape[1] - 1)
         logp = z.sub_(peak).sub_(logsum)
         p = logp.exp()
         by_p = logp.clamp_(min=LOWEST).add_(entropy).mul_(-b).sub_(a)
-        grads[rows] = p.mul_(by_p).scatter_add_(1, place, a * inside[:, None])
-
-
-def _find(targets: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Which targets [n] are columns of z, and the columns [n, 1] to look at: theirs, or the first."""
-    inside = (targets >= 0) & (targets < z.shape[1])
-    return inside, (targets * inside)[:, None]
+        grads[rows] = p.mul_(by_p).scatter_add_(1, place, a * (place == targets[rows, None]))
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
