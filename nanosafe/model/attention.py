@@ -70,7 +70,7 @@ class PackedDocuments(AttentionBackend):
             batch_q, batch_k, batch_v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
             out = grouped_attention(batch_q, batch_k, batch_v, is_causal=True, scale=scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
@@ -176,6 +176,8 @@ class Prefill(AttentionBackend):
         self.cache.write(layer, self.blocks, self.offsets, k, v)
         done = len(self.documents.positions)
         outputs = [self.documents.attend(layer, q[:done], k[:done], v[:done], scale)]
+        if not self.continued:
+            return outputs[0]  # torch.cat would copy it
         for table, end, length in self.continued:
             keys, values = self.cache.read(layer, table, end)
             rows = q[done : done + length].transpose(0, 1)[None]  # [1, H, length, head_dim]

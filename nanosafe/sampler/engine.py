@@ -192,9 +192,13 @@ def default_prefill_tokens(config: ModelConfig, kind: str) -> int:
     """Tokens of one prefill on a device of this kind, cuda or cpu.
 
     On a CPU as many as keep an MLP's activations close to the cores and in memory that was used before, which is faster
-    than fresh memory; from 256, below which reading the weights takes longer, to 2048.
+    than fresh memory; from 256, below which reading the weights takes longer, to 2048. A power of two, which matrix
+    products are tuned for: on 682 rows they take as long as on 768.
     """
-    return 8192 if kind == "cuda" else max(256, min(2048, 2**21 // config.intermediate_size))
+    if kind == "cuda":
+        return 8192
+    rows = max(256, min(2048, 2**21 // config.intermediate_size))
+    return 1 << (rows.bit_length() - 1)
 
 
 def free_memory(device: torch.device) -> int:
