@@ -154,8 +154,8 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
         name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
         args.out = f"runs/{script}-{name}"
     processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
-    threads = f"{torch.get_num_threads()} threads each ({thread_settings()})"
-    ranks.print(f"{processes} on {args.device}, {threads}, PyTorch {torch.__version__}")
+    threads = f"{torch.get_num_threads()} CPU threads ({thread_settings()})"
+    ranks.print(f"{processes} on {args.device} with {threads}, PyTorch {torch.__version__}")
     for origin, names in origins.items():
         shown = []
         for name in names:
