@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from nanosafe.kernels import decode_step, scan, split_adam
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
 from nanosafe.kernels import sample as draw
-from nanosafe.kernels import scan, split_adam
 from nanosafe.model import attention as memory
 from nanosafe.sampler import engine
 
@@ -229,6 +229,9 @@ def pretending():
         (draw, "triton_draw", kernel(draw.cpu_draw)),
         (head, "triton_row_statistics", kernel(head.plain_row_statistics)),
         (head, "triton_row_gradients", kernel(head.plain_row_gradients)),
+        (decode_step, "triton_rotate_and_write", kernel(decode_step.plain_rotate_and_write)),
+        (decode_step, "triton_add_norm", kernel(decode_step.plain_add_norm)),
+        (decode_step, "triton_swiglu", kernel(decode_step.plain_swiglu)),
         (scan, "triton_scan_step", kernel(scan.plain_scan_step)),
         (scan, "compiled_within", lambda: scan.within),
         (split_adam, "triton_update", kernel(split_adam.plain_update)),
