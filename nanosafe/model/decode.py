@@ -5,7 +5,9 @@ spends much of its time between two small kernels, so here what lies between the
 (kernels/decode_step.py), and a residual is added together with the norm that comes next.
 """
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanosafe.kernels.decode_step import HeadNorms, Pages, add_norm, rotate_and_write, swiglu
 from nanosafe.kernels.paged_attention import paged_attention
@@ -30,16 +32,17 @@ def decode_hidden(model: Decoder, tokens: Tensor, backend: PagedDecode) -> Tenso
         norm = layer.post_attention_layernorm
         x, normed = add_norm(x, attended, norm.weight, norm.eps, layer.residual_multiplier)
         mlp = layer.mlp
-        fed = mlp.down_proj(swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        fed = mlp.down_proj(swiglu(*products(normed, mlp.gate_proj, mlp.up_proj)))
         x, normed = add_norm(x, fed, next_norm.weight, next_norm.eps, layer.residual_multiplier)
     return normed
 
 
 def attend(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor] | None, backend: PagedDecode) -> Tensor:
     """`Attention.forward` of x [B, D], with keys and values written as soon as they are rotated."""
-    q = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))  # [B, H, head_dim]
-    k = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim))  # [B, H_kv, head_dim]
-    v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
+    q, k, v = products(x, attention.q_proj, attention.k_proj, attention.v_proj)
+    q = q.unflatten(-1, (-1, attention.head_dim))  # [B, H, head_dim]
+    k = k.unflatten(-1, (-1, attention.head_dim))  # [B, H_kv, head_dim]
+    v = v.unflatten(-1, (-1, attention.head_dim))
     norms = None
     if attention.q_norm is not None:
         norms = HeadNorms(attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
@@ -47,6 +50,57 @@ def attend(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor] | None, 
     q = rotate_and_write(q, k, v, norms, rope, Pages(keys, values, backend.blocks, backend.offsets))
     mixed = paged_attention(q, keys, values, backend.tables, backend.lengths, attention.scale)
     return attention.o_proj(mixed.flatten(1))
+
+
+def products(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """layer(x) of each layer, [B, out] each: slices of one product where `join_projections` has been."""
+    weight = joined([layer.weight for layer in layers])
+    bias = None
+    if layers[0].bias is not None:
+        bias = joined([layer.bias for layer in layers])
+    if weight is None or (bias is None and layers[0].bias is not None):
+        return [layer(x) for layer in layers]
+    return list(F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=1))
+
+
+def joined(tensors: list[Tensor]) -> Tensor | None:
+    """The one tensor whose slices along the first dimension these are, without a copy; None if they lie elsewhere."""
+    first = tensors[0]
+    end = first.storage_offset()
+    for tensor in tensors:
+        same_storage = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same_storage or tensor.storage_offset() != end or not tensor.is_contiguous():
+            return None
+        end += tensor.numel()
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+@torch.no_grad()
+def join_projections(model: Decoder) -> None:
+    """Lay q, k and v, and gate and up, of each layer behind one another in one storage, of which the parameters become
+    slices. They stay the same parameters with the same values, so training and saving know nothing of it.
+
+    Copies only what is not joined yet, so at most q, k and v or gate and up of one layer exist twice at a time.
+    """
+    for layer in model.model.layers:
+        if type(layer) is not Layer:
+            continue
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = [(attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)]
+        for projections in groups:
+            join_storage([projection.weight for projection in projections])
+            if projections[0].bias is not None:
+                join_storage([projection.bias for projection in projections])
+
+
+def join_storage(parameters: list[nn.Parameter]) -> None:
+    """Make the parameters slices, along the first dimension, of one new tensor, unless they are slices of one."""
+    if joined(parameters) is not None:
+        return
+    slices = torch.cat(parameters).split([len(parameter) for parameter in parameters])
+    for parameter, place in zip(parameters, slices, strict=True):
+        parameter.data = place
 
 
 def takes_kernels(model: Decoder, backend: AttentionBackend) -> bool:

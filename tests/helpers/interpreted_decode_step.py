@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, decoder_like, random_reference, tiny_raw
 from nanosafe.kernels import INTERPRETED, decode_step
 from nanosafe.kernels.decode_step import HeadNorms, Pages
 from nanosafe.model.attention import KVCache, PagedDecode
-from nanosafe.model.decode import decode_hidden
+from nanosafe.model.decode import decode_hidden, join_projections
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and not INTERPRETED:
@@ -70,12 +70,15 @@ def test_swiglu_of_rows_that_lie_apart(width, dtype):
     close(decode_step.triton_swiglu(gate, up), decode_step.plain_swiglu(gate, up))
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_steps_of_decoding_are_the_decoders_own(family):
+def test_steps_of_decoding_are_the_decoders_own(family, joined):
     """Hidden states and cache after each of several steps of three sequences of unequal length."""
     raw = tiny_raw(family)
     model = decoder_like(random_reference(raw), raw).to(DEVICE)
+    if joined:
+        join_projections(model)
     tables = torch.tensor([[5, 2], [0, 4], [3, 1]], dtype=torch.int32, device=DEVICE)
     caches = []
     for _ in range(2):

@@ -59,6 +59,20 @@ class Pretend(Tensor):
             return self.held.detach().to(dtype or self.dtype, copy=True)
         return self if dtype in (None, self.dtype) else aten._to_copy(self, dtype=dtype)
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        self.held = other.held
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
+    def storage_offset(self):
+        return self.held.storage_offset()
+
     def cpu(self):
         return self.to("cpu")
 
