@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanosafe.kernels.decode_step import HeadNorms, Pages, add_norm, rotate_and_write, swiglu
 from nanosafe.kernels.paged_attention import paged_attention
 from nanosafe.model.attention import AttentionBackend, PagedDecode
-from nanosafe.model.decoder import Attention, Decoder, Layer, rope_tables
+from nanosafe.model.decoder import MLP, Attention, Decoder, Layer, rope_tables
 
 
 def decode_hidden(model: Decoder, tokens: Tensor, backend: PagedDecode) -> Tensor:
@@ -84,7 +84,7 @@ def join_projections(model: Decoder) -> None:
     Copies only what is not joined yet, so at most q, k and v or gate and up of one layer exist twice at a time.
     """
     for layer in model.model.layers:
-        if type(layer) is not Layer:
+        if not is_plain(layer):
             continue
         attention, mlp = layer.self_attn, layer.mlp
         groups = [(attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)]
@@ -110,4 +110,9 @@ def takes_kernels(model: Decoder, backend: AttentionBackend) -> bool:
     """
     if not isinstance(backend, PagedDecode) or not backend.cache.keys.is_cuda:
         return False
-    return all(type(layer) is Layer for layer in model.model.layers)
+    return all(is_plain(layer) for layer in model.model.layers)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is the decoder's own, with the decoder's own weights: neither Granite 4's, packed nor sharded."""
+    return type(layer) is Layer and type(layer.self_attn) is Attention and type(layer.mlp) is MLP
