@@ -18,6 +18,7 @@ import train_sft
 from nanosafe.kernels import split_adam
 from nanosafe.model import granite
 from nanosafe.model.attention import KVCache, PackedDocuments
+from nanosafe.model.decode import joined
 from nanosafe.model.weights import StoredTensors, save_tensors
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks, join_group, shard, unsharded
@@ -49,6 +50,21 @@ def test_graphs_draw_what_the_cpu_draws(family, tmp_path, monkeypatch):
     for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
         assert ours.token_ids == theirs.token_ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "granite"])
+def test_decoding_multiplies_by_joined_weights(family, tmp_path):
+    random_checkpoint(tmp_path, family)
+    with cuda():
+        model = load_model(tmp_path, device=DEVICE, dtype=torch.float32)
+        before = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        generate(model, [[3, 4, 5]], SamplingParams(max_new_tokens=2, ignore_eos=True))
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            assert joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) is not None
+            assert joined([mlp.gate_proj.weight, mlp.up_proj.weight]) is not None
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.cpu(), before[name])
 
 
 @only_pretended

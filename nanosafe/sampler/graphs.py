@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from nanosafe.model.decode import join_projections
 from nanosafe.sampler.runner import InputBatch, PagedRunner, block_tables, most_blocks
 from nanosafe.sampler.scheduler import Sequence
 
@@ -48,6 +49,7 @@ class GraphRunner(PagedRunner):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        join_projections(self.model)  # Nothing, if the last rollout has done it and no weight has moved since.
         self.graphs: dict[int, DecodeGraph] = {}
         self.memory_pool = torch.cuda.graph_pool_handle()
         self.decoded: list[Sequence] = []  # by the last graph

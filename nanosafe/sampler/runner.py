@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanosafe.kernels.sample import SamplingTensors, draw
 from nanosafe.model.attention import AttentionBackend, Chunk, KVCache, PagedDecode, Prefill, SlotDecode
+from nanosafe.model.decode import decode_hidden, takes_kernels
 from nanosafe.model.decoder import Decoder
 from nanosafe.sampler.scheduler import Scheduler, Sequence
 
@@ -103,7 +104,12 @@ class PagedRunner:
 
     def advance(self, batch: InputBatch) -> None:
         """One decode step, without a look at any value on CUDA."""
-        self.draw(batch, self.model.hidden(batch.tokens, batch.positions, self.decode_backend(batch)))
+        backend = self.decode_backend(batch)
+        if takes_kernels(self.model, backend):
+            hidden = decode_hidden(self.model, batch.tokens, backend)
+        else:
+            hidden = self.model.hidden(batch.tokens, batch.positions, backend)
+        self.draw(batch, hidden)
 
     def decode_backend(self, batch: InputBatch) -> AttentionBackend:
         return PagedDecode(self.cache, batch.tables, batch.positions, batch.slots)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from nanosafe.kernels import compiled, scan, split_adam
+from nanosafe.kernels import compiled, decode_step, scan, split_adam
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
 from nanosafe.kernels import sample as draw
@@ -58,6 +58,20 @@ class Pretend(Tensor):
             Machine.active.wait("to the host")
             return self.held.detach().to(dtype or self.dtype, copy=True)
         return self if dtype in (None, self.dtype) else aten._to_copy(self, dtype=dtype)
+
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        self.held = other.held
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
+    def storage_offset(self):
+        return self.held.storage_offset()
 
     def cpu(self):
         return self.to("cpu")
@@ -229,6 +243,9 @@ def pretending():
         (draw, "triton_draw", kernel(draw.cpu_draw)),
         (head, "triton_row_statistics", kernel(head.plain_row_statistics)),
         (head, "triton_row_gradients", kernel(head.plain_row_gradients)),
+        (decode_step, "triton_rotate_and_write", kernel(decode_step.plain_rotate_and_write)),
+        (decode_step, "triton_add_norm", kernel(decode_step.plain_add_norm)),
+        (decode_step, "triton_swiglu", kernel(decode_step.plain_swiglu)),
         (scan, "triton_scan_step", kernel(scan.plain_scan_step)),
         (scan, "compiled", lambda function: function),
         (compiled, "compiled", lambda function: function),

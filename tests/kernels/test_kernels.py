@@ -11,9 +11,9 @@ import torch
 from test_paged_attention import paged_case
 from test_sample import settings
 
+from nanosafe.kernels import decode_step, scan
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
-from nanosafe.kernels import scan
 from nanosafe.kernels.sample_triton import triton_draw
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
@@ -79,6 +79,26 @@ def test_decode_kernels_compile_for_sm_90(compiled, dtype):
         assert "cp.async" in attend.asm["ptx"]  # the next tiles are read while one is used
         assert ("mma.sync" in attend.asm["ptx"]) == (dtype == torch.bfloat16)  # tensor cores
         assert 3 * attend.metadata.shared <= 227 * 1024  # bytes of a processor: three programs fit
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("plain", [False, True], ids=["norm and RoPE", "neither"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_between_products_compile_for_sm_90(compiled, dtype, plain):
+    """In the shapes of Qwen3-8B; in one that neither normalises nor rotates heads, those arguments are None."""
+    q, kv, pool = (torch.zeros(shape, dtype=dtype) for shape in ((2, 32, 128), (2, 8, 128), (3, 8, 64, 128)))
+    weight, angles, places = torch.zeros(4096, dtype=dtype), torch.zeros(2, 1, 128), torch.zeros(2, dtype=torch.int64)
+    norms = None if plain else decode_step.HeadNorms(weight[:128], weight[:128], 1e-6)
+    pages = decode_step.Pages(pool, pool, places, places)
+    decode_step.triton_rotate_and_write(q, kv, kv, norms, None if plain else (angles, angles), pages)
+    x = torch.zeros(2, 4096, dtype=dtype)
+    decode_step.triton_add_norm(x, x, weight, 1e-6, 1.0)
+    decode_step.triton_swiglu(*torch.zeros(2, 2 * 12_288, dtype=dtype).chunk(2, dim=1))
+    assert [kernel.metadata.name for kernel in compiled] == ["_rotate_and_write", "_add_norm", "_swiglu"]
+    for kernel in compiled[1:]:
+        assert "ld.global.v" in kernel.asm["ptx"]  # wide reads
+    for kernel in compiled:
+        assert "st.local" not in kernel.asm["ptx"]
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
