@@ -37,6 +37,7 @@ from nanosafe.evals.tables import terminal, write_table
 from nanosafe.names import load_reward
 from nanosafe.parallel import Ranks
 from nanosafe.train import cli
+from nanosafe.train.flags import DATE, THINKING, finite_float, positive_int
 
 # Sections that are printed too
 CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")
@@ -71,7 +72,7 @@ def flags() -> ArgumentParser:
         help=f"of harm: {DEFAULT_JUDGE} (default), llama-guard-3, another guard, "
         "chat or reward model (alias, hub id, folder), endpoint:MODEL@URL (its key in "
         "JUDGE_API_KEY), or rule:refusal; the first gives the headline figures")
-    add("--judge-bounds", nargs=2, type=cli.finite_float, metavar=("LOW", "HIGH"),
+    add("--judge-bounds", nargs=2, type=finite_float, metavar=("LOW", "HIGH"),
         help="of a reward model as --judge: the scores that count as wholly harmful and wholly safe")
     add("--regrade", action="store_true",
         help="ask the judge again about responses that it has judged")
@@ -79,15 +80,15 @@ def flags() -> ArgumentParser:
         help="SFT data (hub id or file) whose prompts are left "
         f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, "
         "none where it cannot be reached)")
-    add("--thinking", **cli.THINKING)
-    add("--date", **cli.DATE)
+    add("--thinking", **THINKING)
+    add("--date", **DATE)
     add("--split", choices=("test", "validation"), default="test",
         help="of the tiny world (default: %(default)s)")
-    add("--samples", type=cli.positive_int,
+    add("--samples", type=positive_int,
         help="responses to each question (default: the benchmark's own)")
-    add("--limit", type=cli.positive_int,
+    add("--limit", type=positive_int,
         help="questions of each benchmark, drawn by --seed (default: all)")
-    add("--max-response-tokens", type=cli.positive_int, help="(default: the benchmark's own)")
+    add("--max-response-tokens", type=positive_int, help="(default: the benchmark's own)")
     add("--reward-model",
         help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
     add("--memorization", metavar="FILE",
@@ -101,7 +102,7 @@ def flags() -> ArgumentParser:
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute type (default: bfloat16 on cuda, float32 on cpu)")
-    add("--tokens-per-microbatch", type=cli.positive_int, default=16384,
+    add("--tokens-per-microbatch", type=positive_int, default=16384,
         help="of the passes that measure entropies, per process (default: %(default)s)")
     return parser
 

@@ -12,10 +12,14 @@ and backward passes), so that any number of processes computes the same step.
 """
 
 import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
+from nanosafe.train.flags import finite_float, rl_flags
+
+if __name__ == "__main__":
+    rl_flags(__doc__).parse_args()  # --help and wrong flags end here, before the seconds that PyTorch takes to load
 
 # isort: split
 import math
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 
 import torch
 
@@ -35,7 +39,6 @@ from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
 from nanosafe.train.batch import Batch, by_row, entropies_at_1, score_tokens
-from nanosafe.train.cli import finite_float, positive_float, positive_int
 from nanosafe.train.metrics import console_line, policy_metrics, rollout_metrics, sample_rows
 from nanosafe.train.optim import Optimizer, cosine_schedule
 from nanosafe.train.packing import head_logprobs, local_microbatches, pack, response_hidden
@@ -47,61 +50,6 @@ from nanosafe.train.weighted_reward import check_rewards, metric_name, reward_sp
 
 WARMUP_SHARE, FINAL_LR_SHARE = 0.03, 0.1
 LOSS_SUMS = ("loss_sum", "clip_count", "ppo_kl_sum", "tokens")  # sums of policy_loss that are reported
-
-
-def flags() -> ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    add = parser.add_argument
-    add("--reward-model", nargs="+", metavar="REWARD",
-        help="alias, hub id or folder of a *ForSequenceClassification; rule:math, rule:refusal; or "
-        "FILE.py:FUNCTION, a function of your own (docs/your-own.md); of several the sum is taken")
-    add("--reward-weights", type=finite_float, nargs="+", metavar="WEIGHT",
-        help="of each of several rewards in that sum (default: 1)")
-    add("--reward-scope", choices=("response", "answer"), default="response",
-        help="what is scored: thought and answer (default), or what follows </think> (nothing does: "
-        "an empty answer)")
-    add("--prompts",
-        help="hub id, .json, .jsonl, .csv or .parquet; docs/your-own.md has the forms of a row")
-    add("--steps", type=positive_int, help="rollouts, each with its updates")
-    add("--prompts-per-step", type=positive_int)
-    add("--samples-per-prompt", type=positive_int)
-    add("--minibatches", type=positive_int, help="optimizer steps that a rollout is cut into")
-    add("--epochs", type=positive_int, help="passes over each rollout")
-    add("--lr", type=positive_float, help="peak learning rate; 3 %% warm-up, cosine to 10 %%")
-    add("--kl-coef", type=finite_float, help="weight of the KL to the reference model; 0 loads none")
-    add("--kl-kind", choices=reinforce.KL_KINDS,
-        help="estimator of the KL in the reward; only k1 is unbiased there")
-    add("--estimator", choices=reinforce.ESTIMATORS, default="reinforce++",
-        help="-baseline: reward minus its prompt's mean, KL as a k2 loss; needs --samples-per-prompt "
-        "above 1")
-    add("--gamma", type=positive_float, default=1.0, help="discount per token (default: 1)")
-    add("--clip-low", type=positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
-    add("--clip-high", type=positive_float, default=0.2, help="and those above 1 + this (0.2)")
-    add("--dual-clip", type=positive_float,
-        help="bound above 1 on the ratio where the advantage is negative")
-    add("--reduction", choices=("token", "sequence"), default="token",
-        help="loss: mean over tokens (default), or over responses of their token means")
-    add("--reward-clip", type=finite_float, nargs=2, metavar=("LOW", "HIGH"),
-        help="bounds of the reward (default: none)")
-    add("--no-normalize", action="store_true", help="use returns as they are for advantages")
-    add("--truncated", default="keep",
-        help="responses cut at the limit: keep scores them as they are (default), mask leaves them "
-        "out, a NUMBER is their reward")
-    add("--old-logprobs", choices=("sampler", "trainer"),
-        help="whose log-probs are the policy's before the update: those of sampling, or of one more "
-        "forward pass (default: the sampler's on a CPU in float32, where they agree within 1e-5)")
-    add("--temperature", type=positive_float, default=1.0,
-        help="of sampling and of every log-prob (default: 1)")
-    add("--top-p", type=positive_float, default=1.0,
-        help="below 1 training is no longer on-policy (default: 1)")
-    add("--max-prompt-tokens", type=positive_int, help="longer prompts are left out, and counted")
-    add("--max-response-tokens", type=positive_int)
-    add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
-    add("--pairs",
-        help="labelled pairs (prompt, chosen, rejected) to try the reward model on before the start")
-    add("--eval-every", type=positive_int,
-        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
-    return parser
 
 
 def check(args: Namespace) -> None:
@@ -136,7 +84,7 @@ def check(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, origins = cli.settings(flags(), argv, "rl", recipe)
+    args, origins = cli.settings(rl_flags(__doc__), argv, "rl", recipe)
     check(args)
     if args.plan is not None:
         return plan.show("rl", args)

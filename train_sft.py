@@ -9,10 +9,13 @@ default recipe is STAR-1's own: 5 epochs of its 1,000 rows in batches of 128.
 """
 
 import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
+from nanosafe.train.flags import sft_flags
+
+if __name__ == "__main__":
+    sft_flags(__doc__).parse_args()  # --help and wrong flags end here, before the seconds that PyTorch takes to load
 
 # isort: split
 import math
-from argparse import ArgumentParser
 
 import torch
 
@@ -34,22 +37,8 @@ from nanosafe.train.tracking import Clock, Tracker
 WARMUP_SHARE, FINAL_LR_SHARE, WEIGHT_DECAY = 0.05, 0.0, 1e-4
 
 
-def flags() -> ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    add = parser.add_argument
-    add("--data",
-        help="hub id (owner/name), .json, .jsonl, .csv or .parquet with question and response, or messages")
-    add("--epochs", type=cli.positive_int, help="passes over the data, each in another order")
-    add("--steps", type=cli.positive_int, help="optimizer steps (default: what --epochs makes)")
-    add("--batch-size", type=cli.positive_int, help="responses per step, over all ranks")
-    add("--lr", type=cli.positive_float, help="peak learning rate; 5 %% warm-up, cosine to 0")
-    add("--max-tokens", type=cli.positive_int, help="longer conversations lose their end, and are counted")
-    add("--tokens-per-microbatch", type=cli.positive_int, help="of one forward and backward, per rank")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
-    args, origins = cli.settings(flags(), argv, "sft", recipe)
+    args, origins = cli.settings(sft_flags(__doc__), argv, "sft", recipe)
     if args.plan is not None:
         return plan.show("sft", args)
     ranks = cli.start(args, origins, "sft")

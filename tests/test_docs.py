@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-import train_rl
-import train_sft
 from nanosafe.evals import calibration
 from nanosafe.names import tiny_seed
 from nanosafe.paper import __main__ as paper
 from nanosafe.recipes import ALIASES
 from nanosafe.sampler import __main__ as chat
+from nanosafe.train.flags import rl_flags, sft_flags
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -41,12 +40,12 @@ PATH = [
 ]
 
 PARSERS = {
-    "train_rl.py": train_rl,
-    "train_sft.py": train_sft,
-    "eval.py": evaluation,
-    "-m nanosafe.paper": paper,
-    "-m nanosafe.sampler": chat,
-    "-m nanosafe.evals.calibration": calibration,
+    "train_rl.py": rl_flags(""),
+    "train_sft.py": sft_flags(""),
+    "eval.py": evaluation.flags(),
+    "-m nanosafe.paper": paper.flags(),
+    "-m nanosafe.sampler": chat.flags(),
+    "-m nanosafe.evals.calibration": calibration.flags(),
 }
 METRIC = r"(?:reward|advantage|kl|policy|response|mismatch|reflection|experts|eval|sft|memory)/\w+"
 
@@ -106,7 +105,7 @@ def commands() -> list[tuple[str, str, str]]:
 def test_commands_have_only_flags_and_models_that_exist():
     assert {script for _, script, _ in commands()} == set(PARSERS) and len(commands()) >= 20
     for document, script, flags in commands():
-        args = PARSERS[script].flags().parse_args(shlex.split(flags, comments=True))
+        args = PARSERS[script].parse_args(shlex.split(flags, comments=True))
         models = getattr(args, "model", None) or []
         for model in [models] if isinstance(models, str) else models:
             known = model in ALIASES or "/" in model or tiny_seed(model) is not None

@@ -27,6 +27,7 @@ from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import sft_steps
 from nanosafe.train import run_folder as checkpoint
+from nanosafe.train.flags import rl_flags
 from nanosafe.train.metrics import console_line
 from nanosafe.train.packing import partition
 from nanosafe.train.rewards import UNREAD
@@ -435,7 +436,7 @@ def test_an_impossible_setting_is_refused_before_anything_is_loaded_and_leaves_n
 def test_possible_settings_pass(world):
     given = ["--reward-clip", "-1", "1.5", "--dual-clip", "3", "--temperature", "0.6", "--top-p", "1", "--gamma", "1",
              "--truncated", "-2", "--kl-coef", "0"]  # fmt: skip
-    args = train_rl.flags().parse_args(rl_args(world, Path("run"), *given))
+    args = rl_flags("").parse_args(rl_args(world, Path("run"), *given))
     train_rl.check(args)
     assert args.truncated == -2 and args.reward_clip == [-1, 1.5]
 

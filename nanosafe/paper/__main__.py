@@ -38,7 +38,8 @@ from nanosafe.paper.jobs import Job, run_jobs
 from nanosafe.plan.machine import known_config
 from nanosafe.recipes import ALIASES
 from nanosafe.tiny.build import FAMILIES, is_tiny
-from nanosafe.train.cli import positive_int, readable_errors
+from nanosafe.train.cli import readable_errors
+from nanosafe.train.flags import positive_int
 
 EXPERIMENTS = {1: "safety", 2: "reasoning", 3: "token entropy"}  # the paper's list
 TUNING_SEED = 100  # outside the seeds that are reported

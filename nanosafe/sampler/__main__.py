@@ -30,6 +30,7 @@ from nanosafe.sampler.terminal import Console, TextStream
 from nanosafe.text.thoughts import THINK
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli
+from nanosafe.train.flags import THINKING, positive_int
 
 # In tokens; memory for all 131,072 positions of some models would not fit beside their weights.
 DEFAULT_CONTEXT = 8192
@@ -43,13 +44,13 @@ def flags() -> ArgumentParser:
     add("--model", required=True, help="alias (qwen3-8b), hub id (owner/name[@revision]) or folder")
     add("--prompt", metavar="TEXT", help="answer this one question and exit")
     add("--system", metavar="TEXT", help="system message of every conversation")
-    add("--thinking", **cli.THINKING)
+    add("--thinking", **THINKING)
     add("--temperature", type=float, help="0 always takes the likeliest token")
     add("--top-p", type=float, help="draw from the fewest tokens that reach this probability")
     add("--top-k", type=int, help="draw from this many likeliest tokens; 0: from all")
     add("--min-p", type=float, help="leave out tokens with less than this share of the likeliest's probability")
-    add("--max-new-tokens", type=cli.positive_int, help="of one answer (default: all that is left)")
-    add("--max-tokens", type=cli.positive_int, help="of a conversation; memory is set aside for them "
+    add("--max-new-tokens", type=positive_int, help="of one answer (default: all that is left)")
+    add("--max-tokens", type=positive_int, help="of a conversation; memory is set aside for them "
         f"(default: as many as the model has positions, but at most {DEFAULT_CONTEXT})")  # fmt: skip
     add("--seed", type=int, help="the same questions get the same answers (default: a fresh one each time)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")

@@ -17,8 +17,6 @@ import pytest
 from test_run_folder import held_by_another
 
 import eval as eval_script
-import train_rl
-import train_sft
 from nanosafe import plan
 from nanosafe.evals.benchmark import adapt
 from nanosafe.evals.results import BenchmarkResult, Metric, Result, Score, mean, write_result
@@ -27,6 +25,7 @@ from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.paper import __main__ as paper
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
+from nanosafe.train.flags import rl_flags, sft_flags
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
 SAFETY = Metric("safety", "safe")
@@ -45,13 +44,13 @@ def jobs(*flags: str) -> list[Job]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_command_is_one_that_its_script_takes(mode):
-    scripts = {"train_sft": train_sft, "train_rl": train_rl, "eval": eval_script}
+    scripts = {"train_sft": sft_flags(""), "train_rl": rl_flags(""), "eval": eval_script.flags()}
     seen = set()
     for job in jobs(*MODES[mode]):
         module, *arguments = job.command
         seen.add(module)
         if module in scripts:
-            args = scripts[module].flags().parse_args(arguments)
+            args = scripts[module].parse_args(arguments)
             assert args.out.endswith(job.name)
         else:
             assert module == "nanosafe.tiny.build" and paper.is_tiny(arguments[0])
