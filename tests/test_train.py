@@ -497,6 +497,7 @@ def test_a_run_goes_on_only_with_its_own_settings(world, tmp_path):
     assert run_forked(train_sft, sft_args(world, out))[0] == 0
     shutil.rmtree(out / "final")
     expect_error(sft_args(world, out, "--lr", "0.5"), train_sft, "--lr was 0.001, is 0.5")
+    expect_error(sft_args(world, out, "--steps", "9"), train_sft, "--steps was", f"--model {out}/final --out ANOTHER")
     expect_error(sft_args(world, out, "--resume", "never"), train_sft, "already holds a run")
     assert len(list((out / "checkpoints").iterdir())) == 2, "--keep 2 is the default"
 

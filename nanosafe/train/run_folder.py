@@ -99,8 +99,12 @@ class RunFolder:
                 flag = name.replace("_", "-")
                 changed.append(f"--{flag} was {earlier.get(name)!r}, is {value!r}")
         if changed:
+            hint = ""
+            if earlier.get("steps") != args.steps:
+                hint = (". The learning rate of each step follows from their number; to go on with more, start "
+                        f"a run from this one's model: --model {self.out}/final --out ANOTHER")
             raise ValueError(f"{self.out} holds another run ({'; '.join(changed)}): "
-                             "repeat its flags or set --out")
+                             f"repeat its flags or set --out{hint}")
 
     def _begin(self) -> None:
         """Bring the folder to the state of the checkpoint that is resumed, or to that of a new run."""
