@@ -30,6 +30,7 @@ SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score
 MOST_GPUS = 64  # that are tried
 # Of hours: bf16 FLOP/s (H100 and H200 have the same cores) and bytes/s by data sheet; CPU to GPU, for --offload.
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9
+SMALLEST_TIMED, LARGE_CARD = 75e9, 100e9  # bytes of memory from which a card is taken for an H100, and for an H200
 # Assumed: what training reaches of the one, decoding of the other
 COMPUTE_SHARE, MEMORY_SHARE = 0.4, 0.6
 # Activations are kept instead of recomputed only up to this share of the memory: no GPU has confirmed the counts.
@@ -248,7 +249,7 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     # Of an embedding that is no head, a few rows are read.
     weights = s * (size.total if config.tie_word_embeddings else size.total - size.head)
     # H200's from 100 GB on, else H100's
-    bandwidth = LARGE_BANDWIDTH if machine.bytes > 100e9 else BANDWIDTH
+    bandwidth = LARGE_BANDWIDTH if machine.bytes > LARGE_CARD else BANDWIDTH
     decoding = (steps * weights + cache + states) / (MEMORY_SHARE * bandwidth)
     seconds = {
         "rollout": decoding + 2 * size.active * tokens / flops,
@@ -285,7 +286,7 @@ def report(script: str, args: Namespace) -> str:
     if script == "rl":
         models += reward_models(args)
     lines = [f"plan of train_{script}.py --model {args.model} in {dtype} on {machine} "
-             f"({gb(machine.usable)} for tensors); GB are 10^9 bytes"]
+             f"({gb(machine.usable)} of {gb(machine.bytes)} GB for tensors; GB are 10^9 bytes)"]
     downloads = []
     for name in models:
         config, origin = find_config(name)
@@ -349,14 +350,22 @@ def cache_lines(args: Namespace, plan: Plan) -> list[str]:
 
 
 def time_line(script: str, args: Namespace, machine: Machine, plan: Plan) -> str:
-    if machine.kind != "cuda":
-        return "  hours: no estimate for a CPU"
+    if machine.kind != "cuda" or machine.bytes < SMALLEST_TIMED:
+        return "  time: no estimate for a CPU, or for a card that is smaller than an H100"
     seconds = seconds_per_step(script, args, machine, plan)
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return (f"  hours: about {hours(script, args, machine, plan):.1f} for {steps_of(script, args)} "
-            f"steps of {sum(seconds.values()):.1f} s ({parts}): an estimate at {COMPUTE_SHARE:.0%} "
-            f"of the peak FLOP/s and {MEMORY_SHARE:.0%} of the bandwidth, not measured; "
-            "docs/plan.md says what is assumed")
+    parts = ", ".join(f"{name} {value:.2g}" for name, value in seconds.items())
+    card = "H200" if machine.bytes > LARGE_CARD else "H100"
+    total = duration(3600 * hours(script, args, machine, plan))
+    return (f"  time: about {total} for {steps_of(script, args)} steps of {sum(seconds.values()):.2g} s "
+            f"({parts}), if each card is an {card}: an estimate at {COMPUTE_SHARE:.0%} of its peak FLOP/s "
+            f"and {MEMORY_SHARE:.0%} of its bandwidth, not measured; docs/plan.md says what is assumed")
+
+
+def duration(seconds: float) -> str:
+    """In the unit in which it is a number that one can picture."""
+    if seconds < 120:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def as_flags(change: dict) -> str:

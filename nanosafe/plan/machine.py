@@ -35,7 +35,11 @@ class Machine(NamedTuple):
 
     def __str__(self) -> str:
         one, several = ("GPU", "GPUs") if self.kind == "cuda" else ("CPU process", "CPU processes")
-        return f"{self.count} {one if self.count == 1 else several} of {gb(self.bytes)} GB"
+        # A card is called what it is sold as, where that is a whole number.
+        gib = self.bytes / GIB
+        sold = round(max(gib + 2 if gib >= 78 else gib * 40 / 39, 0))
+        size = sold if self.kind == "cuda" and card_bytes(sold) == self.bytes else gb(self.bytes)
+        return f"{self.count} {one if self.count == 1 else several} of {size} GB"
 
 
 def card_bytes(size: float) -> int:

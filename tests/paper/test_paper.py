@@ -117,7 +117,7 @@ def test_the_plan_of_a_real_model_says_what_is_known_and_what_not(capsys, tmp_pa
     text = capsys.readouterr().out
     assert "python -m train_rl --model qwen3-8b --seed 0" in text and "tiny" not in text
     assert "Qwen/Qwen3-8B 16.4 GB, Skywork/Skywork-Reward-V2-Llama-3.1-8B 15.0 GB" in text and "not known" in text
-    assert "SFT on 1 GPU of 83.8 GB" in text and "RL on 1 GPU of 83.8 GB" in text
+    assert "SFT on 1 GPU of 80 GB" in text and "RL on 1 GPU of 80 GB" in text
     assert len(re.findall(r"fits on \d GPUs", text)) == 2
     assert "not measured" in text and "5 jobs" in text
     assert not (tmp_path / "out").exists()

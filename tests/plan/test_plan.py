@@ -332,7 +332,7 @@ def test_the_flag_prints_and_ends_before_anything_starts(script, capsys, monkeyp
     monkeypatch.setattr("nanosafe.train.cli.Ranks", None)  # would fail if it were called
     script.main(["--model", "qwen3-8b", "--plan", "8x80"])
     text = capsys.readouterr().out
-    assert "IT FITS: yes" in text and "8 GPUs of 83.8 GB" in text
+    assert "IT FITS: yes" in text and "8 GPUs of 80 GB (80.2 of 83.8 GB for tensors" in text
     assert "not measured" in text and "GB per checkpoint" in text and "qwen3-8b 16.4 GB" in text
     assert not list(tmp_path.iterdir())
 
@@ -342,8 +342,11 @@ def test_the_flags_change_the_plan(capsys):
         train_rl.main(["--model", "qwen3-8b", "--plan", "1x141", *flags])
         return capsys.readouterr().out
 
-    assert "it fits on 1 GPU of 149.3 GB with --low-memory" in printed()
-    assert "IT FITS: yes" in printed("--low-memory")
+    assert "it fits on 1 GPU of 141 GB with --low-memory" in printed()
+    assert "IT FITS: yes" in printed("--low-memory") and "if each card is an H200" in printed("--low-memory")
+    small = ["--model", "qwen3-0.6b", "--reward-model", "rule:refusal", "--steps", "2"]
+    assert "time: about 45 s for 2 steps of 22 s" in printed(*small), "and not 0.0 hours"
+    assert "on 1 GPU of 24 GB" in printed(*small, "--plan", "24") and "time: no" in printed(*small, "--plan", "24")
     with pytest.raises(ValueError, match="one process"):
         train_rl.main(["--model", "qwen3-8b", "--plan", "8x80", "--low-memory"])
 
