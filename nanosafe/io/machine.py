@@ -11,7 +11,7 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # of
 # Rounds of about 26 ns that a thread waits awake for another, about as long as the pauses between small products last;
 # then it sleeps. libgomp's own 300,000 (8 ms) suit a machine that does nothing else: where another process holds the
 # core of one thread, the others wait awake through its turns, and keep it from theirs, at every single product.
-SPINS = 1000
+SPINS = 2000
 # The two layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
 # the files of limit and use, and the line of memory.stat that counts files the kernel can drop.
 LAYOUTS = {

@@ -51,7 +51,7 @@ def test_the_machine_that_runs_this_has_free_memory():
 
 @pytest.mark.parametrize("program", ["train_rl.py", "train_sft.py", "eval.py", "-mnanosafe.sampler", "-mtrain_rl"])
 @pytest.mark.parametrize("given, expected", [
-    ({}, "expandable_segments:True 1000"),
+    ({}, "expandable_segments:True 2000"),
     ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "GOMP_SPINCOUNT": "7"}, "backend:native 7"),
     ({"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "2"}, "expandable_segments:True None"),
 ])  # fmt: skip
