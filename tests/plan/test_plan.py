@@ -29,13 +29,19 @@ from nanosafe.sampler.engine import Engine
 from nanosafe.train.optim import Optimizer
 
 FOLDERS = {alias: repo.partition("@")[0].split("/")[1] for alias, repo in ALIASES.items()}
-OFFICIAL = sorted(a for a in FOLDERS if a.startswith(("qwen3-", "r1-", "llama-3.1", "granite-4.0-tiny")))
+NO_FILE = {"qwen3-4b-2507", "qwen3-4b-thinking-2507", "r1-llama-70b"}  # whose config.json is not at hand
+PREFIXES = ("qwen3-", "r1-", "llama-3.1", "smollm2", "granite-4.0-tiny", "granite-4.0-350m")
+OFFICIAL = sorted(a for a in FOLDERS if a.startswith(PREFIXES) and a not in NO_FILE)
 PUBLISHED = {  # parameters, as the model cards and index files give them
     "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264, "r1-qwen-1.5b": 1_777_088_000,
     "r1-qwen-7b": 7_615_616_512, "r1-llama-8b": 8_030_261_248, "llama-3.1-8b": 8_030_261_248,
     "llama-guard-3": 8_030_261_248, "llama-3.3-70b": 70_553_706_496, "granite-guardian": 8_170_848_256,
-    "granite-4.0-tiny": 6_671_539_776,
+    "granite-4.0-tiny": 6_671_539_776, "qwen3-4b-2507": 4_022_468_096, "qwen3-4b-thinking-2507": 4_022_468_096,
+    "r1-0528-qwen3-8b": 8_190_735_360, "r1-llama-70b": 70_553_706_496, "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+    # by the dimensions: embedding; attention, MLP and norms of a layer; last norm
+    "granite-4.0-350m": 100_352 * 1024 + 28 * (2_621_440 + 6_291_456 + 2048) + 1024,
     # as many layers, two experts more and a larger vocabulary: by the dimensions
     "granite-4.0-h-tiny": 6_671_539_776 + 40 * 2 * (1536 + 3 * 512 * 1536) + (100_352 - 49_160) * 1536,
 }  # fmt: skip
@@ -60,6 +66,7 @@ def test_a_shape_has_the_published_number_of_parameters(alias):
         count = sum(p.numel() for p in make_decoder(ModelConfig.from_dict(SHAPES[alias])).parameters())
     if alias.startswith("skywork"):  # the language model it was trained from, with one row in place of the head
         base = alias.removeprefix("skywork-v2-").replace("llama-8b", "llama-3.1-8b")
+        base = base.replace("llama-1b", "llama-3.2-1b").replace("llama-3b", "llama-3.2-3b")
         shape = SHAPES[base]
         head = 0 if shape["tie_word_embeddings"] else shape["vocab_size"] * shape["hidden_size"]
         assert count == PUBLISHED[base] - head + shape["hidden_size"]
@@ -68,7 +75,8 @@ def test_a_shape_has_the_published_number_of_parameters(alias):
 
 
 def test_every_alias_has_a_shape():
-    assert set(SHAPES) == set(ALIASES) | {"llama-3.3-70b"}
+    # The shape of granite-4.0-h-350m is not known here: its plan fetches the config.
+    assert set(SHAPES) == set(ALIASES) - {"granite-4.0-h-350m"} | {"llama-3.3-70b"}
 
 
 # Parts.
