@@ -62,10 +62,10 @@ def _download_checkpoint(repo: str, revision: str | None, weights: bool) -> Path
 
     if not MAIN_RANK:
         utils.disable_progress_bars()
-    wanted = [*SMALL_FILES, MODEL_INDEX] if weights else SMALL_FILES
+    wanted, away = [*SMALL_FILES, MODEL_INDEX] if weights else SMALL_FILES, hub_is_away()
     with hub_errors_explained(repo, revision, "config and tokenizer"):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted,
-                                        local_files_only=hub_is_away()))
+                                        local_files_only=away))
     files = ["config.json"]
     if weights and (folder / MODEL_INDEX).exists():
         files += sorted(set(read_index(folder / MODEL_INDEX).values()))
@@ -73,20 +73,19 @@ def _download_checkpoint(repo: str, revision: str | None, weights: bool) -> Path
         files.append(MODEL)
     for file in files:
         # The folder's name is the commit, and with it nothing is requested that is in the cache.
-        _download(repo, file, revision, folder.name)
+        _download(repo, file, revision, folder.name, away=away)
     return folder
 
 
 def _download(
-    repo: str, file: str, revision: str | None, commit: str | None, kind: str = "model"
+    repo: str, file: str, revision: str | None, commit: str | None, *, away: bool, kind: str = "model"
 ) -> Path:
-    """One file of a repository at `commit`; `revision` is how the user named it."""
+    """One file of a repository at `commit`; `revision` is how the user named it. away: take it from the cache alone."""
     from huggingface_hub import hf_hub_download
 
     shown = repo if kind == "model" else f"{kind}s/{repo}"
     with hub_errors_explained(shown, revision, file):
-        return Path(hf_hub_download(repo, file, repo_type=kind, revision=commit,
-                                    local_files_only=hub_is_away()))
+        return Path(hf_hub_download(repo, file, repo_type=kind, revision=commit, local_files_only=away))
 
 
 def hub_is_away() -> bool:
@@ -185,7 +184,8 @@ def find_dataset(name: str) -> list[Path]:
         found = ", ".join(sorted(files)) or "none"
         raise FileNotFoundError(
             f"data set {repo}: which file? found {found}; choose one with {repo}:FILE")
-    return [_download(repo, file, revision, commit, "dataset") for file in chosen]
+    away = hub_is_away()
+    return [_download(repo, file, revision, commit, away=away, kind="dataset") for file in chosen]
 
 
 def _training_file(files: list[str]) -> list[str]:
@@ -201,8 +201,6 @@ def _list_data_files(repo: str, revision: str | None) -> tuple[str | None, list[
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
-        if hub_is_away():
-            raise ConnectionError
         names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision).siblings]
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):  # gated ones too
         raise

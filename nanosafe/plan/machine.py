@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe.io.hub import find_checkpoint, hub_errors_explained
+from nanosafe.io.hub import find_checkpoint, hub_errors_explained, hub_is_away
 from nanosafe.io.machine import host_memory
 from nanosafe.model.config import ModelConfig
 from nanosafe.plan.memory import sizes
@@ -90,7 +90,8 @@ def _hub_config(repo: str, revision: str) -> ModelConfig:
     from huggingface_hub import hf_hub_download  # half a second that the other names do not need
 
     with hub_errors_explained(repo, revision, "config.json"):
-        folder = Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
+        file = hf_hub_download(repo, "config.json", revision=revision or None, local_files_only=hub_is_away())
+        folder = Path(file).parent
     return ModelConfig.from_folder(folder)
 
 

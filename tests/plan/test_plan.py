@@ -1,6 +1,7 @@
 """--plan: its shapes against the official files and published sizes, its formulas against counted bytes and by hand."""
 
 import json
+import time
 import weakref
 from argparse import Namespace
 
@@ -381,5 +382,12 @@ def test_of_a_repository_only_the_config_is_fetched(tmp_path, monkeypatch):
         assert set(hub.sent) == {"config.json"}
     assert memory.sizes(config).total == PUBLISHED["qwen3-4b"] and "only file downloaded" in origin
     assert known_config(str(folder))[0] == config
+
+    def never(seconds):
+        raise AssertionError("it waits to try again")
+
+    monkeypatch.setattr(time, "sleep", never)
+    with pytest.raises(ConnectionError, match="cannot be reached, and the cache .* lacks config.json of some/other"):
+        plan.find_config("some/other")
     with pytest.raises(FileNotFoundError, match="qwen3-8b"):
         plan.find_config("qwen3-8")
