@@ -29,9 +29,9 @@ import torch
 
 from nanosafe.evals.attacks import ATTACKS
 from nanosafe.evals.choice import paper_loader, read_choice
+from nanosafe.evals.comparison import plot_comparison
 from nanosafe.evals.evaluation import Shared, evaluate
 from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET
-from nanosafe.evals.plots import plot_comparison
 from nanosafe.evals.results import Result, read_result
 from nanosafe.evals.tables import terminal, write_table
 from nanosafe.names import load_reward

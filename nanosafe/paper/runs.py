@@ -1,6 +1,5 @@
 """What the runs of one model come to: statistics over the seeds of an arm, and between two arms seed by seed."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation
@@ -8,6 +7,7 @@ from statistics import StatisticsError, correlation
 from nanosafe.evals.results import Metric, Result, categories, mean, values
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 
+MAIN = ("base", "SFT", "RL")  # the arms that the paper compares
 REFUSING = "always refuse"  # the arm that has no model
 
 
@@ -70,14 +70,26 @@ def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]
     return dict(sorted(levels.items()))
 
 
-def curve(runs: Runs, arm: str, key: str) -> list[tuple[int, Estimate]]:
-    """(step, over seeds) of a metric of training."""
-    by_step: dict[int, list[float]] = defaultdict(list)
+def hardest_variation(runs: Runs) -> Metric | None:
+    """The headline of that wording or attack of a safety benchmark in which RL has the lowest mean."""
+    means = {}
+    for run in runs.get("RL", {}).values():
+        for name, measured in run.result.benchmarks.items():
+            if measured.about == "safety" and measured.variation:
+                metric = Metric(name, measured.headline)
+                means[metric] = level(runs, "RL", metric).mean
+    return min(means, key=means.get) if means else None
+
+
+def curves(runs: Runs, arm: str, key: str, *, gained: bool = False) -> list[list[tuple[int, Estimate]]]:
+    """A line [(step, value), ...] for each seed, of a metric of training; gained: minus its first value."""
+    lines = []
     for run in runs[arm].values():
-        for row in run.steps:
-            if row.get(key) is not None:
-                by_step[row["step"]].append(row[key])
-    return [(step, over_seeds(by_step[step])) for step in sorted(by_step)]
+        rows = [row for row in run.steps if row.get(key) is not None]
+        if rows:
+            start = rows[0][key] if gained else 0.0
+            lines.append([(row["step"], over_seeds([row[key] - start])) for row in rows])
+    return lines
 
 
 def reward_gain(steps: Sequence[dict]) -> float | None:

@@ -23,8 +23,10 @@ from nanosafe.evals.results import BenchmarkResult, Metric, Result, Score, mean,
 from nanosafe.evals.scores import summarize, summarize_memorization
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.paper import __main__ as paper
+from nanosafe.paper import findings
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
+from nanosafe.paper.runs import Run
 from nanosafe.train.flags import rl_flags, sft_flags
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
@@ -330,6 +332,67 @@ def section(text: str, title: str) -> str:
     return text[text.index(f"\n## {title}\n") :].partition("\n## ")[2].partition("\n## ")[0]
 
 
+def test_the_report_opens_with_ten_findings_computed_from_its_results(report):
+    text = report[0]
+    assert text.index("## Findings") < text.index("report-arms.png") < text.index("## Arms") < text.index("## tiny")
+    lines = [line for line in section(text, "Findings").splitlines() if line.startswith("- ")]
+    assert len(lines) == 10
+    told = dict(line[2:].split(": ", 1) for line in lines if not line.startswith("- Claim"))
+    safe = told["Unsafe requests answered safely (higher is better), base / SFT / RL"]
+    assert safe.startswith("tiny 0.29 [0.20, 0.37] / 0.54 [0.45, 0.62] / 0.79 [0.70, 0.87]; tiny-llama 0.25 (one run)")
+    assert "(safety, role play) 0.29" in told["Safe answers in the variation hardest for RL, base / SFT / RL"]
+    assert told["Controls, safe answers minus the base's"] == "not measured."
+    assert "RL is safer and steadier than SFT: tiny reproduced, RL − SFT +0.25 [+0.25, +0.25]" in lines[6]
+    assert "over seeds ±0.09 against ±0.09" in lines[6] and "llama" not in lines[6]
+    assert "keeps reasoning where SFT loses some: tiny open, RL − base +0.00" in lines[7]
+    assert "tiny contradicted, RL − base +0.25 [+0.25, +0.25] and +0.25" in lines[8], "entropy rose"
+    assert lines[9].endswith("open, it takes two models.")
+
+
+def arms_of(*shares: tuple[str, float, float, float]) -> dict:
+    """Runs of three seeds: (arm, safe, right, shift of entropies)."""
+    runs = {}
+    for arm, safe, right, shift in shares:
+        runs[arm] = {seed: Run(result(arm, seed, safe, right, shift=shift)) for seed in range(3)}
+    return runs
+
+
+@pytest.mark.parametrize("sft, rl, verdicts", [
+    ((0.5, 0.25, 0.0), (0.75, 0.5, 0.0), ("reproduced", "reproduced", "open")),
+    ((0.75, 0.5, 0.0), (0.5, 0.25, 0.5), ("contradicted", "contradicted", "contradicted")),
+    ((0.5, 0.25, 0.0), (0.5, 0.25, 0.0), ("open", "contradicted", "open")),
+    ((0.5, 0.75, 0.0), (0.5, 0.5, 0.0), ("open", "contradicted", "open")),
+    ((0.5, 0.5, 0.0), (0.5, 0.75, 0.0), ("open", "open", "open")),
+])  # fmt: skip
+def test_a_claims_verdict_follows_from_the_differences(sft, rl, verdicts):
+    runs = arms_of(("base", 0.25, 0.5, 0.0), ("SFT", *sft), ("RL", *rl))
+    said = [find(runs).partition(",")[0] for find in (findings.safer, findings.keeps_reasoning, findings.calms)]
+    assert said == list(verdicts)
+
+
+@pytest.mark.parametrize("unsafe, sums, verdict", [
+    (-0.2, 0.0, "reproduced"), (-0.2, -0.2, "contradicted"), (0.2, 0.0, "contradicted"), (0.0, 0.0, "open"),
+])  # fmt: skip
+def test_entropy_must_fall_on_unsafe_requests_alone(unsafe, sums, verdict):
+    runs = arms_of(("base", 0.25, 0.5, 0.0), ("RL", 0.5, 0.5, 0.0))
+    for run in runs["RL"].values():
+        run.result.benchmarks["safety"].pooled["entropy_per_token"] += unsafe
+        run.result.benchmarks["arithmetic"].pooled["entropy_per_token"] += sums
+    assert findings.calms(runs).partition(",")[0] == verdict
+
+
+def test_what_sft_does_follows_memory_where_both_order_the_models_alike():
+    knows, not_so = (arms_of(("base", 0.25, 0.5, 0.0), ("SFT", safe, 0.5, 0.0)) for safe in (0.75, 0.5))
+    for run in not_so["base"].values():
+        memory = run.result.benchmarks["memorization"]
+        name = next(iter(memory.scores))
+        memory.scores[name] = [score._replace(value=score.value - 5) for score in memory.scores[name]]
+    assert findings.remembers({"a": knows, "b": not_so}).startswith("reproduced in order, a -")
+    gained = {"a": knows | {"SFT": not_so["SFT"]}, "b": not_so | {"SFT": knows["SFT"]}}
+    assert findings.remembers(gained).startswith("contradicted in order")
+    assert findings.remembers({"a": knows}) == "open, it takes two models"
+
+
 def test_differences_that_exclude_zero_are_stated_and_the_others_named_as_open(report):
     tiny = section(report[0], "tiny")
     assert "- RL − base, safety: safe answer: +0.500 [+0.500, +0.500]" in tiny  # 14 of 28, in each seed
@@ -363,9 +426,11 @@ def test_partial_results_failures_and_origin_are_told(report):
     assert "failed: tiny-0/rl-exact-judge: exit code 1; log\n" in text and "`THE COMMAND`" in text
     assert "1.5 minutes in 1 session(s)" in text and "What a toy cannot show" in text and "PyTorch" in text
     assert "base (1)" in section(text, "tiny-llama")
-    for name in ("training", "tradeoff", "categories"):
-        assert (out / f"report-tiny-{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"](report-tiny-{name}.png)" in text
+    for name in ("arms", "tiny-training", "tiny-categories", "tiny-entropies"):
+        assert (out / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](report-{name}.png)" in text
+    assert "![Reward gained in training: RL 0.75](report-tiny-training.png)" in text
+    assert "![Safe answers, tiny / tiny-llama: base 0.29 / 0.25; SFT 0.54 / –; RL 0.79 / –](report-arms.png)" in text
     assert not (out / "report-tiny-llama-training.png").exists()
 
 
