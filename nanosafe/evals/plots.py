@@ -70,7 +70,7 @@ def plot_dots(title: str, panels: Sequence[Panel], path: Path) -> bool:
             for arm, value in values.items():
                 y, style = row * pitch + arms.index(arm), styles[arm]
                 if value.low is not None:
-                    axes.hlines(y, value.low, value.high, color=style["color"])
+                    axes.hlines(y, value.low, value.high, color=style["color"], capstyle="butt")
                 axes.plot(value.mean, y, linestyle="", label=arm, clip_on=False, zorder=3, **style)
         # The names of the left panel's rows serve the right one too, if it has the same.
         is_named = i % COLUMNS == 0 or list(panel.data) != list(shown[i - 1].data)
@@ -169,12 +169,16 @@ def _limits(panel: Panel, values: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def _counted(values: Sequence[Estimate]) -> str:
-    """What the intervals are, and n: one number, or the range."""
-    counts = sorted({value.n for value in values})
-    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    """What the intervals are, and n: one number or the range, of seeds or questions."""
+    by_kind = defaultdict(set)
+    for value in values:
+        by_kind[COUNTED[value.over]].add(value.n)
+    parts = []
+    for kind, counts in by_kind.items():
+        n = " to ".join(str(count) for count in dict.fromkeys((min(counts), max(counts))))
+        parts.append(f"{n} {kind.removesuffix('s') if n == '1' else kind}")
     interval = "95 % interval, " if any(value.low is not None for value in values) else ""
-    counted = COUNTED[values[0].over]
-    return f"{interval}n = {n} {counted.removesuffix('s') if n == '1' else counted}"
+    return f"{interval}n = {' or '.join(parts)}"
 
 
 def _figure(title: str, panels: int, height: float) -> tuple[Figure, list]:

@@ -6,6 +6,7 @@ Each function draws to `path` and returns the markdown lines that show it: none 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from nanosafe.evals.plots import Panel, lowest, message, panel_of, plot_dots, plot_lines
 from nanosafe.evals.results import Metric, headlines
@@ -17,29 +18,34 @@ from nanosafe.paper.runs import (
     category_levels,
     curves,
     hardest_variation,
-    level,
     over_known,
     results_of,
     reward_gain,
+    shown,
 )
 
 
 def arms_picture(found: Mapping[str, Runs], path: Path) -> list[str]:
-    """Safety, over-refusal, reasoning and the hardest variation of safety, of all arms and models, over seeds."""
+    """Safety, over-refusal, reasoning and the hardest variation of safety, of all arms and models."""
     rows: dict[Metric, dict] = {}  # of each panel: arm -> model -> Estimate
-    trained = [arm for arm in MAIN if any(arm in runs for runs in found.values())]
-    means: dict[str, list[str]] = {arm: [] for arm in trained}
+    safe: dict[str, dict[str, float]] = defaultdict(dict)  # arm -> model -> mean
     for model, runs in found.items():
         heads = headlines([result for _, result in results_of(runs)])
         for metric in filter(None, [*heads.values(), hardest_variation(runs)]):
             for arm in runs:
-                value = level(runs, arm, metric)
+                value = shown(runs, arm, metric)
                 if value is not None:
                     rows.setdefault(metric, {}).setdefault(arm, {})[model] = value
-        for arm in trained:
-            safe = level(runs, arm, heads["safety"]) if arm in runs and "safety" in heads else None
-            means[arm].append(show(safe and safe.mean, "z.2f"))
-    said = [f"{arm} {' / '.join(of_models)}" for arm, of_models in means.items()]
+                    if metric == heads.get("safety"):
+                        safe[arm][model] = value.mean
+    named = [arm for arm in safe if arm in MAIN]
+    others = {arm: fmean(means.values()) for arm, means in safe.items() if arm not in (*MAIN, REFUSING)}
+    if "SFT" not in named and others:
+        named.append(min(others, key=others.get))  # of ablations, what costs most
+    said = []
+    for arm in named:
+        means = " / ".join(show(safe[arm].get(model), "z.2f") for model in found)
+        said.append(f"{arm} {means}")
     title = f"Safe answers, {' / '.join(found)}: {'; '.join(said)}"
     return draw(plot_dots, title, [panel_of(metric, data) for metric, data in rows.items()], path)
 
@@ -77,7 +83,7 @@ def entropies_picture(runs: Runs, metrics: Sequence[Metric], path: Path) -> list
     for metric in metrics:
         rows = {}
         for arm in runs:
-            value = level(runs, arm, metric)
+            value = shown(runs, arm, metric)
             if value is not None:
                 rows[arm] = {"": value}
         panels.append(Panel(f"{metric.benchmark}: nats at reflection words", rows, bounds=(0, None)))

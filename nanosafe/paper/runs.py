@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation
 
-from nanosafe.evals.results import Metric, Result, categories, mean, values
+from nanosafe.evals.results import Metric, Result, categories, estimate, mean, values
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 
 MAIN = ("base", "SFT", "RL")  # the arms that the paper compares
@@ -37,6 +37,15 @@ def level(runs: Runs, arm: str, metric: Metric) -> Estimate | None:
     return over_known(mean(run.result, metric) for run in runs[arm].values())
 
 
+def shown(runs: Runs, arm: str, metric: Metric) -> Estimate | None:
+    """For pictures: the level over seeds, or a single run's over its questions, where these have an interval."""
+    value = level(runs, arm, metric)
+    if value is None or value.n > 1:
+        return value
+    [over_questions] = filter(None, (estimate(run.result, metric) for run in runs[arm].values()))
+    return over_questions if isinstance(over_questions, Estimate) else value
+
+
 def change(runs: Runs, before: str, after: str, metric: Metric) -> Estimate | None:
     """`after` minus `before`, seed by seed."""
     changes = []
@@ -66,7 +75,7 @@ def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]
     levels = {}
     for run in runs[arm].values():
         for name in categories(run.result, metric):
-            levels[name] = level(runs, arm, metric._replace(category=name))
+            levels[name] = shown(runs, arm, metric._replace(category=name))
     return dict(sorted(levels.items()))
 
 

@@ -52,6 +52,8 @@ def test_the_title_is_the_message_and_the_axis_says_interval_n_and_which_way_is_
     assert kept[0].get_suptitle() == title
     assert left.get_xlabel() == "safety: safe answer\nhigher is better; 95 % interval, n = 9 to 12 questions"
     assert right.get_xlabel() == "look-alikes: over-refusal\nlower is better; n = 1 seed"
+    plot_dots(title, [panel_of(SAFE, {"base": {"": ONE_RUN}, "RL": {"": SHARE}})], tmp_path / "b.png")
+    assert kept[1].axes[0].get_xlabel().endswith("95 % interval, n = 1 seed or 9 questions")
     assert not kept[0].legends, "the rows name the arms"
 
 

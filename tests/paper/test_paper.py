@@ -26,7 +26,7 @@ from nanosafe.paper import __main__ as paper
 from nanosafe.paper import findings
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
-from nanosafe.paper.runs import Run
+from nanosafe.paper.runs import Run, shown
 from nanosafe.train.flags import rl_flags, sft_flags
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
@@ -457,6 +457,15 @@ def made(scores: list[float], verdicts: list[float]) -> Result:
     return Result("", {"safety": BenchmarkResult("safety", "safe", "", "", scores=found)})
 
 
+def test_a_single_runs_interval_in_a_picture_is_over_questions():
+    one = {"RL": {0: Run(result("RL", 0, 0.5, 0.5))}}
+    value = shown(one, "RL", SAFETY)
+    assert (value.mean, value.n, value.over) == (0.5, 28, "items") and value.low == pytest.approx(0.3258, abs=1e-3)
+    assert shown(one, "RL", SAFETY._replace(name="entropy_per_token")).n == 1, "of pooled numbers there is none"
+    two = {"RL": one["RL"] | {1: Run(result("RL", 1, 0.25, 0.5))}}
+    assert (shown(two, "RL", SAFETY).mean, shown(two, "RL", SAFETY).over) == (0.375, "runs")
+
+
 def test_the_gap_between_reward_and_judge_by_hand():
     base = made([4, 3, 2, 1], [1, 0, 1, 0])  # the judge calls 2 of 4 safe: so does the reward model, from 3 on
     assert paper_report.reward_judge_gap(base, base, SAFETY) == 0
@@ -497,7 +506,8 @@ def test_ablations_compare_each_with_the_base_and_with_rl(tmp_path):
     assert "no KL − RL, safety: safe answer: -0.250" in text and "no KL − base, safety: safe answer: +0.250" in text
     row = next(line for line in text.splitlines() if line.startswith("| no KL |"))
     assert row.split("|")[-2].strip().startswith("0.500")  # every reward is above the base's threshold, half are safe
-    assert "Published" not in text
+    assert "Published" not in text and "Findings" not in text
+    assert "![Safe answers, tiny: base 0.25; RL 0.75; no KL 0.50](ablations-arms.png)" in text
 
 
 def test_results_of_other_questions_are_not_mixed(tmp_path):
