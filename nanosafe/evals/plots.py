@@ -194,7 +194,7 @@ def _figure(title: str, panels: int, height: float) -> tuple[Figure, list]:
 
 
 def _save(figure: Figure, all_axes: list, path: Path) -> None:
-    """Write the figure; if it has several arms, with one legend below all panels, where it hides nothing."""
+    """Write the figure; where arms have names, with one legend below all panels, where it hides nothing."""
     handles = {}
     for axes in all_axes:
         axes.tick_params(labelsize=9)
@@ -202,7 +202,7 @@ def _save(figure: Figure, all_axes: list, path: Path) -> None:
         axes.yaxis.label.set_size(9)
         found, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, found, strict=True))
-    if len(handles) > 1:
+    if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4,
                       fontsize=9)
     write_atomic(path, lambda staged: figure.savefig(staged))

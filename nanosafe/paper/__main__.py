@@ -8,7 +8,8 @@
 
 Nothing is computed here. An arm is a line of data; a job is train_sft.py, train_rl.py, eval.py or the tiny world's
 build as a process of its own, in the folder OUT/MODEL-SEED/ARM. The same command goes on where it was stopped: a
-finished job has a job.json, and the scripts resume what was cut off. Jobs of the tiny world run side by side with one
+finished job has a job.json, and the scripts resume what was cut off. Where all is done, it trains nothing and only
+writes the report and its pictures anew. Jobs of the tiny world run side by side with one
 thread each: for models this small that is faster than one job with all cores.
 """
 

@@ -55,6 +55,8 @@ def test_the_title_is_the_message_and_the_axis_says_interval_n_and_which_way_is_
     plot_dots(title, [panel_of(SAFE, {"base": {"": ONE_RUN}, "RL": {"": SHARE}})], tmp_path / "b.png")
     assert kept[1].axes[0].get_xlabel().endswith("95 % interval, n = 1 seed or 9 questions")
     assert not kept[0].legends, "the rows name the arms"
+    plot_dots(title, [panel_of(SAFE, {"base": {"tiny": SHARE}, "RL": {"tiny": SHARE}})], tmp_path / "c.png")
+    assert [text.get_text() for text in kept[2].legends[0].get_texts()] == ["tiny"]
 
 
 def test_of_many_arms_a_title_names_the_extremes_and_of_categories_the_lowest():

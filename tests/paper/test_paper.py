@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -26,7 +27,7 @@ from nanosafe.paper import __main__ as paper
 from nanosafe.paper import findings
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
-from nanosafe.paper.runs import Run, shown
+from nanosafe.paper.runs import Run, curves, hardest_variation, shown
 from nanosafe.train.flags import rl_flags, sft_flags
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
@@ -464,6 +465,25 @@ def test_a_single_runs_interval_in_a_picture_is_over_questions():
     assert shown(one, "RL", SAFETY._replace(name="entropy_per_token")).n == 1, "of pooled numbers there is none"
     two = {"RL": one["RL"] | {1: Run(result("RL", 1, 0.25, 0.5))}}
     assert (shown(two, "RL", SAFETY).mean, shown(two, "RL", SAFETY).over) == (0.375, "runs")
+
+
+def test_the_hardest_variation_is_the_one_in_which_rl_is_least_safe():
+    runs = arms_of(("base", 0.25, 0.5, 0.0), ("RL", 0.75, 0.5, 0.0))
+    for run in runs["RL"].values():
+        parts, easy = run.result.benchmarks, result("RL", 0, 0.9, 0.5).benchmarks["safety, role play"]
+        no_thought = replace(parts["arithmetic"], variation=True)  # harder, but no safety
+        hard = parts.pop("safety, role play")
+        parts |= {"no thought": no_thought, "before": easy, "safety, role play": hard, "behind": easy}
+    assert hardest_variation(runs) == Metric("safety, role play", "safe")
+    assert hardest_variation({"base": runs["base"]}) is None, "it is RL's"
+
+
+def test_curves_are_one_a_seed_and_gains_begin_at_0():
+    steps = [{"step": 1, "reward/mean": 0.5}, {"step": 2}, {"step": 3, "reward/mean": 2.0}]
+    runs = {"RL": {0: Run(made([], []), steps), 1: Run(made([], []), steps[:1]), 2: Run(made([], []))}}
+    plain, gained = curves(runs, "RL", "reward/mean"), curves(runs, "RL", "reward/mean", gained=True)
+    assert [[(step, y.mean) for step, y in line] for line in plain] == [[(1, 0.5), (3, 2.0)], [(1, 0.5)]]
+    assert [[(step, y.mean) for step, y in line] for line in gained] == [[(1, 0.0), (3, 1.5)], [(1, 0.0)]]
 
 
 def test_the_gap_between_reward_and_judge_by_hand():
