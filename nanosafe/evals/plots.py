@@ -186,7 +186,7 @@ def _figure(title: str, panels: int, height: float) -> tuple[Figure, list]:
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
     figure = Figure(figsize=(WIDTH, rows * height + 0.8), layout="constrained", dpi=150)
-    figure.suptitle(textwrap.fill(title, 84), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, 88), x=0.01, ha="left", fontsize=11, fontweight="bold")
     all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in all_axes[panels:]:
         axes.remove()

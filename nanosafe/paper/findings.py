@@ -14,11 +14,14 @@ from nanosafe.evals.tables import sections, show
 from nanosafe.paper.runs import MAIN, Runs, change, hardest_variation, level, results_of
 
 CONTROLS = ("SFT, own style", "RL, shuffled labels", "RL, exact judge")
+NOTE = """\
+Means and differences with their 95 % intervals over seeds. A claim is reproduced where the changes that it is about
+exclude zero, contradicted where one that it rules out does, and else open: few seeds may hide a change."""
 ENTROPY = "entropy_per_token"  # at reflection words
 
 
 def findings(found: Mapping[str, Runs]) -> list[str]:
-    """The lines, markdown items; found: the runs of each model."""
+    """The lines below NOTE, markdown items; found: the runs of each model."""
     lines = {
         "Unsafe requests answered safely (higher is better), base / SFT / RL": of_arms("safety"),
         "Benign look-alikes refused (lower is better), base / SFT / RL": of_arms("over-refusal"),

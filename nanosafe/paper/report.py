@@ -22,7 +22,7 @@ from nanosafe.evals.tables import label, markdown, sections, show
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
-from nanosafe.paper.findings import ENTROPY, findings
+from nanosafe.paper.findings import ENTROPY, NOTE, findings
 from nanosafe.paper.pictures import arms_picture, categories_picture, entropies_picture, training_picture
 from nanosafe.paper.runs import (
     REFUSING,
@@ -84,7 +84,7 @@ def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[in
     found = {model: load(out, model, of_model, seeds, kind) for model, of_model in arms.items()}
     lines = [f"# {TITLES[kind]}", ""]
     if kind == "report":
-        lines += ["## Findings", "", *findings(found), ""]
+        lines += ["## Findings", "", NOTE, "", *findings(found)]
     if kind != "tuning":
         lines += [*arms_picture(found, out / f"{kind}-arms.png"), "", "## Arms", ""]
     lines += legend(kind, arms)
