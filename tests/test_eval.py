@@ -683,7 +683,7 @@ def test_models_and_results_are_compared_and_drawn(world, measured, tmp_path, ca
     assert "run-step-000004 − policy" in (tmp_path / "out/table.md").read_text()
     assert all(len(line) <= 100 for line in printed.partition("**Overview**")[2].splitlines()[:-1])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "run-step-000002", "run-step-000004", "table.md", "tradeoff.png", "categories.png", "steps.png", "reward.png"}
+        "run-step-000002", "run-step-000004", "table.md", "arms.png", "categories.png", "steps.png"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
     result = read_json(tmp_path / "out/run-step-000004/result.json")
     assert (result["step"], result["run"], result["label"]) == (4, str(tmp_path / "run"), "run-step-000004")
