@@ -82,12 +82,12 @@ def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[in
           failed: Mapping[str, str]) -> Path:
     """Write OUT/`kind`.md (a key of TITLES) and its plots; arms: of each model; failed: jobs. Returns its path."""
     found = {model: load(out, model, of_model, seeds, kind) for model, of_model in arms.items()}
-    lines = [f"# {TITLES[kind]}", ""]
+    lines = [f"# {TITLES[kind]}"]
     if kind == "report":
-        lines += ["## Findings", "", NOTE, "", *findings(found)]
+        lines += ["", "## Findings", "", NOTE, "", *findings(found)]
     if kind != "tuning":
-        lines += [*arms_picture(found, out / f"{kind}-arms.png"), "", "## Arms", ""]
-    lines += legend(kind, arms)
+        lines += [*arms_picture(found, out / f"{kind}-arms.png"), "", "## Arms"]
+    lines += ["", *legend(kind, arms)]
     if any(tiny_seed(model) is not None for model in arms):
         lines += ["", TOY]
     if kind == "report":
