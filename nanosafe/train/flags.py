@@ -51,6 +51,8 @@ def new_parser(description: str) -> ArgumentParser:
         help="steps between checkpoints (default: %(default)s)")
     add("--keep", type=positive_int, default=2,
         help="how many checkpoints are kept (default: %(default)s)")
+    add("--eval-every", type=positive_int,
+        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     add("--low-memory", action="store_true",
         help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 "
         "bits; a parameter then takes 6 bytes instead of 14")
@@ -142,8 +144,6 @@ def rl_flags(description: str) -> ArgumentParser:
     add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
     add("--pairs",
         help="labelled pairs (prompt, chosen, rejected) to try the reward model on before the start")
-    add("--eval-every", type=positive_int,
-        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     show_recipes(parser, "rl")
     return parser
 
