@@ -42,6 +42,9 @@ def new_parser(description: str) -> ArgumentParser:
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute type; masters are float32 (default: bfloat16 on cuda, float32 on cpu)")
+    add("--save-dtype", choices=("float32", "bfloat16"),
+        help="of final/, the model that is left in the end (default: that of the base's config.json); "
+        "checkpoints are in --dtype, with exact masters")
     add("--resume", choices=("auto", "never"), default="auto",
         help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a "
         "folder")
