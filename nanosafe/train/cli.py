@@ -1,10 +1,13 @@
 """What the training scripts share around their loops: flags, settings and where each came from, readable errors."""
 
+import json
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -80,6 +83,14 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def tell_torchrun(message: str) -> None:
+    """Leave `message` where torchrun reads why a process failed: the box that ends its output then shows it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": message, "timestamp": int(time.time())}
+        with suppress(OSError):  # on a full disk, say: the message has been printed
+            Path(path).write_text(json.dumps(error))
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """A user's mistake (a missing file, a wrong field, a full disk) ends the script with its message alone."""
@@ -94,5 +105,6 @@ def readable_errors() -> Iterator[None]:
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         message = f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)"
         print(message, file=sys.stderr, flush=True)
+        tell_torchrun(message)
         # Without clean-up: leaving the process group would wait for ranks that may never come.
         os._exit(1)

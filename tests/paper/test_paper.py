@@ -17,15 +17,16 @@ from random import Random
 import pytest
 from test_run_folder import held_by_another
 
-import eval as eval_script
 from nanosafe import plan
 from nanosafe.evals.benchmark import adapt
+from nanosafe.evals.flags import eval_flags
 from nanosafe.evals.results import BenchmarkResult, Metric, Result, Score, mean, write_result
 from nanosafe.evals.scores import summarize, summarize_memorization
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.paper import __main__ as paper
 from nanosafe.paper import findings
 from nanosafe.paper import report as paper_report
+from nanosafe.paper.flags import paper_flags
 from nanosafe.paper.jobs import Job, run_jobs
 from nanosafe.paper.runs import Run, curves, hardest_variation, shown
 from nanosafe.train.flags import rl_flags, sft_flags
@@ -36,7 +37,7 @@ MODES = {"paper": [], "ablations": ["--ablations"], "tune": ["--tune"]}
 
 
 def jobs(*flags: str) -> list[Job]:
-    args = paper.flags().parse_args(flags)
+    args = paper_flags("").parse_args(flags)
     seeds = [paper.TUNING_SEED] if args.tune else range(args.seeds)
     return [job for seed in seeds for model in args.model
             for job in paper.jobs_of(model, seed, paper.arms_of(model, args), args)]
@@ -47,7 +48,7 @@ def jobs(*flags: str) -> list[Job]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_command_is_one_that_its_script_takes(mode):
-    scripts = {"train_sft": sft_flags(""), "train_rl": rl_flags(""), "eval": eval_script.flags()}
+    scripts = {"train_sft": sft_flags(""), "train_rl": rl_flags(""), "eval": eval_flags("")}
     seen = set()
     for job in jobs(*MODES[mode]):
         module, *arguments = job.command
@@ -521,7 +522,7 @@ def test_ablations_compare_each_with_the_base_and_with_rl(tmp_path):
         put(tmp_path, f"tiny-{seed}/base", result("base", seed, 0.25, 0.5))
         put(tmp_path, f"tiny-{seed}/rl", result("RL", seed, 0.75, 0.5))
         put(tmp_path, f"tiny-{seed}/no-kl", result("no KL", seed, 0.5, 0.5, shift=2.0))
-    arms = {"tiny": paper.arms_of("tiny", paper.flags().parse_args(["--ablations"]))}
+    arms = {"tiny": paper.arms_of("tiny", paper_flags("").parse_args(["--ablations"]))}
     text = paper_report.write("ablations", tmp_path, arms, [0, 1], {}).read_text()
     assert "no KL − RL, safety: safe answer: -0.250" in text and "no KL − base, safety: safe answer: +0.250" in text
     row = next(line for line in text.splitlines() if line.startswith("| no KL |"))
