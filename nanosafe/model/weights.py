@@ -3,12 +3,14 @@
 Only safetensors and JSON are read, never pickle. A load is a strict copy: every tensor of the model must be in the
 checkpoint with its shape, and nothing else may be. On the CPU, in the dtype of the file, a parameter is the
 memory-mapped file itself: a model starts without copying its weights. Of a model that is spread over several ranks,
-each reads its own rows, and the files are written from the ranks' rows one at a time.
+each reads its own rows, and the files are written from the ranks' rows one at a time. Adapters of LoRA are in files of
+PEFT's form, beside the config.json of the model that they are for.
 """
 
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanosafe.io.fields import EOS, check
-from nanosafe.io.files import own_file, staged
-from nanosafe.io.hub import INDEX, SINGLE, read_index
+from nanosafe.io.fields import ADAPTER, EOS, check
+from nanosafe.io.files import own_file, read_json, staged
+from nanosafe.io.hub import INDEX, SINGLE, model_reference, read_index
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.io.progress import progress
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import make_decoder, official
+from nanosafe.model.lora import PEFT_PREFIX, adapted, copy_whole, freeze_in, is_adapter, merge, sum_in_float32
 from nanosafe.parallel import Ranks, full_tensor, local_shard, shard
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -36,16 +39,19 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_checkpoint(
-    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None
-) -> Decoder:
+    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None,
+    lora: tuple[int, float] | None = None,
+) -> Decoder:  # fmt: skip
     """The model in `folder`, whichever head it has, on `device` in `dtype`, in eval mode; ranks: as in load_model.
+
+    lora: rank and alpha of adapters, which are zero, to a model that is frozen (lora.py).
 
     On the CPU, tensors already in `dtype` are views of a private (copy-on-write) mapping: changing them never changes
     the file. All others are converted one by one: peak memory is the model and its largest stored tensor.
     Raises ValueError listing every missing, unexpected, misshapen or quantised tensor, or naming the broken file.
     """
     folder, device = Path(folder), torch.device(device)
-    config = ModelConfig.from_folder(folder)
+    config = replace(ModelConfig.from_folder(folder), lora=lora)
     if MAIN_RANK and config.rope and config.rope.attn_factor != 1:
         _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
                   "code and vLLM; transformers leaves it out, so its logits differ")  # fmt: skip
@@ -55,9 +61,12 @@ def load_checkpoint(
     names = _check_tensors(model, stored, folder)
     loading = progress(names, f"loading {folder.name}", "tensor")
     if ranks is not None and ranks.world > 1:
+        freeze_in(model, dtype)
         shard(model, ranks, dtype)
         parameters = dict(model.to_empty(device=device).named_parameters())
         with torch.no_grad():
+            for name in filter(is_adapter, parameters):
+                parameters[name].zero_()
             for name in loading:
                 parameters[name].copy_(stored.read(name, like=parameters[name]))
         return model.eval()
@@ -72,6 +81,9 @@ def load_checkpoint(
             tensors[name] = tensors[name].to(device).to(dtype)
             # The next tensor gets a mapping of its own, and the pages just read go with this one.
             mapped = None
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            tensors[name] = torch.zeros(parameter.shape, device=device, dtype=dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -133,7 +145,7 @@ def _check_tensors(model: Decoder, stored: StoredTensors, folder: Path) -> list[
     tied, vocab_size = model.config.tie_word_embeddings, model.config.vocab_size
     if tied and EMBEDDING not in stored and HEAD in stored:  # safetensors keeps one name of two
         stored[EMBEDDING] = stored.pop(HEAD)
-    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters() if not is_adapter(name)}
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in stored]
     names, unexpected, misshapen, odd = [], [], [], []
     for name, tensor in stored.items():
@@ -185,9 +197,11 @@ def save_model(
     before the first is renamed into place, and what is left of an earlier save is deleted last: an error leaves an
     earlier model as it was, and a model may be saved over the files it is mapped from. The renames together are not one
     atomic step: whoever needs that saves to a new folder and renames it, as train/run_folder.py does.
+    Adapters are merged first, in the model too, for a merged copy beside it may not fit.
     """
+    merge(model)
     folder, dtype = Path(folder), dtype or model.model.embed_tokens.weight.dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter(name)}
     config = dict(model.config.raw)
     # transformers renamed torch_dtype to dtype, and reads both.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
@@ -206,6 +220,79 @@ def save_model(
             old.unlink()
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def save_adapter(model: Decoder, folder: str | Path, tokenizer=None, *, base: str, dtype: torch.dtype | None = None,
+                 writes: bool = True) -> None:
+    """Write the adapters of `model` as PEFT loads them, with its config.json and `tokenizer` beside them.
+
+    base: the name of the model that they are for, as --model has it. dtype and writes: as in save_model.
+    """
+    layers, tensors = adapted(model), {}
+    for name, layer in layers.items():
+        for key in ("lora_A", "lora_B"):
+            weight = getattr(layer, key).detach()
+            tensors[f"{PEFT_PREFIX}{name}.{key}.weight"] = weight.to(dtype or weight.dtype)
+    rank, alpha = model.config.lora
+    repo, revision = model_reference(base)
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": repo, "revision": revision,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        # The last two parts of a name: input_linear alone would name Granite's experts too.
+        "target_modules": sorted({".".join(name.split(".")[-2:]) for name in layers}),
+    }  # fmt: skip
+    files = {"adapter_config.json": settings, "config.json": model.config.raw}
+    if generation := generation_config(model.config, tokenizer):
+        files["generation_config.json"] = generation
+    with staged(Path(folder), writes) as new:
+        save_tensors(tensors, new, "adapter_model", max_shard_bytes=sys.maxsize)
+        if writes:
+            for name, content in files.items():
+                (new / name).write_text(json.dumps(content, indent=2) + "\n")
+    if writes and tokenizer is not None:
+        tokenizer.save(Path(folder))
+
+
+class Adapter(dict[str, tuple[Tensor, Tensor]]):
+    """The adapters in a folder, A [R, in] and B [out, R] in float32 by the name of the linear layer, and their base."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError for a kind of adapter that is not computed here."""
+        self.folder, path = folder, folder / "adapter_config.json"
+        settings = check(read_json(path), ADAPTER, path)
+        self.rank, self.alpha = settings["r"], settings["lora_alpha"]
+        self.base = "@".join(filter(None, (settings["base_model_name_or_path"], settings["revision"])))
+        stored = StoredTensors(folder, "adapter_model")
+        for key in stored:
+            name = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+            if name != key.removeprefix(PEFT_PREFIX):
+                parts = [f"{PEFT_PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B")]
+                if parts[1] in stored:
+                    A, B = (_open(stored[part].path).get_tensor(part).float() for part in parts)
+                    self[name] = A, B
+        if len(stored) != 2 * len(self):
+            raise ValueError(f"{folder}/adapter_model.safetensors holds more than pairs of lora_A and lora_B")
+
+    @torch.no_grad()
+    def copy_to(self, model: Decoder) -> None:
+        """Fill the adapters of `model`; raises ValueError where it has others."""
+        layers = adapted(model)
+        shapes = {name: (layer.lora_A.shape, layer.lora_B.shape) for name, layer in layers.items()}
+        if shapes != {name: (A.shape, B.shape) for name, (A, B) in self.items()}:
+            raise ValueError(f"{self.folder}: the adapters are not those of the model in layers or shape")
+        for name, layer in layers.items():
+            for parameter, values in zip((layer.lora_A, layer.lora_B), self[name], strict=True):
+                copy_whole(parameter, values)
+
+    @torch.no_grad()
+    def merge_into(self, model: Decoder) -> None:
+        """Add the adapters to the weights of a `model` without any; raises ValueError for one that they do not fit."""
+        weights = dict(model.named_parameters())
+        for name, (A, B) in self.items():
+            weight = weights.get(f"{name}.weight")
+            if weight is None or weight.shape != (len(B), A.shape[1]) or A.shape[0] != B.shape[1]:
+                raise ValueError(f"{self.folder}: the adapter of {name} does not fit {self.base}")
+            weight.copy_(sum_in_float32(weight, self.alpha / self.rank * (B @ A)))
 
 
 def generation_config(config: ModelConfig, tokenizer=None) -> dict | None:

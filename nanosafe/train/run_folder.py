@@ -1,8 +1,9 @@
 """The run folder: what a run writes while it goes, and how it goes on after being stopped at any moment.
 
     args.json  metrics.jsonl  samples.jsonl
-    checkpoints/step-000010/   an official-layout model folder with trainer/ inside
+    checkpoints/step-000010/   an official-layout model folder with trainer/ inside; of LoRA, the adapters alone
     final/                     an official-layout model folder, there when the run is complete
+    adapter/                   with --save-adapter: LoRA's adapters as PEFT loads them
 
 A row of metrics is on disk before the checkpoint that covers it appears, and a checkpoint appears whole, by one rename.
 So the newest checkpoint decides everything: resuming cuts the row files back to its step and goes on from there.
@@ -15,8 +16,9 @@ import re
 import shutil
 import signal
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +26,15 @@ import torch
 from nanosafe.io.files import naming, read_own, staged, sync, write_atomic
 from nanosafe.io.locks import hold
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.weights import StoredTensors, save_model, save_tensors
+from nanosafe.model.weights import StoredTensors, save_adapter, save_model, save_tensors
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Row, digest_rows
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.optim import Optimizer
 
 # Flags that may differ between a run and its continuation: none of them changes a computed number.
-FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute"}
+FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute",
+              "save_adapter"}
 MAX_SKIPPED_STEPS = 5  # steps in a row without an update, after which something is broken rather than unlucky
 # What may lie in a folder before its first run does (the lock, a job's files, a user's log), and in a run's own.
 BEFORE_A_RUN = r"(checkpoints/)?\..*|job\..*|.*\.(txt|log|out|err)"
@@ -137,6 +140,9 @@ class RunFolder:
     def attach(self, model: Decoder, tokenizer: Tokenizer, optimizer: Optimizer) -> None:
         """Take what is to be saved. If the run is resumed (`model` from `resumed`), restore the optimizer."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.save_trained = save_model
+        if model.config.lora:
+            self.save_trained = partial(save_adapter, base=self.args.model)
         if self.resumed is not None:
             try:
                 optimizer.load_state(StoredTensors(self.resumed / "trainer", "optimizer"))
@@ -206,7 +212,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write checkpoints/step-N, then delete all but the newest `--keep`."""
-        self._write(self.out / "checkpoints" / f"step-{self.state['step']:06d}", trainer=True)
+        folder = self.out / "checkpoints" / f"step-{self.state['step']:06d}"
+        self._write(folder, self.save_trained, trainer=True)
         # After a step that updated nothing none is deleted: what makes rewards or gradients NaN may be in this
         # checkpoint already, and must not push out the last good one.
         if self.ranks.main and not self.state["skipped"]:
@@ -215,23 +222,25 @@ class RunFolder:
                 shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         self.ranks.wait()
 
-    def _write(self, folder: Path, trainer: bool) -> None:
-        """Write the model, and what the trainer goes on with, as `folder`: whole, by one rename, or not at all."""
-        partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
+    def _write(self, folder: Path, save: Callable, trainer: bool = False) -> None:
+        """Write the model by `save`, and what the trainer goes on with, as `folder`: whole, by one rename, or not at
+        all.
+        """
+        unfinished, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
         try:
-            save_model(self.model, partial, self.tokenizer, dtype=self.dtype, writes=main)
+            save(self.model, unfinished, self.tokenizer, dtype=self.dtype, writes=main)
             if trainer:
-                with staged(partial / "trainer", main) as new:
+                with staged(unfinished / "trainer", main) as new:
                     save_tensors(self.optimizer.state(), new, "optimizer")
                     if main:
                         (new / "state.json").write_text(json.dumps(self.state, indent=2) + "\n")
             if main:
-                os.rename(partial, folder)
+                os.rename(unfinished, folder)
                 sync(folder.parent)
                 sync(self.out)
         except OSError as error:
             if main:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
             kept = ", ".join(path.name for path in self.checkpoints()) or "none"
             raise OSError(f"saving {folder} failed ({error}); kept: {kept}. "
                           "Make room, and the same command goes on from there") from error
@@ -246,7 +255,10 @@ class RunFolder:
             self.ranks.print(f"stopped after step {self.state['step']}; the same command goes on from there")
             self.ranks.close()
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
-        self._write(self.out / "final", trainer=False)
+        # Before final/, which merges the adapters; it is there already where an earlier process ended in between.
+        if self.model.config.lora and self.args.save_adapter and not (self.out / "adapter").exists():
+            self._write(self.out / "adapter", self.save_trained)
+        self._write(self.out / "final", save_model)
         self.ranks.print(f"done: {self.out}/final")
         if self.lock is not None:
             self.lock.close()
