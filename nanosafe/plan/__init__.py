@@ -10,12 +10,14 @@ GB are 10^9 bytes. A card sold as 80 or 141 GB has so many GiB less what its dri
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.attention import KVCache
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.names import recipe, tiny_seed
 from nanosafe.parallel import Ranks
@@ -28,6 +30,7 @@ from nanosafe.train.weighted_reward import reward_specs
 
 SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score's default
 MOST_GPUS = 64  # that are tried
+LORA_RANK = 32  # that is tried
 # Of hours: bf16 FLOP/s (H100 and H200 have the same cores) and bytes/s by data sheet; CPU to GPU, for --offload.
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9
 SMALLEST_TIMED, LARGE_CARD = 75e9, 100e9  # bytes of memory from which a card is taken for an H100, and for an H200
@@ -87,7 +90,7 @@ def choose_recompute(script: str, args: Namespace, ranks: Ranks) -> str:
 def settings(script: str, model: str, **changes) -> Namespace:
     """Flags of train_rl.py or train_sft.py ("rl", "sft") that are read here, as the recipe has them, with `changes`."""
     flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, recompute=None, keep=2,
-                 steps=None)
+                 steps=None, lora_rank=None)
     return Namespace(**flags | recipe(script, model) | changes)
 
 
@@ -102,7 +105,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
             if machine.kind == "cpu" or plan.totals["update"] <= UPDATE_SHARE * machine.usable:
                 break
         return plan
-    config, _ = find_config(args.model)
+    config = policy_config(args)
     size, world, s = memory.sizes(config), machine.count, bytes_of(args)
     if args.low_memory and (world > 1 or s != 2):
         raise ValueError("--low-memory is for one process in bfloat16: several shard their masters "
@@ -138,7 +141,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         "update": update,
         "step": step,
     }  # fmt: skip
-    if args.kl_coef:
+    if args.kl_coef and not args.lora_rank:  # LoRA's reference is the policy without its adapters
         add_frozen(phases, "reference", s * size.total, "log-probs", args.offload)
     for name in reward_models(args):
         judge, _ = find_config(name)
@@ -178,14 +181,20 @@ def reward_models(args: Namespace) -> list[str]:
     return [spec for spec in specs if not (spec.startswith("rule:") or is_function(spec))]
 
 
+def policy_config(args: Namespace) -> ModelConfig:
+    """Of the model that trains, with its adapters."""
+    config, _ = find_config(args.model)
+    return replace(config, lora=(args.lora_rank, 1.0)) if args.lora_rank else config
+
+
 def bytes_of(args: Namespace) -> int:
     return getattr(torch, args.dtype).itemsize
 
 
 def remedies(script: str, args: Namespace, machine: Machine) -> Iterator[tuple[Machine, dict]]:
     """Settings under which the run fits: on this machine, on more such GPUs, on GPUs of 141 GB; each with the first
-    change that helps."""
-    change = first_that_fits(script, args, machine)
+    change that helps. LoRA, which trains something else, is offered on this machine alone."""
+    change = first_that_fits(script, args, machine, lora=True)
     if change is not None:
         yield machine, change
     if machine.kind != "cuda":
@@ -202,8 +211,9 @@ def remedies(script: str, args: Namespace, machine: Machine) -> Iterator[tuple[M
             count *= 2
 
 
-def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | None:
-    """The change of settings that does the least harm (none, slower, other results) and makes the run fit."""
+def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool = False) -> dict | None:
+    """The change of settings that does the least harm (none, slower, other results) and makes the run fit; lora: or
+    adapters instead of all weights."""
     tries = [{}]
     if script == "rl":
         tries.append({"offload": True})
@@ -211,7 +221,12 @@ def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | No
         tries += [change | {"low_memory": True} for change in tries]
     else:
         tries = [change | {"low_memory": False} for change in tries]
-    tries.append(tries[-1] | {"tokens_per_microbatch": args.tokens_per_microbatch // 2})
+    half = {"tokens_per_microbatch": args.tokens_per_microbatch // 2}
+    tries.append(tries[-1] | half)
+    if lora and not args.lora_rank:
+        offload = {"offload": True} if script == "rl" else {}
+        for change in ({}, offload, offload | half):
+            tries.append(change | {"lora_rank": LORA_RANK})
     for change in tries:
         if make(script, Namespace(**vars(args) | change), machine).fits:
             return {name: value for name, value in change.items() if getattr(args, name) != value}
@@ -224,11 +239,13 @@ def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | No
 def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan) -> dict[str, float]:
     """Estimated seconds of each phase: FLOP at COMPUTE_SHARE of the peak, decoding by bytes at MEMORY_SHARE of the
     bandwidth. Not counted: attention's FLOP, communication, optimizer, saving, evaluation."""
-    config, _ = find_config(args.model)
+    config = policy_config(args)
     size, s = memory.sizes(config), bytes_of(args)
     flops = PEAK_FLOPS * COMPUTE_SHARE * machine.count
     # Per parameter and token: forward 2, backward 4, forward again 2
     training = 8 if plan.recompute == "layer" else 6
+    if args.lora_rank:  # no gradients of frozen weights
+        training -= 2
     if script == "sft":
         return {"update": training * size.active * args.batch_size * SFT_TOKENS / flops}
     rows = args.prompts_per_step * args.samples_per_prompt
@@ -259,7 +276,7 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     }
     if args.kl_coef:
         seconds["log-probs"] *= 2
-        seconds["log-probs"] += s * size.total / LINK if args.offload else 0
+        seconds["log-probs"] += s * size.total / LINK if args.offload and not args.lora_rank else 0
     for name in reward_models(args):
         judge = memory.sizes(find_config(name)[0]).total  # no reward model has experts
         seconds["reward"] += 2 * judge * tokens / flops + (s * judge / LINK if args.offload else 0)
@@ -309,7 +326,7 @@ def report(script: str, args: Namespace) -> str:
         cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in remedies(script, args, machine)]
         lines += cures or [f"  no setting that was tried makes it fit (up to {MOST_GPUS} GPUs, and "
                            "cards of 141 GB)"]
-    size = memory.sizes(find_config(args.model)[0])
+    size = memory.sizes(policy_config(args))
     one = memory.checkpoint_bytes(size, s, args.low_memory)
     lines.append(f"  disk: {gb(one)} GB per checkpoint, up to "
                  f"{gb((args.keep + 1) * one + s * size.total)} GB with --keep {args.keep}, one "
