@@ -51,6 +51,8 @@ def row(model: str, count: int, card: int, given: dict) -> dict:
     fits = plan.make("rl", args, machine).fits
     found = list(plan.remedies("rl", args, machine))
     here = next((change for other, change in found if other == machine), None)
+    if here is None:
+        here = plan.first_that_fits("rl", args, machine, lora=True)
     args = Namespace(**vars(args) | (here or {}))
     made = plan.make("rl", args, machine)
     size = memory.sizes(plan.policy_config(args))

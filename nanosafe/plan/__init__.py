@@ -193,8 +193,8 @@ def bytes_of(args: Namespace) -> int:
 
 def remedies(script: str, args: Namespace, machine: Machine) -> Iterator[tuple[Machine, dict]]:
     """Settings under which the run fits: on this machine, on more such GPUs, on GPUs of 141 GB; each with the first
-    change that helps. LoRA, which trains something else, is offered on this machine alone."""
-    change = first_that_fits(script, args, machine, lora=True)
+    change that helps."""
+    change = first_that_fits(script, args, machine)
     if change is not None:
         yield machine, change
     if machine.kind != "cuda":
@@ -212,8 +212,8 @@ def remedies(script: str, args: Namespace, machine: Machine) -> Iterator[tuple[M
 
 
 def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool = False) -> dict | None:
-    """The change of settings that does the least harm (none, slower, other results) and makes the run fit; lora: or
-    adapters instead of all weights."""
+    """The change of settings that does the least harm (none, slower, other results) and makes the run fit; lora: one
+    with adapters, which train instead of all weights."""
     tries = [{}]
     if script == "rl":
         tries.append({"offload": True})
@@ -223,10 +223,8 @@ def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool =
         tries = [change | {"low_memory": False} for change in tries]
     half = {"tokens_per_microbatch": args.tokens_per_microbatch // 2}
     tries.append(tries[-1] | half)
-    if lora and not args.lora_rank:
-        offload = {"offload": True} if script == "rl" else {}
-        for change in ({}, offload, offload | half):
-            tries.append(change | {"lora_rank": LORA_RANK})
+    if lora:
+        tries = [change | {"lora_rank": args.lora_rank or LORA_RANK, "low_memory": False} for change in tries]
     for change in tries:
         if make(script, Namespace(**vars(args) | change), machine).fits:
             return {name: value for name, value in change.items() if getattr(args, name) != value}
@@ -323,7 +321,11 @@ def report(script: str, args: Namespace) -> str:
     if plan.fits:
         lines.append(time_line(script, args, machine, plan))
     else:
-        cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in remedies(script, args, machine)]
+        found = list(remedies(script, args, machine))
+        lora = None if args.lora_rank else first_that_fits(script, args, machine, lora=True)
+        if lora:
+            found.append((machine, lora))
+        cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in found]
         lines += cures or [f"  no setting that was tried makes it fit (up to {MOST_GPUS} GPUs, and "
                            "cards of 141 GB)"]
     size = memory.sizes(policy_config(args))

@@ -248,12 +248,13 @@ def test_lora_has_masters_moments_and_gradients_of_adapters_and_no_reference():
 def test_lora_is_offered_where_all_parameters_do_not_fit(capsys):
     train_rl.main(["--model", "qwen3-8b", "--plan", "1x80"])
     assert "it fits on 1 GPU of 80 GB with --lora-rank 32" in capsys.readouterr().out
-    args = plan.settings("sft", "qwen3-8b")
-    large = plan.Machine(1, plan.card_bytes(141))
-    assert plan.first_that_fits("sft", args, large, lora=True) == {"low_memory": True}, "all parameters come first"
-    small = plan.Machine(1, plan.card_bytes(48))
-    assert plan.first_that_fits("sft", args, small, lora=True) == {"lora_rank": 32}
-    assert plan.first_that_fits("sft", args, small) is None
+    small = plan.Machine(1, plan.card_bytes(24))
+    args = plan.settings("rl", "qwen3-8b", reward_model="skywork-v2-qwen3-1.7b")
+    change = plan.first_that_fits("rl", args, small, lora=True)
+    assert change == {"offload": True, "tokens_per_microbatch": 8192, "lora_rank": 32}
+    assert plan.make("rl", Namespace(**vars(args) | change), small).fits
+    # What trains something else is no remedy that the paper's runs could take by themselves.
+    assert all("lora_rank" not in found for _, found in plan.remedies("rl", args, small))
 
 
 def test_offloaded_models_are_there_in_their_turn_only():
@@ -356,9 +357,8 @@ def test_every_remedy_fits_and_none_is_offered_in_vain():
     for machine, change in found:
         assert plan.make("rl", Namespace(**vars(args) | change), machine).fits
     half = plan.Machine(1, plan.card_bytes(40))
-    for machine, change in plan.remedies("rl", args, half):
-        # 6 bytes a parameter are 49 GB already
-        assert machine != half or change == {"offload": True, "lora_rank": plan.LORA_RANK}
+    for machine, _ in plan.remedies("rl", args, half):
+        assert machine != half  # 6 bytes a parameter are 49 GB already
 
 
 def test_70b_is_refused_plainly_whatever_the_number_of_gpus():
