@@ -10,19 +10,17 @@ GB are 10^9 bytes. A card sold as 80 or 141 GB has so many GiB less what its dri
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.attention import KVCache
-from nanosafe.model.config import ModelConfig
 from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.names import recipe, tiny_seed
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
-from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb
+from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb, policy_config
 from nanosafe.sampler.engine import default_prefill_tokens
 from nanosafe.text.data import sft_steps
 from nanosafe.train.own_reward import is_function
@@ -179,12 +177,6 @@ def reward_models(args: Namespace) -> list[str]:
     """Those of --reward-model that are models."""
     specs = reward_specs(args.reward_model)
     return [spec for spec in specs if not (spec.startswith("rule:") or is_function(spec))]
-
-
-def policy_config(args: Namespace) -> ModelConfig:
-    """Of the model that trains, with its adapters."""
-    config, _ = find_config(args.model)
-    return replace(config, lora=(args.lora_rank, 1.0)) if args.lora_rank else config
 
 
 def bytes_of(args: Namespace) -> int:
