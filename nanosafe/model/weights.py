@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanosafe.io.fields import ADAPTER, EOS, check
+from nanosafe.io.fields import ADAPTER, EOS, check, wrong
 from nanosafe.io.files import own_file, read_json, staged
 from nanosafe.io.hub import INDEX, SINGLE, model_reference, read_index
 from nanosafe.io.machine import MAIN_RANK
@@ -262,6 +262,8 @@ class Adapter(dict[str, tuple[Tensor, Tensor]]):
         settings = check(read_json(path), ADAPTER, path)
         self.rank, self.alpha = settings["r"], settings["lora_alpha"]
         self.base = "@".join(filter(None, (settings["base_model_name_or_path"], settings["revision"])))
+        if Path(self.base).expanduser().resolve() == folder.resolve():
+            raise wrong(path, "base_model_name_or_path", self.base, "another folder than the adapters'")
         stored = StoredTensors(folder, "adapter_model")
         for key in stored:
             name = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")

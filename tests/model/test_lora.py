@@ -154,6 +154,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path):
         ({"r": 0}, "field 'r'"), ({"peft_type": "IA3"}, "field 'peft_type'"),
         ({"base_model_name_or_path": str(tmp_path / "wider")}, "adapter of .*mlp.* does not fit .*wider"),
         ({"base_model_name_or_path": str(tmp_path / "gone")}, "gone does not exist"),
+        ({"base_model_name_or_path": str(tmp_path / "adapter")}, "field 'base_model_name_or_path'"),
     ):  # fmt: skip
         path.write_text(json.dumps(settings | change))
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -170,6 +170,7 @@ def train_on_ranks(rank: int, world_size: int, world: Path, out: Path) -> None:
         name = str(dtype).removeprefix("torch.")
         args = Namespace(**vars(arguments({})), lora_rank=4, lora_alpha=8.0, device="cpu", dtype=name)
         policy = load_policy(args, world / "policy", None, ranks)
+        policy.recompute("layer" if dtype == torch.float32 else "some")
         frozen = {str(p.dtype) for n, p in policy.named_parameters() if not is_adapter(n)}
         optimizer, rows = Optimizer(policy), []
         for step in range(STEPS):
