@@ -273,7 +273,8 @@ class Adapter(dict[str, tuple[Tensor, Tensor]]):
                     A, B = (_open(stored[part].path).get_tensor(part).float() for part in parts)
                     self[name] = A, B
         if len(stored) != 2 * len(self):
-            raise ValueError(f"{folder}/adapter_model.safetensors holds more than pairs of lora_A and lora_B")
+            raise ValueError(f"{folder}/adapter_model.safetensors holds other tensors "
+                             "than pairs of lora_A and lora_B, which alone are read")
 
     @torch.no_grad()
     def copy_to(self, model: Decoder) -> None:
