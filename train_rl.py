@@ -30,7 +30,7 @@ from nanosafe.evals.preflight import announce_sampling, try_reward
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
-from nanosafe.names import checkpoint, load_model, load_reward, load_rows, load_tokenizer, recipe
+from nanosafe.names import checkpoint, load_policy, load_reference, load_reward, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks, unsharded
 from nanosafe.plan import random_weights
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
@@ -110,12 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.date = args.date
 
     # The policy goes on from the newest checkpoint. The reference stays what the policy was at the start.
-    policy = load_model(run.resumed or base, device=ranks.device, dtype=run.dtype, ranks=ranks)
+    policy = load_policy(args, base, run.resumed, ranks)
     policy.recompute(plan.choose_recompute("rl", args, ranks))
-    reference = None
-    if args.kl_coef:
-        home = "cpu" if args.offload else ranks.device
-        reference = load_model(base, device=home, dtype=run.dtype).requires_grad_(False)
+    reference = load_reference(args, base, policy, ranks)
     optimizer = Optimizer(policy, low_memory=args.low_memory)
     run.attach(policy, tokenizer, optimizer)
 

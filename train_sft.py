@@ -24,7 +24,7 @@ from nanosafe.evals.during_training import measure_if_due, show_measurement, sho
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
-from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer, recipe
+from nanosafe.names import checkpoint, load_policy, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
 from nanosafe.randomness import shuffled_passes
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
-    model = load_model(run.resumed or base, device=ranks.device, dtype=run.dtype, ranks=ranks)
+    model = load_policy(args, base, run.resumed, ranks)
     model.recompute(plan.choose_recompute("sft", args, ranks))
     optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
     run.attach(model, tokenizer, optimizer)

@@ -1,4 +1,4 @@
-"""The plan of RL with the default recipe for six models on three machines, as docs/plan.md.
+"""The plan of RL with the default recipe for six models on three machines, and with LoRA, as docs/plan.md.
 
     python benchmarks/plan.py                  # no GPU, no download: formulas of nanosafe/plan/__init__.py
     python benchmarks/plan.py --print          # leaves docs/plan.md as it is
@@ -18,13 +18,20 @@ from nanosafe.plan import memory
 
 MODELS = ("qwen3-8b", "r1-qwen-7b", "r1-llama-8b", "qwen3-32b", "granite-4.0-tiny", "llama-3.3-70b")
 MACHINES = ((1, 80), (1, 141), (8, 80))
+# With LoRA (docs/lora.md), and what it takes beside that to fit
+LORA = (
+    ("qwen3-8b", 1, 24, {"reward_model": "skywork-v2-qwen3-1.7b", "offload": True, "tokens_per_microbatch": 4096,
+                         "max_response_tokens": 2048}),
+    ("qwen3-8b", 1, 48, {}),
+    ("qwen3-8b", 1, 80, {}),
+)  # fmt: skip
 HEADER = ("model", "GPUs", "fits", "flags", "peak GB of usable", "KV pool: sequences", "hours", "GB per checkpoint")
 ABOUT = """# What RL of each model needs
 
 Made by `python benchmarks/plan.py` from the formulas of `nanosafe/plan`: **nothing here is measured**. REINFORCE++
 with the default recipe (reward model skywork-v2-llama-8b, 500 steps of 128 prompts, responses up to 4,096 tokens) in
 bfloat16; `train_rl.py --model MODEL --plan COUNTxGB` prints the same in full. Where the default flags do not fit, the
-fewest changes that do are shown.
+fewest changes that do are shown; --lora-rank, which trains adapters alone ([lora.md](lora.md)), is the last of them.
 
 - GB are 10^9 bytes. A card sold as 80 (141) GB gives 78 (139) GiB, of which 3 % and 1 GB are taken off.
 - The peak is that of tensors, the KV pool included, which takes 80 % of what is left. Sequences: how many of full
@@ -38,24 +45,33 @@ fewest changes that do are shown.
 """
 
 
-def row(model: str, count: int, card: int) -> dict:
-    machine, args = plan.Machine(count, plan.card_bytes(card)), plan.settings("rl", model)
+def row(model: str, count: int, card: int, given: dict) -> dict:
+    """given: changes of the recipe."""
+    machine, args = plan.Machine(count, plan.card_bytes(card)), plan.settings("rl", model, **given)
     fits = plan.make("rl", args, machine).fits
     found = list(plan.remedies("rl", args, machine))
     here = next((change for other, change in found if other == machine), None)
+    if here is None:
+        here = plan.first_that_fits("rl", args, machine, lora=True)
     args = Namespace(**vars(args) | (here or {}))
     made = plan.make("rl", args, machine)
-    size = memory.sizes(plan.find_config(model)[0])
-    out = {"model": model, "gpus": f"{count}x{card}", "fits": made.fits, "by_default": fits, "flags": here,
+    size = memory.sizes(plan.policy_config(args))
+    out = {"model": model, "gpus": f"{count}x{card}", "fits": made.fits, "by_default": fits,
+           "flags": here if here is None else given | here,
            "peak_gb": round(made.peak / 1e9, 1), "usable_gb": round(machine.usable / 1e9, 1),
            "sequences": made.blocks // made.table_width,
            "checkpoint_gb": round(memory.checkpoint_bytes(size, 2, args.low_memory) / 1e9)}
+    instead = []
+    for other, change in found:
+        if other != machine:
+            instead.append(f"{other.count}x{141 if other.bytes > 100e9 else card} {plan.as_flags(change)}")
     if made.fits:
-        out["hours"] = round(plan.hours("rl", args, machine, made), 1)
+        timed = machine.bytes >= plan.SMALLEST_TIMED
+        out["hours"] = round(plan.hours("rl", args, machine, made), 1) if timed else None
+        # LoRA where it is not asked for is a second choice.
+        out["instead"] = instead if "lora_rank" in (here or {}) else []
     else:
-        out["refused"] = made.refused
-        out["instead"] = [f"{other.count}x{141 if other.bytes > 100e9 else card} {plan.as_flags(change)}"
-                          for other, change in found]  # fmt: skip
+        out["refused"], out["instead"] = made.refused, instead
     return out
 
 
@@ -64,7 +80,10 @@ def cells(r: dict) -> list[str]:
     peak, disk = f"{r['peak_gb']:.1f} of {r['usable_gb']:.1f}", str(r["checkpoint_gb"])
     if r["fits"]:
         flags = plan.as_flags(r["flags"]) if r["flags"] else "default"
-        return [r["model"], r["gpus"], "yes", flags, peak, str(r["sequences"]), f"{r['hours']:.0f}", disk]
+        if r["instead"]:
+            flags += "; all parameters: " + "; ".join(r["instead"])
+        hours = f"{r['hours']:.0f}" if r["hours"] else "-"
+        return [r["model"], r["gpus"], "yes", flags, peak, str(r["sequences"]), hours, disk]
     instead = "instead: " + "; ".join(r["instead"]) if r["instead"] else "nothing that was tried helps"
     why = "refused, a GPU must hold all weights to sample; " if r["refused"] else ""
     return [r["model"], r["gpus"], "**no**", why + instead, peak, "-", "-", disk]
@@ -74,7 +93,8 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--print", action="store_true", help="do not write docs/plan.md")
     args = parser.parse_args()
-    rows = [row(model, *machine) for model in MODELS for machine in MACHINES]
+    rows = [row(model, *machine, {}) for model in MODELS for machine in MACHINES]
+    rows += [row(model, count, card, {"lora_rank": 32} | given) for model, count, card, given in LORA]
     lines = [ABOUT.rstrip(), "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     lines += [f"| {' | '.join(cells(r))} |" for r in rows]
     text = "\n".join([*lines, ""])

@@ -5,6 +5,7 @@ folder, rows, a reward or a recipe comes out.
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,8 +17,10 @@ from torch import Tensor
 from nanosafe.io.fields import CONFIG, check
 from nanosafe.io.files import read_json
 from nanosafe.io.hub import find_checkpoint, find_files
+from nanosafe.model.adapter_files import Adapter
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.lora import adapted, start_adapters
 from nanosafe.model.weights import load_checkpoint
 from nanosafe.parallel import Ranks
 from nanosafe.recipes import RECIPES, TINY_RECIPES
@@ -31,6 +34,12 @@ from nanosafe.train.reward_model import RewardModel
 from nanosafe.train.rewards import RULES, Conversation, Reward
 from nanosafe.train.weighted_reward import WeightedReward
 
+# How LoRA's policy samples, see model/lora.py
+ROLLOUTS = {
+    "cuda": "add the adapters in the forward pass, as training does",
+    "cpu": "multiply by packed copies of the weights with the adapters merged in",
+}
+
 
 def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model: of the tiny world, grown if need be, or what `find_checkpoint` finds."""
@@ -41,22 +50,60 @@ def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None, ranks: Ranks | None = None) -> Decoder:
+               dtype: torch.dtype | None = None, ranks: Ranks | None = None,
+               lora: tuple[int, float] | None = None) -> Decoder:
     """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
 
     dtype: as the scripts' --dtype, by default float32 on a CPU and bfloat16 on CUDA.
 
     What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
     ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype`.
+    lora: as in load_checkpoint. A folder of adapters, such as a checkpoint of a run with --lora-rank, is the model that
+    they name with them merged in.
     Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
     """
     folder = checkpoint(name_or_path)
     if ModelConfig.from_folder(folder).num_labels:
         raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
-    model = load_checkpoint(folder, device, dtype or default_dtype(device), ranks)
+    dtype = dtype or default_dtype(device)
+    if (folder / "adapter_config.json").exists():
+        adapter = Adapter(folder)
+        model = load_model(adapter.base, device=device, dtype=dtype, ranks=ranks, lora=lora)
+        adapter.merge_into(model)
+    else:
+        model = load_checkpoint(folder, device, dtype, ranks, lora)
     with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
         model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
     return model
+
+
+def load_policy(args: Namespace, base: Path, resumed: Path | None, ranks: Ranks) -> Decoder:
+    """The model to train: `base`, or the checkpoint `resumed` of a run; with --lora-rank `base` and adapters."""
+    options = dict(device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks)
+    if not args.lora_rank:
+        return load_model(resumed or base, **options)
+    model = load_model(base, **options, lora=(args.lora_rank, args.lora_alpha))
+    if resumed:
+        Adapter(resumed).copy_to(model)
+    else:
+        start_adapters(model, args.seed)
+    layers, count = adapted(model), sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    ranks.print(f"LoRA: rank {args.lora_rank}, alpha {args.lora_alpha:g} on {len(layers)} linear layers: "
+                f"{trained:,} of {count:,} parameters train, the rest is frozen in {args.dtype}; rollouts "
+                f"{ROLLOUTS[ranks.device.type]}")
+    return model
+
+
+def load_reference(args: Namespace, base: Path, policy: Decoder, ranks: Ranks) -> Decoder | None:
+    """The model that the KL is taken to: what `policy` was at the start. None where there is no KL.
+
+    With --lora-rank it is the policy itself, which scores without its adapters then: nothing is loaded.
+    """
+    if not args.kl_coef or args.lora_rank:
+        return policy if args.kl_coef else None
+    home = "cpu" if args.offload else ranks.device
+    return load_model(base, device=home, dtype=getattr(torch, args.dtype)).requires_grad_(False)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

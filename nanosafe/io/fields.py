@@ -87,6 +87,7 @@ def _read_ids(value: Any) -> frozenset[int] | None:
     return frozenset(ids) if valid else None
 
 
+TEXT = only_if("a text", lambda value: isinstance(value, str))
 OBJECT = only_if("an object", lambda value: isinstance(value, dict), {})
 EOS = Field("a token id or a list of token ids", _read_ids, frozenset())
 LAYER_TYPES = only_if("a list with the kind of each layer", _are_texts)
@@ -122,7 +123,7 @@ CONFIG = fields_by_name({  # config.json of every family
     "attention_bias mlp_bias tie_word_embeddings use_sliding_window": flag(False),
     "is_causal": only_if("true: attention is causal", lambda value: value is True),
     "hidden_act": one_of("silu", "swish", default="silu"),
-    "nanosafe_world": only_if("a text", lambda value: isinstance(value, str)),
+    "nanosafe_world": TEXT,
     "eos_token_id": EOS,
     "layer_types": LAYER_TYPES,
     "rope_scaling rope_parameters id2label": OBJECT,
@@ -161,6 +162,15 @@ ROPE = fields_by_name({  # rope_scaling and rope_parameters, where another key i
     "mscale mscale_all_dim": number(0, 1e6),
     "partial_rotary_factor": number(1, 1),
     "truncate": flag(True),
+})  # fmt: skip
+ADAPTER = fields_by_name({  # adapter_config.json, as PEFT writes it
+    "peft_type": one_of("LORA", default="LORA"),
+    "base_model_name_or_path": TEXT._replace(default=REQUIRED),
+    "revision": TEXT,
+    "r": whole(1, WIDTH, REQUIRED),
+    "lora_alpha": number(*SCALE, REQUIRED),
+    "use_rslora use_dora rank_pattern alpha_pattern modules_to_save":
+        absent("only LoRA with one rank and one alpha is read"),
 })  # fmt: skip
 GENERATION = fields_by_name({  # generation_config.json
     "eos_token_id": EOS,

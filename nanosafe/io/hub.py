@@ -46,15 +46,25 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
-    name, _, revision = str(name_or_path).partition("@")
-    repo, _, pinned = ALIASES.get(name, name).partition("@")
+    repo, revision = model_reference(str(name_or_path))
     if not re.fullmatch(REPOSITORY, repo):
+        name = str(name_or_path).partition("@")[0]
         if "/" in name or name.startswith((".", "~")):
             raise FileNotFoundError(f"folder {folder} does not exist")
         near = ", ".join(get_close_matches(name.lower(), ALIASES, cutoff=0.5) or ALIASES)
         raise FileNotFoundError(
             f"unknown model {str(name_or_path)!r}: no folder, no alias (near: {near}), not like owner/name")
-    return _download_checkpoint(repo, revision or pinned or None, weights)
+    return _download_checkpoint(repo, revision, weights)
+
+
+def model_reference(name: str) -> tuple[str, str | None]:
+    """A folder's full path, or the repository that an alias or hub id stands for and its revision, if there is one."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve()), None
+    name, _, revision = name.partition("@")
+    repo, _, pinned = ALIASES.get(name, name).partition("@")
+    return repo, revision or pinned or None
 
 
 def _download_checkpoint(repo: str, revision: str | None, weights: bool) -> Path:

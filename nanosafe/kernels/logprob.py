@@ -79,7 +79,7 @@ class _TiledHead(torch.autograd.Function):
         numbers = torch.stack([*statistics, grad_logprobs / ctx.temperature, grad_entropies / ctx.temperature])
         # In bfloat16 every tile would round the sum of all tiles before it once more.
         grad_hidden = torch.zeros_like(hidden, dtype=numbers.dtype)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for first in range(0, len(weight), ctx.columns):
             tile = slice(first, first + ctx.columns)
             part = weight[tile]  # [columns, D]
@@ -90,7 +90,8 @@ class _TiledHead(torch.autograd.Function):
                 torch.addmm(grad_hidden, grads, part, out_dtype=torch.float32, out=grad_hidden)
             else:
                 grad_hidden += linear(grads, part.T)
-            torch.mm(grads.T, hidden, out=grad_weight[tile])
+            if grad_weight is not None:  # LoRA's head is frozen
+                torch.mm(grads.T, hidden, out=grad_weight[tile])
             del logits, grads  # before the next tile's are made
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 

@@ -78,6 +78,7 @@ class ModelConfig:
     raw: dict = field(repr=False, hash=False, compare=False)  # config.json as read, written back by save_model
     generation: dict | None = field(repr=False, hash=False, compare=False, default=None)  # generation_config.json
     hybrid: Hybrid | None = None  # Granite 4: see hybrid.py
+    lora: tuple[int, float] | None = None  # rank and alpha of adapters (lora.py); of no file
     source: str = field(repr=False, hash=False, compare=False, default="config.json")  # its path
 
     @property

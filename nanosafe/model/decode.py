@@ -13,6 +13,7 @@ from nanosafe.kernels.decode_step import HeadNorms, Pages, add_norm, rotate_and_
 from nanosafe.kernels.paged_attention import paged_attention
 from nanosafe.model.attention import AttentionBackend, PagedDecode
 from nanosafe.model.decoder import MLP, Attention, Decoder, Layer, rope_tables
+from nanosafe.model.lora import product_with_update
 
 
 def decode_hidden(model: Decoder, tokens: Tensor, backend: PagedDecode) -> Tensor:
@@ -60,7 +61,8 @@ def products(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
         bias = joined([layer.bias for layer in layers])
     if weight is None or (bias is None and layers[0].bias is not None):
         return [layer(x) for layer in layers]
-    return list(F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=1))
+    parts = F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=1)
+    return [product_with_update(layer, part, x) for layer, part in zip(layers, parts, strict=True)]
 
 
 def joined(tensors: list[Tensor]) -> Tensor | None:

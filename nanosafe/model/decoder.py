@@ -20,6 +20,7 @@ from nanosafe.kernels.compiled import compiled_in_training
 from nanosafe.kernels.cpu_matmul import Linear, linear
 from nanosafe.model.attention import AttentionBackend, PackedDocuments
 from nanosafe.model.config import ModelConfig, Rope
+from nanosafe.model.lora import add_adapters
 from nanosafe.model.recompute import checkpointed
 
 
@@ -68,7 +69,8 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
-        self.last_width = 0 if config.hybrid else config.intermediate_size  # see `checkpointed`
+        last_width = 0 if config.hybrid else config.intermediate_size
+        self.widths = (last_width, *(config.lora or ())[:1])  # see `checkpointed`
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.build(config, layer)
@@ -78,7 +80,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
-        return checkpointed(self.block, self.recompute, self.last_width, x, cos, sin, backend)
+        return checkpointed(self.block, self.recompute, self.widths, x, cos, sin, backend)
 
     def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
         scale, norm = self.residual_multiplier, self.post_attention_layernorm
@@ -114,6 +116,8 @@ class Decoder(nn.Module):
             self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         elif not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.lora:
+            add_adapters(self, *config.lora)
 
     @property
     def head_weight(self) -> Tensor:

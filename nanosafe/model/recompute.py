@@ -24,26 +24,26 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def checkpointed(block: Callable, recompute: str, last_width: int, *inputs) -> Tensor:
+def checkpointed(block: Callable, recompute: str, widths: tuple[int, ...], *inputs) -> Tensor:
     """block(*inputs), keeping what `recompute` says.
 
-    last_width: the number of input features by which its last product is told from the others, or 0. What that one
-    makes is read by no backward pass.
+    widths: numbers of input features of products that are not kept: the last one's, for what that makes is read by no
+    backward pass, and the rank of LoRA's adapters, for their wide results take memory and hardly a FLOP.
     """
     if recompute == "none" or not torch.is_grad_enabled():
         return block(*inputs)
     contexts = {}
     if recompute == "some":
-        policy = partial(keep_products, last_width)
+        policy = partial(keep_products, widths)
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     # No random number is drawn in a layer.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
-def keep_products(last_width: int, context, operation, *args, **kwargs) -> CheckpointPolicy:
+def keep_products(widths: tuple[int, ...], context, operation, *args, **kwargs) -> CheckpointPolicy:
     """The policy of `some`."""
     name = operation.name()
     # Recomputation ends before the last product, but not before one of oneDNN, which saves its factors when it is done.
     factor = {"aten::mm": 0, "aten::addmm": 1}.get(name)
-    is_last = factor is not None and args[factor].shape[-1] == last_width
-    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS and not is_last else CheckpointPolicy.PREFER_RECOMPUTE
+    cheap = factor is not None and args[factor].shape[-1] in widths
+    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS and not cheap else CheckpointPolicy.PREFER_RECOMPUTE

@@ -3,12 +3,14 @@
 Only safetensors and JSON are read, never pickle. A load is a strict copy: every tensor of the model must be in the
 checkpoint with its shape, and nothing else may be. On the CPU, in the dtype of the file, a parameter is the
 memory-mapped file itself: a model starts without copying its weights. Of a model that is spread over several ranks,
-each reads its own rows, and the files are written from the ranks' rows one at a time.
+each reads its own rows, and the files are written from the ranks' rows one at a time. Adapters of LoRA are in files of
+PEFT's form, beside the config.json of the model that they are for.
 """
 
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from nanosafe.io.progress import progress
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import make_decoder, official
+from nanosafe.model.lora import freeze_in, is_adapter, merge
 from nanosafe.parallel import Ranks, full_tensor, local_shard, shard
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -36,16 +39,19 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_checkpoint(
-    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None
-) -> Decoder:
+    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None,
+    lora: tuple[int, float] | None = None,
+) -> Decoder:  # fmt: skip
     """The model in `folder`, whichever head it has, on `device` in `dtype`, in eval mode; ranks: as in load_model.
+
+    lora: rank and alpha of adapters, which are zero, to a model that is frozen (lora.py).
 
     On the CPU, tensors already in `dtype` are views of a private (copy-on-write) mapping: changing them never changes
     the file. All others are converted one by one: peak memory is the model and its largest stored tensor.
     Raises ValueError listing every missing, unexpected, misshapen or quantised tensor, or naming the broken file.
     """
     folder, device = Path(folder), torch.device(device)
-    config = ModelConfig.from_folder(folder)
+    config = replace(ModelConfig.from_folder(folder), lora=lora)
     if MAIN_RANK and config.rope and config.rope.attn_factor != 1:
         _say_once(f"{config.source}: rope_scaling's attn_factor is multiplied in, as in YaRN's own "
                   "code and vLLM; transformers leaves it out, so its logits differ")  # fmt: skip
@@ -55,9 +61,12 @@ def load_checkpoint(
     names = _check_tensors(model, stored, folder)
     loading = progress(names, f"loading {folder.name}", "tensor")
     if ranks is not None and ranks.world > 1:
+        freeze_in(model, dtype)
         shard(model, ranks, dtype)
         parameters = dict(model.to_empty(device=device).named_parameters())
         with torch.no_grad():
+            for name in filter(is_adapter, parameters):
+                parameters[name].zero_()
             for name in loading:
                 parameters[name].copy_(stored.read(name, like=parameters[name]))
         return model.eval()
@@ -66,12 +75,15 @@ def load_checkpoint(
     for name in loading:
         if stored[name].path != mapped:
             mapped = stored[name].path
-            file = _open(mapped)
+            file = open_file(mapped)
         tensors[name] = file.get_tensor(stored[name].key)
         if device.type != "cpu" or tensors[name].dtype != dtype:
             tensors[name] = tensors[name].to(device).to(dtype)
             # The next tensor gets a mapping of its own, and the pages just read go with this one.
             mapped = None
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            tensors[name] = torch.zeros(parameter.shape, device=device, dtype=dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -101,7 +113,7 @@ class StoredTensors(dict[str, Stored]):
             weight_map = read_index(index)
             files = sorted(set(weight_map.values()))
         for path in [folder / name for name in files]:
-            file = _open(path)
+            file = open_file(path)
             for name in file.keys():
                 if weight_map.get(name, path.name) == path.name:
                     header = file.get_slice(name)
@@ -112,13 +124,13 @@ class StoredTensors(dict[str, Stored]):
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """The tensor `name`; if `like`, of its shape, is spread over the ranks, this rank's rows of it, spread so."""
-        file = _open(self[name].path)
+        file = open_file(self[name].path)
         if isinstance(like, DTensor) and self[name].shape == list(like.shape):
             return local_shard(file.get_slice(self[name].key).__getitem__, like)
         return file.get_tensor(self[name].key)
 
 
-def _open(path: Path) -> safe_open:
+def open_file(path: Path) -> safe_open:
     try:
         return safe_open(own_file(path), "pt")
     except FileNotFoundError:
@@ -133,7 +145,7 @@ def _check_tensors(model: Decoder, stored: StoredTensors, folder: Path) -> list[
     tied, vocab_size = model.config.tie_word_embeddings, model.config.vocab_size
     if tied and EMBEDDING not in stored and HEAD in stored:  # safetensors keeps one name of two
         stored[EMBEDDING] = stored.pop(HEAD)
-    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters() if not is_adapter(name)}
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in stored]
     names, unexpected, misshapen, odd = [], [], [], []
     for name, tensor in stored.items():
@@ -161,8 +173,8 @@ def _check_tensors(model: Decoder, stored: StoredTensors, folder: Path) -> list[
     if lines:
         raise ValueError("\n".join([f"the tensors in {folder} do not fit its config.json", *lines]))
     if HEAD in stored and tied:
-        head = _open(stored[HEAD].path).get_tensor(HEAD)
-        embedding = _open(stored[EMBEDDING].path).get_tensor(EMBEDDING)
+        head = open_file(stored[HEAD].path).get_tensor(HEAD)
+        embedding = open_file(stored[EMBEDDING].path).get_tensor(EMBEDDING)
         if head.dtype != embedding.dtype or not torch.equal(head, embedding):
             raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}")
     return names
@@ -185,9 +197,11 @@ def save_model(
     before the first is renamed into place, and what is left of an earlier save is deleted last: an error leaves an
     earlier model as it was, and a model may be saved over the files it is mapped from. The renames together are not one
     atomic step: whoever needs that saves to a new folder and renames it, as train/run_folder.py does.
+    Adapters are merged first, in the model too, for a merged copy beside it may not fit.
     """
+    merge(model)
     folder, dtype = Path(folder), dtype or model.model.embed_tokens.weight.dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter(name)}
     config = dict(model.config.raw)
     # transformers renamed torch_dtype to dtype, and reads both.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:

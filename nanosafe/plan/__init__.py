@@ -20,7 +20,7 @@ from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.names import recipe, tiny_seed
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
-from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb
+from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb, policy_config
 from nanosafe.sampler.engine import default_prefill_tokens
 from nanosafe.text.data import sft_steps
 from nanosafe.train.own_reward import is_function
@@ -28,6 +28,7 @@ from nanosafe.train.weighted_reward import reward_specs
 
 SCORED_TOKENS = 16384  # of a micro-batch of the reward model, RewardModel.score's default
 MOST_GPUS = 64  # that are tried
+LORA_RANK = 32  # that is tried
 # Of hours: bf16 FLOP/s (H100 and H200 have the same cores) and bytes/s by data sheet; CPU to GPU, for --offload.
 PEAK_FLOPS, BANDWIDTH, LARGE_BANDWIDTH, LINK = 989e12, 3.35e12, 4.8e12, 25e9
 SMALLEST_TIMED, LARGE_CARD = 75e9, 100e9  # bytes of memory from which a card is taken for an H100, and for an H200
@@ -87,7 +88,7 @@ def choose_recompute(script: str, args: Namespace, ranks: Ranks) -> str:
 def settings(script: str, model: str, **changes) -> Namespace:
     """Flags of train_rl.py or train_sft.py ("rl", "sft") that are read here, as the recipe has them, with `changes`."""
     flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, recompute=None, keep=2,
-                 steps=None)
+                 steps=None, lora_rank=None)
     return Namespace(**flags | recipe(script, model) | changes)
 
 
@@ -102,7 +103,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
             if machine.kind == "cpu" or plan.totals["update"] <= UPDATE_SHARE * machine.usable:
                 break
         return plan
-    config, _ = find_config(args.model)
+    config = policy_config(args)
     size, world, s = memory.sizes(config), machine.count, bytes_of(args)
     if args.low_memory and (world > 1 or s != 2):
         raise ValueError("--low-memory is for one process in bfloat16: several shard their masters "
@@ -138,7 +139,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         "update": update,
         "step": step,
     }  # fmt: skip
-    if args.kl_coef:
+    if args.kl_coef and not args.lora_rank:  # LoRA's reference is the policy without its adapters
         add_frozen(phases, "reference", s * size.total, "log-probs", args.offload)
     for name in reward_models(args):
         judge, _ = find_config(name)
@@ -202,8 +203,9 @@ def remedies(script: str, args: Namespace, machine: Machine) -> Iterator[tuple[M
             count *= 2
 
 
-def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | None:
-    """The change of settings that does the least harm (none, slower, other results) and makes the run fit."""
+def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool = False) -> dict | None:
+    """The change of settings that does the least harm (none, slower, other results) and makes the run fit; lora: one
+    with adapters, which train instead of all weights."""
     tries = [{}]
     if script == "rl":
         tries.append({"offload": True})
@@ -211,7 +213,10 @@ def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | No
         tries += [change | {"low_memory": True} for change in tries]
     else:
         tries = [change | {"low_memory": False} for change in tries]
-    tries.append(tries[-1] | {"tokens_per_microbatch": args.tokens_per_microbatch // 2})
+    half = {"tokens_per_microbatch": args.tokens_per_microbatch // 2}
+    tries.append(tries[-1] | half)
+    if lora:
+        tries = [change | {"lora_rank": args.lora_rank or LORA_RANK, "low_memory": False} for change in tries]
     for change in tries:
         if make(script, Namespace(**vars(args) | change), machine).fits:
             return {name: value for name, value in change.items() if getattr(args, name) != value}
@@ -224,11 +229,13 @@ def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | No
 def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan) -> dict[str, float]:
     """Estimated seconds of each phase: FLOP at COMPUTE_SHARE of the peak, decoding by bytes at MEMORY_SHARE of the
     bandwidth. Not counted: attention's FLOP, communication, optimizer, saving, evaluation."""
-    config, _ = find_config(args.model)
+    config = policy_config(args)
     size, s = memory.sizes(config), bytes_of(args)
     flops = PEAK_FLOPS * COMPUTE_SHARE * machine.count
     # Per parameter and token: forward 2, backward 4, forward again 2
     training = 8 if plan.recompute == "layer" else 6
+    if args.lora_rank:  # no gradients of frozen weights
+        training -= 2
     if script == "sft":
         return {"update": training * size.active * args.batch_size * SFT_TOKENS / flops}
     rows = args.prompts_per_step * args.samples_per_prompt
@@ -259,7 +266,7 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     }
     if args.kl_coef:
         seconds["log-probs"] *= 2
-        seconds["log-probs"] += s * size.total / LINK if args.offload else 0
+        seconds["log-probs"] += s * size.total / LINK if args.offload and not args.lora_rank else 0
     for name in reward_models(args):
         judge = memory.sizes(find_config(name)[0]).total  # no reward model has experts
         seconds["reward"] += 2 * judge * tokens / flops + (s * judge / LINK if args.offload else 0)
@@ -306,10 +313,14 @@ def report(script: str, args: Namespace) -> str:
     if plan.fits:
         lines.append(time_line(script, args, machine, plan))
     else:
-        cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in remedies(script, args, machine)]
+        found = list(remedies(script, args, machine))
+        lora = None if args.lora_rank else first_that_fits(script, args, machine, lora=True)
+        if lora:
+            found.append((machine, lora))
+        cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in found]
         lines += cures or [f"  no setting that was tried makes it fit (up to {MOST_GPUS} GPUs, and "
                            "cards of 141 GB)"]
-    size = memory.sizes(find_config(args.model)[0])
+    size = memory.sizes(policy_config(args))
     one = memory.checkpoint_bytes(size, s, args.low_memory)
     lines.append(f"  disk: {gb(one)} GB per checkpoint, up to "
                  f"{gb((args.keep + 1) * one + s * size.total)} GB with --keep {args.keep}, one "

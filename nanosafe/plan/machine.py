@@ -2,6 +2,8 @@
 
 import os
 import re
+from argparse import Namespace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +95,12 @@ def _hub_config(repo: str, revision: str) -> ModelConfig:
         file = hf_hub_download(repo, "config.json", revision=revision or None, local_files_only=hub_is_away())
         folder = Path(file).parent
     return ModelConfig.from_folder(folder)
+
+
+def policy_config(args: Namespace) -> ModelConfig:
+    """Of the model that trains, with its adapters."""
+    config, _ = find_config(args.model)
+    return replace(config, lora=(args.lora_rank, 1.0)) if args.lora_rank else config
 
 
 def known_config(name: str) -> tuple[ModelConfig, str] | None:

@@ -27,6 +27,11 @@ class Sizes(NamedTuple):
     head: int  # V * D; 0 for a reward model, whose head is one row
     root: int  # all but the layers: embedding, last norm, head
     active: int  # without the experts that a token does not pass
+    # Of LoRA (lora.py) the adapters, else as above
+    trained: int
+    trained_block: int
+    trained_root: int
+    trained_head: int
 
 
 @lru_cache
@@ -35,16 +40,20 @@ def sizes(config: ModelConfig) -> Sizes:
     with torch.device("meta"):
         model = make_decoder(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    layers = []
+    layers, trained = [], []
     for layer in model.model.layers:
         layers.append(sum(parameter.numel() for parameter in layer.parameters()))
+        trained.append(sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad))
     head = 0 if config.num_labels else config.vocab_size * config.hidden_size
     idle = 0
     for module in model.modules():
         if isinstance(module, Experts):
             used = config.hybrid.experts_per_token * module.weight.numel() // config.hybrid.experts
             idle += module.weight.numel() - used
-    return Sizes(total, max(layers), head, total - sum(layers), total - idle)
+    root = total - sum(layers)
+    trained_root, trained_head = (0, 0) if config.lora else (root, head)
+    return Sizes(total, max(layers), head, root, total - idle,
+                 sum(trained) + trained_root, max(trained), trained_root, trained_head)
 
 
 def training_state(size: Sizes, s: int, world: int, low_memory: bool) -> dict[str, float]:
@@ -52,32 +61,32 @@ def training_state(size: Sizes, s: int, world: int, low_memory: bool) -> dict[st
 
     One process: the masters are the weights themselves where --dtype is float32. --low-memory: a 16-bit remainder for
     the masters, moments of 8 bits with a float32 scale per 256. Several processes: float32 parameters, which are the
-    masters, and moments are sharded.
+    masters, and moments are sharded. LoRA: frozen weights are in --dtype and have neither masters nor moments.
     """
-    P = size.total
+    P, frozen = size.trained, s * (size.total - size.trained)
     if low_memory:
-        return {"weights": s * P, "masters": 2 * P, "moments": (2 + 4 / 256) * P}
+        return {"weights": frozen + s * P, "masters": 2 * P, "moments": (2 + 4 / 256) * P}
     if world > 1:
-        return {"masters": 4 * P / world, "moments": 8 * P / world}
+        return {"weights": frozen / world, "masters": 4 * P / world, "moments": 8 * P / world}
     masters = 0 if s == 4 else 4 * P
-    return {"weights": s * P, "masters": masters, "moments": 8 * P}
+    return {"weights": frozen + s * P, "masters": masters, "moments": 8 * P}
 
 
 def checkpoint_bytes(size: Sizes, s: int, low_memory: bool) -> float:
-    """Bytes of a checkpoint on disk: the model in --dtype, masters where they are finer, and moments."""
-    return sum(training_state(size, s, 1, low_memory).values())
+    """Bytes of a checkpoint on disk: what trains in --dtype, masters where they are finer, and moments."""
+    return sum(training_state(size._replace(total=size.trained), s, 1, low_memory).values())
 
 
 def gradients(size: Sizes, world: int) -> float:
     """Gradients add up in float32, sharded like the masters, and are freed after each step."""
-    return 4 * size.total / world
+    return 4 * size.trained / world
 
 
 def optimizer_workspace(size: Sizes, low_memory: bool, kind: str) -> float:
     """On CUDA both optimizers update in one pass. On a CPU --low-memory goes by chunks, torch's AdamW by tensors."""
     if kind == "cuda":
         return 0
-    return 10 * 4 * CHUNK if low_memory else 4 * size.head
+    return 10 * 4 * CHUNK if low_memory else 4 * min(size.head, size.trained)
 
 
 def sharding_buffers(size: Sizes, s: int, world: int, training: bool) -> float:
@@ -85,8 +94,8 @@ def sharding_buffers(size: Sizes, s: int, world: int, training: bool) -> float:
     training also a layer's gradient in --dtype and, on its way to the other ranks, in float32."""
     if world == 1:
         return 0
-    layer = 2 * s + (s + 4 if training else 0)
-    return s * size.root + layer * size.block
+    gradients = (s + 4) * size.trained_block if training else 0
+    return s * size.root + 2 * s * size.block + gradients
 
 
 # Activations.
@@ -101,6 +110,8 @@ def forward_bytes(config: ModelConfig, s: int) -> float:
     D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
     Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     mlp = s * (3 * D + 3 * F)  # x, x after attention, its norm; gate, up, silu(gate)
+    if config.lora:  # gate; product, update and sum of up
+        mlp += s * F
     # x, its norm; q, k, v; in float32 q, both products and the sum
     rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q
     worst = max(mlp, rope)
@@ -130,7 +141,8 @@ def saved_bytes(config: ModelConfig, s: int) -> float:
         scan = 60 * inner + 32 * h.groups * S + 8 * (h.mamba_heads + 1) * chunk + 8 * inner * S / chunk
         mixer = max(mixer, scan)
         mlp += h.experts_per_token * (2 * D + 4 * config.intermediate_size)
-    return mixer + s * mlp
+    rank = config.lora[0] if config.lora else 0  # an adapter keeps its narrow result; of a hybrid an upper bound
+    return mixer + s * (mlp + 7 * rank)
 
 
 def kept_bytes(config: ModelConfig, s: int, recompute: str) -> float:
@@ -140,8 +152,10 @@ def kept_bytes(config: ModelConfig, s: int, recompute: str) -> float:
     if recompute == "none" or config.hybrid:  # of a hybrid an upper bound
         return saved_bytes(config, s)
     Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # q, k and v before norms and rotation; the attended values and their product; gate and up.
+    # q, k and v before norms and rotation; the attended values and their product; gate and up; of LoRA the narrow
+    # results but for the last product's.
     products = 2 * Q + 2 * K + config.hidden_size + 2 * config.intermediate_size
+    products += 6 * config.lora[0] if config.lora else 0
     return s * products + 4 * config.num_attention_heads  # log-sum-exps
 
 
@@ -170,10 +184,10 @@ def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, 
     kept += tokens * 2 * 4 * config.head_dim  # cos and sin
     kept_of_layer = tokens * kept_bytes(config, s, recompute)
     kept += kept_of_layer * config.num_hidden_layers
-    layer = tokens * backward_bytes(config, s) - kept_of_layer + s * size.head
+    layer = tokens * backward_bytes(config, s) - kept_of_layer + s * size.trained_head
     # Its weight's gradient, and in float32 that of the hidden states, which adds up over tiles.
-    head = head_tile(config, s, tokens) + s * size.head + 4 * tokens * config.hidden_size
-    root = (s + 4) * size.root if world > 1 else 0
+    head = head_tile(config, s, tokens) + s * size.trained_head + 4 * tokens * config.hidden_size
+    root = (s + 4) * size.trained_root if world > 1 else 0
     return max(kept + head, kept + layer, root)
 
 

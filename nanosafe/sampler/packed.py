@@ -3,7 +3,7 @@
 A decode step reads every weight once for a handful of rows. From a plain row-major matrix a CPU reaches only part of
 its memory bandwidth doing so, from a packed one (kernels/cpu_matmul.py) most of it. Packing costs a second copy of the
 weights and about as much time as a few decode steps. Matrices that multiply the same input are joined on the way, for
-in a small model every operation costs as much as what it computes.
+in a small model every operation costs as much as what it computes. LoRA's adapters are merged into the copies.
 """
 
 import copy
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanosafe.kernels.cpu_matmul import linear, pack_weight, packing_works
 from nanosafe.model.decoder import MLP, Attention, Decoder, rotate
+from nanosafe.model.lora import merged_weight
 
 SMALLEST = 2**18  # elements; below, a call into oneDNN costs more than it saves
 # Model -> what told its parameters from others, and its view
@@ -36,7 +37,7 @@ class PackedLinear(nn.Module):
 
 def join(*layers: nn.Linear) -> PackedLinear:
     """One product for layers that multiply the same x: their results one behind the other."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
+    weight = torch.cat([merged_weight(layer) for layer in layers])
     if layers[0].bias is None:
         return PackedLinear(weight)
     return PackedLinear(weight, torch.cat([layer.bias.detach() for layer in layers]))
@@ -51,7 +52,7 @@ class JoinedAttention(nn.Module):
         self.H = plain.q_proj.out_features // plain.head_dim
         self.H_kv = plain.k_proj.out_features // plain.head_dim
         self.qkv_proj = join(plain.q_proj, plain.k_proj, plain.v_proj)
-        self.o_proj = PackedLinear(plain.o_proj.weight, plain.o_proj.bias)
+        self.o_proj = PackedLinear(merged_weight(plain.o_proj), plain.o_proj.bias)
         self.norm = None  # [H + H_kv, head_dim] weights of the norms, float32
         if plain.q_norm is not None:
             self.eps = plain.q_norm.eps
@@ -75,7 +76,7 @@ class JoinedMLP(nn.Module):
     def __init__(self, plain: MLP):
         super().__init__()
         self.gate_up_proj = join(plain.gate_proj, plain.up_proj)
-        self.down_proj = PackedLinear(plain.down_proj.weight, plain.down_proj.bias)
+        self.down_proj = PackedLinear(merged_weight(plain.down_proj), plain.down_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -121,6 +122,6 @@ def replace_products(module: nn.Module) -> None:
         elif type(child) is MLP:
             setattr(module, name, JoinedMLP(child))
         elif isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child.weight, child.bias))
+            setattr(module, name, PackedLinear(merged_weight(child), child.bias))
         else:
             replace_products(child)

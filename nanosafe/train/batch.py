@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.lora import adapters_off
 from nanosafe.parallel import Ranks
 from nanosafe.text.data import Episode
 from nanosafe.train.offload import on_device
@@ -107,7 +108,8 @@ def score_tokens(policy: Decoder, reference: Decoder | None, episodes: list[Epis
         batch.old_logprobs = batch.scores.logprobs
     if reference is not None:
         scores = {}
-        with on_device(reference, ranks.device):
+        is_policy = reference is policy  # LoRA's, which is the reference without its adapters
+        with adapters_off(policy) if is_policy else on_device(reference, ranks.device):
             for rows, packed in progress(packs, "reference"):
                 logprobs = response_logprobs(reference, packed, args.temperature)[0]
                 scores |= by_row(logprobs[None], packed, rows)

@@ -16,6 +16,7 @@ from nanosafe.parallel import Ranks
 from nanosafe.train.tracking import require_trackers
 
 UNSET = object()
+LORA_LR = 10  # LoRA's learning rate is that of full training times this
 
 
 def settings(parser: ArgumentParser, argv: list[str] | None, script: str,
@@ -60,6 +61,15 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
         raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
                          "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
+    if args.lora_rank:
+        # Twice the rank: the scale alpha / R is 2 whatever the rank is.
+        args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
+        if "lr" in origins["recipe"]:
+            args.lr *= LORA_LR
+            origins["recipe"].remove("lr")
+            origins[f"recipe, times {LORA_LR} for LoRA"] = ["lr"]
+    elif args.lora_alpha or args.save_adapter:
+        raise ValueError("--lora-alpha and --save-adapter are of LoRA: add --lora-rank, or leave them out")
     if not args.out:
         name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
         args.out = f"runs/{script}-{name}"

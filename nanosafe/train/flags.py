@@ -59,6 +59,14 @@ def new_parser(description: str) -> ArgumentParser:
     add("--low-memory", action="store_true",
         help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 "
         "bits; a parameter then takes 6 bytes instead of 14")
+    add("--lora-rank", type=positive_int, metavar="R",
+        help="LoRA: train two matrices of this rank beside every linear layer of attention and MLP and "
+        "nothing else, at ten times the recipe's learning rate; the model without them is the reference "
+        "(docs/lora.md; default: all weights train)")
+    add("--lora-alpha", type=positive_float, metavar="A",
+        help="what the adapters add is multiplied by A / R (default: 2 R)")
+    add("--save-adapter", action="store_true",
+        help="also write the adapters to OUT/adapter, as PEFT loads them; final/ has them merged in")
     add("--offload", action="store_true",
         help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a "
         "step")

@@ -40,7 +40,8 @@ class Optimizer:
         It is for a model that is whole on this device; raises ValueError for parameters that are not bfloat16.
         """
         self.max_grad_norm = max_grad_norm
-        self.parameters = dict(model.named_parameters())
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.parameters = dict(trained)
         # A master is what AdamW updates; its .grad collects the gradient of the step in float32.
         self.masters = split_parameters(self.parameters) if low_memory else self._float32_masters()
         matrices = [master for master in self.masters.values() if master.ndim >= 2]

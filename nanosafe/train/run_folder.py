@@ -1,8 +1,9 @@
 """The run folder: what a run writes while it goes, and how it goes on after being stopped at any moment.
 
     args.json  metrics.jsonl  samples.jsonl
-    checkpoints/step-000010/   an official-layout model folder with trainer/ inside
-    final/                     the same without trainer/, in --save-dtype; it is there when the run is complete
+    checkpoints/step-000010/   an official-layout model folder with trainer/ inside; of LoRA, the adapters alone
+    final/                     an official-layout model folder in --save-dtype, there when the run is complete
+    adapter/                   with --save-adapter: LoRA's adapters as PEFT loads them
 
 A row of metrics is on disk before the checkpoint that covers it appears, and a checkpoint appears whole, by one rename.
 So the newest checkpoint decides everything: resuming cuts the row files back to its step and goes on from there.
@@ -15,14 +16,16 @@ import re
 import shutil
 import signal
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nanosafe.io.files import naming, read_own, staged, sync, write_atomic
 from nanosafe.io.locks import hold
+from nanosafe.model.adapter_files import save_adapter
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.parallel import Ranks
@@ -31,7 +34,8 @@ from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.optim import Optimizer
 
 # Flags that may differ between a run and its continuation: none of them changes a computed number.
-FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute"}
+FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute",
+              "save_adapter"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SKIPPED_STEPS = 5  # steps in a row without an update, after which something is broken rather than unlucky
 # What may lie in a folder before its first run does (the lock, a job's files, a user's log), and in a run's own.
@@ -138,6 +142,9 @@ class RunFolder:
     def attach(self, model: Decoder, tokenizer: Tokenizer, optimizer: Optimizer) -> None:
         """Take what is to be saved. If the run is resumed (`model` from `resumed`), restore the optimizer."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.save_trained = save_model
+        if model.config.lora:
+            self.save_trained = partial(save_adapter, base=self.args.model)
         # The type of the base's files. Those of a checkpoint, which a resumed run loads, are in --dtype.
         config = model.config.raw
         self.state.setdefault("base_dtype", str(config.get("dtype") or config.get("torch_dtype")))
@@ -210,7 +217,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write checkpoints/step-N, then delete all but the newest `--keep`."""
-        self._write(self.out / "checkpoints" / f"step-{self.state['step']:06d}", self.dtype, trainer=True)
+        folder = self.out / "checkpoints" / f"step-{self.state['step']:06d}"
+        self._write(folder, self.save_trained, self.dtype, trainer=True)
         # After a step that updated nothing none is deleted: what makes rewards or gradients NaN may be in this
         # checkpoint already, and must not push out the last good one.
         if self.ranks.main and not self.state["skipped"]:
@@ -219,23 +227,25 @@ class RunFolder:
                 shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         self.ranks.wait()
 
-    def _write(self, folder: Path, dtype: torch.dtype, trainer: bool) -> None:
-        """Write the model, and what the trainer goes on with, as `folder`: whole, by one rename, or not at all."""
-        partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
+    def _write(self, folder: Path, save: Callable, dtype: torch.dtype, trainer: bool = False) -> None:
+        """Write the model by `save`, and what the trainer goes on with, as `folder`: whole, by one rename, or not at
+        all.
+        """
+        unfinished, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
         try:
-            save_model(self.model, partial, self.tokenizer, dtype=dtype, writes=main)
+            save(self.model, unfinished, self.tokenizer, dtype=dtype, writes=main)
             if trainer:
-                with staged(partial / "trainer", main) as new:
+                with staged(unfinished / "trainer", main) as new:
                     save_tensors(self.optimizer.state(), new, "optimizer")
                     if main:
                         (new / "state.json").write_text(json.dumps(self.state, indent=2) + "\n")
             if main:
-                os.rename(partial, folder)
+                os.rename(unfinished, folder)
                 sync(folder.parent)
                 sync(self.out)
         except OSError as error:
             if main:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
             kept = ", ".join(path.name for path in self.checkpoints()) or "none"
             raise OSError(f"saving {folder} failed ({error}); kept: {kept}. "
                           "Make room, and the same command goes on from there") from error
@@ -250,8 +260,11 @@ class RunFolder:
             self.ranks.print(f"stopped after step {self.state['step']}; the same command goes on from there")
             self.ranks.close()
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
+        # Before final/, which merges the adapters; it is there already where an earlier process ended in between.
+        if self.model.config.lora and self.args.save_adapter and not (self.out / "adapter").exists():
+            self._write(self.out / "adapter", self.save_trained, self.dtype)
         dtype = DTYPES.get(self.args.save_dtype or self.state["base_dtype"], self.dtype)
-        self._write(self.out / "final", dtype, trainer=False)
+        self._write(self.out / "final", save_model, dtype)
         self.ranks.print(f"done: {self.out}/final")
         if self.lock is not None:
             self.lock.close()
