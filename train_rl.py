@@ -30,11 +30,12 @@ from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_model, load_reward, load_rows, load_tokenizer, recipe
-from nanosafe.parallel import Ranks, unsharded
+from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.sampler.packed import forget_packed
+from nanosafe.sampler.spread import check_spread, sampling_model
 from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data and reward: a name is looked up by the main rank first, which alone downloads.
     with ranks.main_first():
+        check_spread(checkpoint(args.model, weights=False), args.rollout_shards)
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, weights=args.reward_weights,
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 
         warnings = []
         if watch is not None and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            with unsharded(policy, run.dtype) as model:
+            with sampling_model(policy, run.dtype, ranks, args.rollout_shards) as model:
                 metrics |= watch.measure(model, step + 1)
             warnings = watch.warnings()
             clock.lap("eval")
@@ -193,7 +195,7 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
             # Of its own, so that a response depends on neither batch nor rank.
             seed=derive_seed(args.seed, "rollout", step, row),
         ))
-    with unsharded(policy, getattr(torch, args.dtype)) as model:
+    with sampling_model(policy, getattr(torch, args.dtype), ranks, args.rollout_shards) as model:
         outputs = generate_over_ranks(model, prompt_ids, params, ranks, progress=ranks.main)
         forget_packed(model)  # Training needs the memory.
     episodes = []

@@ -6,7 +6,8 @@ from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, measured, r
 from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs
-from nanosafe.parallel import Ranks, unsharded
+from nanosafe.parallel import Ranks
+from nanosafe.sampler.spread import sampling_model
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.own_reward import is_function
 from nanosafe.train.rewards import Reward
@@ -64,7 +65,7 @@ def start_watch(policy: Decoder, reward: Reward, tokenizer: Tokenizer, run: RunF
         watch.recall(run.state["step"])
         ranks.print("at the last measurement: " + watch.summary())
     else:
-        with unsharded(policy, run.dtype) as model:
+        with sampling_model(policy, run.dtype, ranks, args.rollout_shards) as model:
             watch.measure(model, 0)
         ranks.print("before training: " + watch.summary())
     return watch

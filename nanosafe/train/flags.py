@@ -142,6 +142,12 @@ def rl_flags(description: str) -> ArgumentParser:
     add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
     add("--pairs",
         help="labelled pairs (prompt, chosen, rejected) to try the reward model on before the start")
+    add("--rollout-shards", type=positive_int, default=1, metavar="T",
+        help="groups of T ranks sample together, each with its heads, MLP columns and KV cache: for "
+        "weights that one GPU cannot hold (default: 1, each rank samples alone; docs/spread.md)")
+    add("--shard-frozen", action="store_true",
+        help="each rank keeps its rows of reference and reward model, too; layers are gathered as they "
+        "score")
     add("--eval-every", type=positive_int,
         help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     show_recipes(parser, "rl")
