@@ -98,13 +98,14 @@ def main(argv: list[str] | None = None) -> None:
         return ranks.close()
 
     # Data and reward: a name is looked up by the main rank first, which alone downloads.
+    frozen_ranks = ranks if args.shard_frozen else None
     with ranks.main_first():
         check_spread(checkpoint(args.model, weights=False), args.rollout_shards)
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, weights=args.reward_weights,
                              scope=args.reward_scope, device=ranks.device, dtype=run.dtype,
-                             offload=args.offload, date=args.date)
+                             offload=args.offload, date=args.date, ranks=frozen_ranks)
     run.check_data(args.prompts, rows)
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
@@ -116,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     reference = None
     if args.kl_coef:
         home = "cpu" if args.offload else ranks.device
-        reference = load_model(base, device=home, dtype=run.dtype).requires_grad_(False)
+        reference = load_model(base, device=home, dtype=run.dtype, ranks=frozen_ranks, frozen=True)
+        reference.requires_grad_(False)
     optimizer = Optimizer(policy, low_memory=args.low_memory)
     run.attach(policy, tokenizer, optimizer)
 

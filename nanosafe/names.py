@@ -41,19 +41,19 @@ def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None, ranks: Ranks | None = None) -> Decoder:
+               dtype: torch.dtype | None = None, ranks: Ranks | None = None, frozen: bool = False) -> Decoder:
     """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
 
     dtype: as the scripts' --dtype, by default float32 on a CPU and bfloat16 on CUDA.
 
     What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
-    ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype`.
+    ranks: of several, each keeps its rows of every tensor, in float32 (frozen: in `dtype`), and computes in `dtype`.
     Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
     """
     folder = checkpoint(name_or_path)
     if ModelConfig.from_folder(folder).num_labels:
         raise ValueError(f"{name_or_path} is a reward model (it has a score head): use load_reward_model")
-    model = load_checkpoint(folder, device, dtype or default_dtype(device), ranks)
+    model = load_checkpoint(folder, device, dtype or default_dtype(device), ranks, frozen)
     with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
         model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
     return model
@@ -87,10 +87,11 @@ def load_reward(spec: str | Sequence[str], *, weights: Sequence[float] | None = 
 
 
 def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.device = "cpu",
-                    dtype: torch.dtype | None = None, offload: bool = False, date: str | None = None) -> Reward:
+                    dtype: torch.dtype | None = None, offload: bool = False, date: str | None = None,
+                    ranks: Ranks | None = None) -> Reward:
     """rule:math, rule:refusal, rule:tiny-judge, a function FILE.py:NAME, or a reward model (alias, hub id or folder).
 
-    offload: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
+    offload, ranks: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
     `rewards.conversation`; a reward model whose template deletes thoughts is refused with a ValueError for "response".
     """
     rules = RULES | {"rule:tiny-judge": tiny_judge}
@@ -100,7 +101,8 @@ def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.d
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
     if is_function(spec):
         return OwnReward(spec)
-    model = RewardModel.load(checkpoint(spec), device, dtype or default_dtype(device), offload=offload)
+    model = RewardModel.load(checkpoint(spec), device, dtype or default_dtype(device), offload=offload,
+                             ranks=ranks)
     # Scores of a run that is resumed must not change with the day.
     model.tokenizer.date = date or model.tokenizer.date
     model.check_scope(scope, spec)

@@ -37,8 +37,10 @@ if triton is not None:
         logits, near_edge, temperatures, top_ks, top_ps, min_ps, seeds, steps, tokens, logprobs, V, begin,
         W: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
-        """Program r draws row r. Scores above `edge` stay, and of those equal to it the ids up to `last`. These count from
-        0; noise is that of the ids from `begin` on."""
+        """Program r draws row r. Scores above `edge` stay, and of those equal to it the ids up to `last`.
+
+        Ids count from 0 up to V; the noise is that of the ids from `begin` on.
+        """
         row = tl.program_id(0).to(tl.int64)
         logits, near_edge = logits + row * V, near_edge + row * V
         temperature = tl.load(temperatures + row)

@@ -36,9 +36,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_checkpoint(
-    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None
-) -> Decoder:
-    """The model in `folder`, whichever head it has, on `device` in `dtype`, in eval mode; ranks: as in load_model.
+    folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None,
+    frozen: bool = False,
+) -> Decoder:  # fmt: skip
+    """The model in `folder`, with either head, on `device` in `dtype`, in eval mode; ranks and frozen: see load_model.
 
     On the CPU, tensors already in `dtype` are views of a private (copy-on-write) mapping: changing them never changes
     the file. All others are converted one by one: peak memory is the model and its largest stored tensor.
@@ -55,7 +56,7 @@ def load_checkpoint(
     names = _check_tensors(model, stored, folder)
     loading = progress(names, f"loading {folder.name}", "tensor")
     if ranks is not None and ranks.world > 1:
-        shard(model, ranks, dtype)
+        shard(model.to(dtype) if frozen else model, ranks, dtype)
         parameters = dict(model.to_empty(device=device).named_parameters())
         with torch.no_grad():
             for name in loading:

@@ -6,6 +6,7 @@ import torch
 from parallel_cases import joined
 from test_plan import LiveBytes
 
+import train_rl
 from nanosafe.model.attention import KVCache
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
@@ -64,14 +65,24 @@ def sample_cases(rank: int, world: int, folder: Path, shards: list[int]) -> None
     ranks.close()
 
 
+def run_rl(rank: int, world: int, folder: Path, runs: dict[str, list[str]]) -> None:
+    """train_rl.py with each list of arguments, into FOLDER/NAME."""
+    for name, arguments in runs.items():
+        joined(rank, world, folder / f"store-{name}")
+        train_rl.main([*arguments, "--out", str(folder / name)])
+
+
 def measure(rank: int, world: int, folder: Path, shards: int) -> None:
-    """Write the bytes of a rank's part, of its cache and of both while the part is made, to FOLDER/bytes-RANK.pt."""
+    """Write the bytes of a rank's part, of its cache, the most at a time and what is left to FOLDER/bytes-RANK.pt.
+
+    The most is counted before the cache is made: it is what making the part takes.
+    """
     ranks = joined(rank, world, folder / "store-bytes")
     policy = load_model(folder / "large", dtype=torch.float32, ranks=ranks)
     with LiveBytes(policy.parameters()) as counted, sampling_model(policy, torch.float32, ranks, shards) as model:
-        part = counted.live
+        part, peak = counted.live, counted.peak
         engine = Engine(model, max_tokens=64, requests=4, pack=False)
         cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
-    peak = counted.peak - cache
+        del engine
     torch.save(dict(part=part, cache=cache, peak=peak, left=counted.live), folder / f"bytes-{rank}.pt")
     ranks.close()

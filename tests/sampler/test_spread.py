@@ -1,9 +1,20 @@
 """Models that several ranks hold together against one process: completions, memory, what is refused, whole runs."""
 
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
 import pytest
 import torch
-from spread_cases import CASES, SHAPE, measure, sample_cases
-from tiny_models import random_checkpoint
+from spread_cases import CASES, SHAPE, measure, run_rl, sample_cases
+from test_train import rl_args, rows_of, without_clock
+from tiny_models import random_checkpoint, tiny_config, tiny_raw
+from world import write_world
+
+import train_rl
+from nanosafe.sampler import SamplingParams, sequence
+from nanosafe.sampler.spread import SpreadDecoder, check_spread
+from nanosafe.train.cli import check_parallel
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +40,74 @@ def test_ranks_that_hold_a_model_together_sample_what_one_process_does(folder, c
             for a, b in zip(samples, expected, strict=True):
                 assert a[0] == b[0] and a[2] == b[2]
                 assert a[1] == pytest.approx(b[1], abs=1e-5)
+
+
+def test_runs_in_groups_and_with_sharded_frozen_models_are_those_of_one_process(tmp_path):
+    """Sampling, rewards, the reference's log-probs, updates: steps of whole runs."""
+    world = write_world(tmp_path / "world", num_key_value_heads=4)
+    plain = rl_args(world, tmp_path, "--samples-per-prompt", "3", "--temperature", "0.9", "--old-logprobs", "trainer",
+                    "--steps", "2")  # fmt: skip
+    spread = [*plain, "--rollout-shards", "2"]
+    frozen, filtered = ["--shard-frozen"], ["--top-p", "0.9"]
+    runs = {
+        1: {"one": plain, "filtered": [*plain, *filtered]},
+        2: {"two": spread, "two, filtered": [*spread, *frozen, *filtered]},
+        4: {"four": [*plain, "--rollout-shards", "4", *frozen], "two groups": [*spread, *frozen]},
+    }
+    for count, named in runs.items():
+        torch.multiprocessing.spawn(run_rl, (count, tmp_path, named), nprocs=count)
+
+    def metrics(name: str) -> list[dict]:
+        rows = without_clock(rows_of(tmp_path / name))
+        return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+    for name, expected in (("two", "one"), ("four", "one"), ("two groups", "one"), ("two, filtered", "filtered")):
+        assert len(metrics(name)) == 2
+        for row, other in zip(metrics(name), metrics(expected), strict=True):
+            assert row["mismatch/max"] < 1e-5  # It is rounding, of which both have their own.
+            assert row == pytest.approx(other | {"mismatch/max": row["mismatch/max"]}, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_a_rank_holds_its_part_of_weights_and_cache_and_one_whole_parameter_more(tmp_path):
+    """Bytes of live tensors; the vocabulary is a multiple of what four ranks cut it into."""
+    reference = random_checkpoint(tmp_path / "large", "llama", **SHAPE | dict(vocab_size=1024, num_hidden_layers=6))
+    whole = {name: tensor.nbytes for name, tensor in reference.named_parameters()}
+    norms = sum(nbytes for name, nbytes in whole.items() if "norm" in name)  # which every rank has
+    torch.multiprocessing.spawn(measure, (4, tmp_path, 4), nprocs=4)
+    cache = 2 * 6 * (4 + 1) * 64 * (4 * 8) * 4  # keys and values, layers, slots and scratch, positions, heads, float32
+    for rank in range(4):
+        found = torch.load(tmp_path / f"bytes-{rank}.pt")
+        assert found["part"] == (sum(whole.values()) - norms) / 4 + norms and found["cache"] == cache / 4
+        assert found["part"] < found["peak"] <= found["part"] + max(whole.values()) + 64
+        assert found["left"] <= 64  # a number or two
+
+
+def test_a_model_that_cannot_be_cut_is_refused_by_name_before_it_is_loaded(tmp_path):
+    args = ["--model", str(tmp_path / "policy"), "--reward-model", "rule:refusal", "--prompts", "none"]
+    for shards, family, field, changes in [
+        (4, "qwen3", "num_key_value_heads 2", {}),
+        (3, "llama", "num_attention_heads 4", {}),
+        (2, "qwen2", "intermediate_size 47", dict(intermediate_size=47)),
+        (2, "granite4", "Granite 4", {}),
+    ]:
+        raw = tiny_raw(family, **changes)
+        (tmp_path / "policy").mkdir(exist_ok=True)
+        (tmp_path / "policy" / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=f"--rollout-shards {shards}.*{field}"):
+            check_spread(tmp_path / "policy", shards)
+        check_spread(tmp_path / "policy", 1)
+    with pytest.raises(ValueError, match="--rollout-shards 2 spreads a model over 2 processes, and this is one"):
+        train_rl.main([*args, "--rollout-shards", "2"])
+    with pytest.raises(ValueError, match="--shard-frozen .* this is one"):
+        train_rl.main([*args, "--shard-frozen"])
+    settings = Namespace(rollout_shards=3, shard_frozen=False, offload=False)
+    with pytest.raises(ValueError, match="--rollout-shards 3 does not divide the 8 processes"):
+        check_parallel(settings, 8)
+    with pytest.raises(ValueError, match="leave one out"):
+        check_parallel(Namespace(rollout_shards=2, shard_frozen=True, offload=True), 8)
+
+
+def test_a_spread_model_needs_seeds():
+    with pytest.raises(ValueError, match="prompt 0 has no seed"):
+        model = SpreadDecoder(tiny_config("qwen3"), SimpleNamespace(shards=2, index=0))
+        sequence(model, [5], SamplingParams(max_new_tokens=9))
