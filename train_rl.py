@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan is not None:
         return plan.show("rl", args)
     ranks = cli.start(args, origins, "rl")
+    if args.rollout_shards > 1:
+        check_spread(plan.find_config(args.model)[0], args.rollout_shards, args.model)
     if args.random_weights:
         random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
@@ -100,7 +102,6 @@ def main(argv: list[str] | None = None) -> None:
     # Data and reward: a name is looked up by the main rank first, which alone downloads.
     frozen_ranks = ranks if args.shard_frozen else None
     with ranks.main_first():
-        check_spread(checkpoint(args.model, weights=False), args.rollout_shards)
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, weights=args.reward_weights,

@@ -10,6 +10,7 @@ GB are 10^9 bytes. A card sold as 80 or 141 GB has so many GiB less what its dri
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
 from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb
 from nanosafe.sampler.engine import default_prefill_tokens
+from nanosafe.sampler.spread import check_spread, part_config
 from nanosafe.text.data import sft_steps
+from nanosafe.train.cli import check_parallel
 from nanosafe.train.own_reward import is_function
 from nanosafe.train.weighted_reward import reward_specs
 
@@ -87,7 +90,7 @@ def choose_recompute(script: str, args: Namespace, ranks: Ranks) -> str:
 def settings(script: str, model: str, **changes) -> Namespace:
     """Flags of train_rl.py or train_sft.py ("rl", "sft") that are read here, as the recipe has them, with `changes`."""
     flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, recompute=None, keep=2,
-                 steps=None)
+                 steps=None, rollout_shards=1, shard_frozen=False)
     return Namespace(**flags | recipe(script, model) | changes)
 
 
@@ -122,14 +125,18 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         return Plan({"update": update, "step": step}, machine, blocks=0, table_width=0,
                     refused=None, recompute=args.recompute)
 
-    rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
+    check_parallel(args, world)
+    shards = args.rollout_shards
+    check_spread(config, shards, args.model)
+    part = part_config(config, shards)  # what a rank has of a model that samples
+    rows = math.ceil(args.prompts_per_step * args.samples_per_prompt * shards / world)
     rows_at_once = min(rows, memory.runner_of(machine.kind).max_batch)
-    prefill = default_prefill_tokens(config, machine.kind) * memory.forward_bytes(config, s)
+    prefill = default_prefill_tokens(part, machine.kind) * memory.forward_bytes(part, s)
+    gathered = memory.rollout_weights(config, s, world, shards)
     # Logits of all rows: in --dtype (on a CPU), in float32, and a copy that drawing makes.
     drawing = rows_at_once * config.vocab_size * (s + 8)
     phases = {
-        "rollout": state | {"gathered weights": s * size.total if world > 1 else 0,
-                            "activations": prefill + drawing},
+        "rollout": state | {"gathered weights": gathered, "activations": prefill + drawing},
         "reward": state | {"activations": 0},
         "log-probs": state | {
             "shard buffers": memory.sharding_buffers(size, s, world, training=False),
@@ -138,38 +145,31 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         "update": update,
         "step": step,
     }  # fmt: skip
+    frozen = memory.Frozen(s, world, args.offload, args.shard_frozen)
     if args.kl_coef:
-        add_frozen(phases, "reference", s * size.total, "log-probs", args.offload)
+        frozen.add(phases, "reference", size, "log-probs")
     for name in reward_models(args):
         judge, _ = find_config(name)
-        resident = phases["reward"].get("reward model", 0) + s * memory.sizes(judge).total
-        add_frozen(phases, "reward model", resident, "reward", args.offload)
+        frozen.add(phases, "reward model", memory.sizes(judge), "reward")
         activations = max(SCORED_TOKENS, longest) * memory.forward_bytes(judge, s)
         phases["reward"]["activations"] = max(phases["reward"]["activations"], activations)
 
     free = machine.usable - sum(phases["rollout"].values())
-    cache = memory.engine_cache(config, s, free, rows, longest, machine.kind)
-    blocks, width, block = max(0, cache.blocks), cache.table_width, memory.block_bytes(config, s, cache)
+    cache = memory.engine_cache(part, s, free, rows, longest, machine.kind)
+    blocks, width, block = max(0, cache.blocks), cache.table_width, memory.block_bytes(part, s, cache)
     # The least that it needs; one more is scratch
     phases["rollout"]["KV pool"] = (max(blocks, width) + 1) * block
     phases["rollout"]["states"] = memory.state_bytes(config, s, cache.max_batch)
     refused = None
-    # A rollout has all weights on each GPU, however many there are.
-    least = s * size.total + prefill + drawing + (width + 1) * block
+    # However many GPUs there are, a rollout has all weights on each, or on each group's.
+    least = (gathered or s * size.total) + prefill + drawing + (width + 1) * block
     least += 2 * KVCache.bytes_per_slot(config, memory.compute_type(s))
     if least > machine.usable:
-        refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in "
-                   f"--dtype, {gb(least)} with one sequence), each has {gb(machine.usable)}: only "
-                   "a larger card or a smaller model helps")
+        spread = "" if shards == 1 else f" over {shards}"
+        refused = (f"refused: sampling needs all weights{spread} on one GPU "
+                   f"({gb(gathered or s * size.total)} GB in --dtype, {gb(least)} with one sequence), each has "
+                   f"{gb(machine.usable)}: a larger card, a smaller model or more --rollout-shards helps")
     return Plan(phases, machine, blocks, width, refused, args.recompute)
-
-
-def add_frozen(phases: dict[str, dict[str, float]], name: str, nbytes: float, turn: str,
-               offload: bool) -> None:
-    """A model that does not train is there in every phase or, with --offload, in its own turn only."""
-    for phase in phases:
-        if phase == turn or not offload:
-            phases[phase] = phases[phase] | {name: nbytes}
 
 
 def reward_models(args: Namespace) -> list[str]:
@@ -206,16 +206,30 @@ def first_that_fits(script: str, args: Namespace, machine: Machine) -> dict | No
     """The change of settings that does the least harm (none, slower, other results) and makes the run fit."""
     tries = [{}]
     if script == "rl":
-        tries.append({"offload": True})
+        tries.append({"offload": True, "shard_frozen": False})
     if machine.count == 1 and args.dtype == "bfloat16":
         tries += [change | {"low_memory": True} for change in tries]
     else:
         tries = [change | {"low_memory": False} for change in tries]
     tries.append(tries[-1] | {"tokens_per_microbatch": args.tokens_per_microbatch // 2})
+    if script == "rl" and machine.count > 1:
+        tries += spread_tries(args, machine)
     for change in tries:
         if make(script, Namespace(**vars(args) | change), machine).fits:
             return {name: value for name, value in change.items() if getattr(args, name) != value}
     return None
+
+
+def spread_tries(args: Namespace, machine: Machine) -> Iterator[dict]:
+    """--shard-frozen, and with it as few --rollout-shards as help; last with smaller micro-batches."""
+    others = dict(low_memory=False, offload=False)
+    for tokens in (args.tokens_per_microbatch, args.tokens_per_microbatch // 2):
+        for shards in (1, 2, 4, 8):
+            with suppress(ValueError):  # what does not divide heads or GPUs
+                check_spread(find_config(args.model)[0], shards, args.model)
+                change = dict(rollout_shards=shards, shard_frozen=True, tokens_per_microbatch=tokens)
+                check_parallel(Namespace(**vars(args) | others | change), machine.count)
+                yield others | change
 
 
 # Time.
@@ -236,18 +250,20 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     tokens = rows * (prompt + mean)
     # Lengths are taken as uniform in (0, max]: rows that all fit together decode as long as the longest does, max
     # steps; others enter as rows leave, rows * mean / batch steps and a tail of mean.
-    rows = math.ceil(rows / machine.count)
+    shards = args.rollout_shards
+    part = part_config(config, shards)
+    rows = math.ceil(rows * shards / machine.count)
     runner = memory.runner_of("cuda")
     # Sequences of mean length in the pool
     capacity = max(1, plan.blocks * runner.block_size // math.ceil(prompt + mean))
     steps = mean * (1 + max(1, rows / min(rows, runner.max_batch, capacity)))
-    position = KVCache.bytes_per_position(config, memory.compute_type(s))
+    position = KVCache.bytes_per_position(part, memory.compute_type(s))
     slot = KVCache.bytes_per_slot(config, memory.compute_type(s))
     # A sequence of length n reads n * prompt + n^2 / 2 positions; the mean of n^2 is max^2 / 3.
     cache = rows * position * (mean * prompt + args.max_response_tokens**2 / 6)
     states = rows * mean * 2 * slot  # they are read and written
     # Of an embedding that is no head, a few rows are read.
-    weights = s * (size.total if config.tie_word_embeddings else size.total - size.head)
+    weights = s * (size.total if config.tie_word_embeddings else size.total - size.head) / shards
     # H200's from 100 GB on, else H100's
     bandwidth = LARGE_BANDWIDTH if machine.bytes > LARGE_CARD else BANDWIDTH
     decoding = (steps * weights + cache + states) / (MEMORY_SHARE * bandwidth)
@@ -336,6 +352,7 @@ def table(plan: Plan) -> list[str]:
 def cache_lines(args: Namespace, plan: Plan) -> list[str]:
     """How much the engine's cache holds."""
     config, dtype = find_config(args.model)[0], getattr(torch, args.dtype)
+    config = part_config(config, args.rollout_shards)
     longest = args.max_prompt_tokens + args.max_response_tokens
     positions = plan.blocks * (memory.runner_of(plan.machine.kind).block_size or longest)
     each = KVCache.bytes_per_position(config, dtype)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,17 +31,16 @@ COLUMNS = ("o_proj", "down_proj")  # cut along their inputs; their results are s
 VOCABULARY = ("embed_tokens", "lm_head")
 
 
-def check_spread(folder: Path, shards: int) -> None:
-    """Raise ValueError, naming the field, if the model in `folder` cannot be cut into `shards` equal parts."""
-    config = ModelConfig.from_folder(folder)
+def check_spread(config: ModelConfig, shards: int, name: str) -> None:
+    """Raise ValueError, naming the field, if the model `name` cannot be cut into `shards` equal parts."""
     if config.hybrid and shards > 1:
-        raise ValueError(f"--rollout-shards {shards}: {config.source} is a Granite 4, whose Mamba layers and experts "
-                         "are not cut: leave it out")
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(config, name)
+        raise ValueError(f"--rollout-shards {shards}: {name} is a Granite 4, whose Mamba layers and experts are not "
+                         "cut: leave it out")
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(config, field)
         if size % shards:
-            raise ValueError(f"--rollout-shards {shards} does not divide {name} {size} of {config.source}: "
-                             "take a number that divides heads, key-value heads and the MLP's columns")
+            raise ValueError(f"--rollout-shards {shards} does not divide {field} {size} of {name}: take a number "
+                             "that divides heads, key-value heads and the MLP's columns")
 
 
 def part_config(config: ModelConfig, shards: int) -> ModelConfig:

@@ -83,19 +83,23 @@ def test_a_rank_holds_its_part_of_weights_and_cache_and_one_whole_parameter_more
 
 
 def test_a_model_that_cannot_be_cut_is_refused_by_name_before_it_is_loaded(tmp_path):
-    args = ["--model", str(tmp_path / "policy"), "--reward-model", "rule:refusal", "--prompts", "none"]
     for shards, family, field, changes in [
         (4, "qwen3", "num_key_value_heads 2", {}),
         (3, "llama", "num_attention_heads 4", {}),
         (2, "qwen2", "intermediate_size 47", dict(intermediate_size=47)),
         (2, "granite4", "Granite 4", {}),
     ]:
-        raw = tiny_raw(family, **changes)
-        (tmp_path / "policy").mkdir(exist_ok=True)
-        (tmp_path / "policy" / "config.json").write_text(json.dumps(raw))
+        config = tiny_config(family, **changes)
         with pytest.raises(ValueError, match=f"--rollout-shards {shards}.*{field}"):
-            check_spread(tmp_path / "policy", shards)
-        check_spread(tmp_path / "policy", 1)
+            check_spread(config, shards, "model")
+        check_spread(config, 1, "model")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(tiny_raw("qwen3", num_key_value_heads=1)))
+    args = ["--model", str(tmp_path / "policy"), "--reward-model", "rule:refusal", "--prompts", "none"]
+    spread = {"refused": [*args, "--rollout-shards", "2"]}
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="num_key_value_heads 1 of .*/policy: take"):
+        torch.multiprocessing.spawn(run_rl, (2, tmp_path, spread), nprocs=2)
+    assert not (tmp_path / "refused").exists()
     with pytest.raises(ValueError, match="--rollout-shards 2 spreads a model over 2 processes, and this is one"):
         train_rl.main([*args, "--rollout-shards", "2"])
     with pytest.raises(ValueError, match="--shard-frozen .* this is one"):
