@@ -31,7 +31,8 @@ from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.optim import Optimizer
 
 # Flags that may differ between a run and its continuation: none of them changes a computed number.
-FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute"}
+FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute", "rollout_shards",
+              "shard_frozen"}  # fmt: skip
 MAX_SKIPPED_STEPS = 5  # steps in a row without an update, after which something is broken rather than unlucky
 # What may lie in a folder before its first run does (the lock, a job's files, a user's log), and in a run's own.
 BEFORE_A_RUN = r"(checkpoints/)?\..*|job\..*|.*\.(txt|log|out|err)"

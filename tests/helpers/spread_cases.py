@@ -5,18 +5,22 @@ from pathlib import Path
 import torch
 from parallel_cases import joined
 from test_plan import LiveBytes
+from torch.distributed.tensor import DTensor
 
 import train_rl
+from nanosafe.evals.benchmark import Benchmark, Question
+from nanosafe.evals.run import respond
 from nanosafe.model.attention import KVCache
-from nanosafe.names import load_model
+from nanosafe.names import load_model, load_reward, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.sampler import SamplingParams, generate_over_ranks
+from nanosafe.sampler import SamplingParams, generate_over_ranks, packed
 from nanosafe.sampler.engine import Engine
-from nanosafe.sampler.packed import forget_packed
+from nanosafe.sampler.packed import SMALLEST, forget_packed
 from nanosafe.sampler.spread import sampling_model
 
 # Eight heads and four of keys; of 600 tokens four ranks have 256, 256, 88 and none.
 SHAPE = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=48, vocab_size=600)
+LARGE = SHAPE | dict(vocab_size=1024, num_hidden_layers=6)  # of which the bytes are counted
 CASES = {  # family, and what differs
     "qwen3": ("qwen3", {}),
     "qwen3 tied": ("qwen3", dict(tie_word_embeddings=True)),
@@ -44,12 +48,13 @@ def sampled(model, ranks: Ranks, filters: list[dict], **options) -> list:
     return [[(c.token_ids, c.logprobs, c.finish_reason) for c in samples] for samples in outputs]
 
 
-def sample_cases(rank: int, world: int, folder: Path, shards: list[int]) -> None:
-    """Write {(case, T): completions and sizes} of this rank to FOLDER/WORLD-RANK.pt."""
+def sample_cases(rank: int, world: int, folder: Path) -> None:
+    """Write {(case, T): {how: completions}}, "answers", "rewards" and "bytes" of this rank to FOLDER/WORLD-RANK.pt."""
     ranks, results = joined(rank, world, folder / f"store-{world}"), {}
     for case in CASES:
+        packed.SMALLEST = 1 if "tied" in case or "biases" in case else SMALLEST  # there all products are packed ones
         policy = load_model(folder / case, dtype=torch.float32, ranks=ranks)
-        for T in shards:
+        for T in [2, 4] if world == 4 and case == "qwen3" else [world]:
             with sampling_model(policy, torch.float32, ranks, T) as model:
                 found = results[case, T] = {}
                 found["plain"] = sampled(model, ranks, [{}])
@@ -61,8 +66,48 @@ def sample_cases(rank: int, world: int, folder: Path, shards: list[int]) -> None
                 position = KVCache.bytes_per_position(model.config, torch.float32)
                 found["paged"] = sampled(model, ranks, [{}], block_size=16, cache_bytes=7 * 16 * position)
             assert T == 1 or all(parameter.is_meta for parameter in model.parameters())
+    results["answers"] = answers(folder / "policy", ranks)
+    results["rewards"] = rewards(folder / "reward", ranks)
+    if world > 1:
+        results["bytes"] = measured(folder / "large", ranks)
     torch.save(results, folder / f"{world}-{rank}.pt")
     ranks.close()
+
+
+def answers(folder: Path, ranks: Ranks) -> list[dict]:
+    """The records of a benchmark that all ranks together are asked."""
+    questions = [Question(str(i), [{"role": "user", "content": "a" * (1 + 5 * i)}], "", None) for i in range(5)]
+    benchmark = Benchmark("lengths", "reasoning", "right", questions, lengths, "", "", samples=2, top_p=0.9,
+                          max_response_tokens=9)  # fmt: skip
+    policy, tokenizer = load_model(folder, dtype=torch.float32, ranks=ranks), load_tokenizer(folder)
+    with sampling_model(policy, torch.float32, ranks, ranks.world) as model:
+        return respond(model, tokenizer, benchmark, ranks=ranks, seed=0, tokens_per_microbatch=None)
+
+
+def lengths(questions: list[Question], responses: list[str]) -> list[dict[str, float]]:
+    return [{"right": float(len(response))} for response in responses]
+
+def rewards(folder: Path, ranks: Ranks) -> torch.Tensor:
+    """Of as many conversations as the rank's number times two, and so of another number of micro-batches on each; of
+    all on one process."""
+    reward = load_reward(str(folder), dtype=torch.float32, ranks=ranks)
+    conversations = []
+    for i in range(8 if ranks.world == 1 else 2 * ranks.rank):
+        conversations.append([{"role": "user", "content": "a" * i}, {"role": "assistant", "content": "b" * (9 - i)}])
+    scores = reward.score(conversations, tokens_per_microbatch=20)
+    assert all(isinstance(parameter, DTensor) == (ranks.world > 1) for parameter in reward.model.parameters())
+    return scores
+
+
+def measured(folder: Path, ranks: Ranks) -> dict[str, int]:
+    """Bytes of a rank's part, of its cache, the most while the part is made, and what is left."""
+    policy = load_model(folder, dtype=torch.float32, ranks=ranks)
+    with LiveBytes(policy.parameters()) as counted, sampling_model(policy, torch.float32, ranks, ranks.world) as model:
+        part, most = counted.live, counted.peak
+        engine = Engine(model, max_tokens=64, requests=4, pack=False)
+        cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
+        del engine
+    return dict(part=part, cache=cache, most=most, left=counted.live)
 
 
 def run_rl(rank: int, world: int, folder: Path, runs: dict[str, list[str]]) -> None:
@@ -70,19 +115,3 @@ def run_rl(rank: int, world: int, folder: Path, runs: dict[str, list[str]]) -> N
     for name, arguments in runs.items():
         joined(rank, world, folder / f"store-{name}")
         train_rl.main([*arguments, "--out", str(folder / name)])
-
-
-def measure(rank: int, world: int, folder: Path, shards: int) -> None:
-    """Write the bytes of a rank's part, of its cache, the most at a time and what is left to FOLDER/bytes-RANK.pt.
-
-    The most is counted before the cache is made: it is what making the part takes.
-    """
-    ranks = joined(rank, world, folder / "store-bytes")
-    policy = load_model(folder / "large", dtype=torch.float32, ranks=ranks)
-    with LiveBytes(policy.parameters()) as counted, sampling_model(policy, torch.float32, ranks, shards) as model:
-        part, peak = counted.live, counted.peak
-        engine = Engine(model, max_tokens=64, requests=4, pack=False)
-        cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
-        del engine
-    torch.save(dict(part=part, cache=cache, peak=peak, left=counted.live), folder / f"bytes-{rank}.pt")
-    ranks.close()
