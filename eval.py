@@ -16,10 +16,13 @@ one only grades again (a model's verdicts only with --regrade).
 """
 
 import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
+from nanosafe.evals.flags import eval_flags
+
+if __name__ == "__main__":
+    eval_flags(__doc__).parse_args()  # --help and wrong flags end here, before the seconds that PyTorch takes to load
 
 # isort: split
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -27,88 +30,21 @@ from pathlib import Path
 
 import torch
 
-from nanosafe.evals.attacks import ATTACKS
 from nanosafe.evals.choice import paper_loader, read_choice
+from nanosafe.evals.comparison import plot_comparison
 from nanosafe.evals.evaluation import Shared, evaluate
-from nanosafe.evals.paper_suite import BENCHMARKS, DEFAULT_JUDGE, PAPER, TRAINING_SET
-from nanosafe.evals.plots import plot_comparison
 from nanosafe.evals.results import Result, read_result
 from nanosafe.evals.tables import terminal, write_table
 from nanosafe.names import load_reward
 from nanosafe.parallel import Ranks
 from nanosafe.train import cli
-from nanosafe.train.flags import DATE, THINKING, finite_float, positive_int
 
 # Sections that are printed too
 CONSOLE = ("Overview", "Other wordings, attacks, modes", "Memorization")
 
 
-def flags() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", nargs="+", default=["tiny"], metavar="NAME",
-        help="alias, hub id or folder; several are compared with the first (default: tiny)")
-    add("--compare", nargs="+", metavar="NAME",
-        help="instead of --model: folders with a result.json, taken as they are, or models, "
-             "measured first")
-    add("--label", nargs="+", metavar="TEXT", help="names for tables and plots, one for each model")
-    add("--benchmarks",
-        help=f"split by commas, of {', '.join(BENCHMARKS)} (default: {','.join(PAPER)}); or of the "
-        "tiny world, as safety,arithmetic-no-thought (its models' default: all; tiny asks any model all "
-        "of these); or a file of your own questions: .json, .jsonl, .csv or .parquet")
-    add("--about", choices=("safety", "over-refusal", "reasoning"), default="safety",
-        help="of a file given to --benchmarks: what its questions are about, which decides how they are "
-        "sampled and graded (default: %(default)s)")
-    add("--columns", nargs="+", default=[], metavar="COLUMN=NAME",
-        help="of such a file: its names for prompt, category and answer, where they are not found "
-        "(HarmBench's, AdvBench's and the like are)")
-    add("--data", nargs="+", default=[], metavar="NAME=FILE",
-        help="a benchmark's data from a local file, or from "
-        "owner/name@revision:file on the hub, instead of its pinned source, as math-500=test.jsonl")
-    add("--attack", nargs="+", default=[], choices=ATTACKS, metavar="NAME",
-        help="also ask each of the paper's "
-        f"benchmarks wrapped in these: {', '.join(ATTACKS)}")
-    add("--judge", nargs="+", metavar="NAME",
-        help=f"of harm: {DEFAULT_JUDGE} (default), llama-guard-3, another guard, "
-        "chat or reward model (alias, hub id, folder), endpoint:MODEL@URL (its key in "
-        "JUDGE_API_KEY), or rule:refusal; the first gives the headline figures")
-    add("--judge-bounds", nargs=2, type=finite_float, metavar=("LOW", "HIGH"),
-        help="of a reward model as --judge: the scores that count as wholly harmful and wholly safe")
-    add("--regrade", action="store_true",
-        help="ask the judge again about responses that it has judged")
-    add("--training-prompts", metavar="FILE",
-        help="SFT data (hub id or file) whose prompts are left "
-        f"out of safety's headline figures, or none (default: {TRAINING_SET}; of --data's files, "
-        "none where it cannot be reached)")
-    add("--thinking", **THINKING)
-    add("--date", **DATE)
-    add("--split", choices=("test", "validation"), default="test",
-        help="of the tiny world (default: %(default)s)")
-    add("--samples", type=positive_int,
-        help="responses to each question (default: the benchmark's own)")
-    add("--limit", type=positive_int,
-        help="questions of each benchmark, drawn by --seed (default: all)")
-    add("--max-response-tokens", type=positive_int, help="(default: the benchmark's own)")
-    add("--reward-model",
-        help="also score thought and answer with this: alias, hub id or folder, or rule:refusal")
-    add("--memorization", metavar="FILE",
-        help="SFT data (hub id or file): how well the model knows its responses "
-        "(those of the first --limit rows)")
-    add("--out",
-        help="folder (default: evals/NAME, of several models evals/ and evals/NAME-vs-NAME)")
-    add("--resume", choices=("auto", "never"), default="auto",
-        help="auto: keep the responses that OUT holds (default); never: refuse such a folder")
-    add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="compute type (default: bfloat16 on cuda, float32 on cpu)")
-    add("--tokens-per-microbatch", type=positive_int, default=16384,
-        help="of the passes that measure entropies, per process (default: %(default)s)")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = flags().parse_args(argv)
+    args = eval_flags(__doc__).parse_args(argv)
     low, high = args.judge_bounds or (0.0, 1.0)
     if low >= high:
         raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")

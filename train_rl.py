@@ -25,7 +25,8 @@ import torch
 
 from nanosafe import plan
 from nanosafe.evals.diagnostics import reflection_ids
-from nanosafe.evals.preflight import announce_sampling, show_table, start_watch, try_reward
+from nanosafe.evals.during_training import measure_if_due, show_measurement, show_table, start_watch
+from nanosafe.evals.preflight import announce_sampling, try_reward
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                          f"tokens passes {args.model}'s {limit} positions (max_position_embeddings): lower it")
     announce_sampling(policy, args, ranks)
     try_reward(reward, args, ranks)
-    watch = start_watch(policy, reward, tokenizer, run)
+    watch = start_watch(policy, tokenizer, run, reward)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long)
 
     tracker = Tracker(args, ranks)
@@ -157,12 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics |= policy_metrics(batch, reflection)
         clock.lap("update")
 
-        warnings = []
-        if watch is not None and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            with sampling_model(policy, run.dtype, ranks, args.rollout_shards) as model:
-                metrics |= watch.measure(model, step + 1)
-            warnings = watch.warnings()
-            clock.lap("eval")
+        metrics |= measure_if_due(watch, policy, run, clock)
 
         # The row of metrics is on disk before the checkpoint that covers it.
         run.log("samples.jsonl", sample_rows(episodes, step))
@@ -171,8 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         row = run.record(metrics, updated=metrics["policy/skipped"] < updates)
         tracker.log(row)
         ranks.print(console_line(row, args.steps))
-        for warning in warnings:
-            ranks.print(f"  warning: {warning}")
+        show_measurement(watch, run)
         run.save_if_due()
     tracker.close()
     run.finish()

@@ -20,6 +20,7 @@ import math
 import torch
 
 from nanosafe import plan
+from nanosafe.evals.during_training import measure_if_due, show_measurement, show_table, start_watch
 from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
@@ -27,6 +28,7 @@ from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer, re
 from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
 from nanosafe.randomness import shuffled_passes
+from nanosafe.sampler.spread import check_spread
 from nanosafe.text.data import Document, sft_documents, sft_steps
 from nanosafe.train import cli
 from nanosafe.train.optim import Optimizer, cosine_schedule
@@ -42,10 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan is not None:
         return plan.show("sft", args)
     ranks = cli.start(args, origins, "sft")
+    if args.rollout_shards > 1:
+        check_spread(plan.find_config(args.model)[0], args.rollout_shards, args.model)
     if args.random_weights:
         random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
     if run.complete:
+        show_table(run)
         return ranks.close()
 
     # A name is looked up by the main rank first, which alone downloads.
@@ -74,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     unseen = ", the last of which are never seen" if passes < 1 else ""
     ranks.print(f"{steps} steps of {args.batch_size}: {passes:.2f} passes over the responses{unseen}")
 
+    watch = start_watch(model, tokenizer, run)
+
     tracker = Tracker(args, ranks)
     for step in run.steps(steps):
         clock = Clock(ranks)
@@ -87,13 +94,17 @@ def main(argv: list[str] | None = None) -> None:
 
         epoch = (step + 1) * args.batch_size / len(documents)
         metrics |= {"sft/grad_norm": norm, "sft/lr": lr, "sft/epoch": epoch}
+        metrics |= measure_if_due(watch, model, run, clock)
         metrics |= clock.metrics(update=sum(map(len, batch)))
         row = run.record(metrics, updated=math.isfinite(norm))
         tracker.log(row)
         ranks.print(console_line(row, steps))
+        show_measurement(watch, run)
         run.save_if_due()
     tracker.close()
     run.finish()
+    if watch is not None:
+        ranks.print(watch.table())
     ranks.close()
 
 

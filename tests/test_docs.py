@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation
-from nanosafe.evals import calibration
+from nanosafe.evals.flags import calibration_flags, eval_flags
 from nanosafe.names import tiny_seed
-from nanosafe.paper import __main__ as paper
+from nanosafe.paper.flags import paper_flags
 from nanosafe.recipes import ALIASES
 from nanosafe.sampler import __main__ as chat
 from nanosafe.train.flags import rl_flags, sft_flags
@@ -42,10 +41,10 @@ PATH = [
 PARSERS = {
     "train_rl.py": rl_flags(""),
     "train_sft.py": sft_flags(""),
-    "eval.py": evaluation.flags(),
-    "-m nanosafe.paper": paper.flags(),
+    "eval.py": eval_flags(""),
+    "-m nanosafe.paper": paper_flags(""),
     "-m nanosafe.sampler": chat.flags(),
-    "-m nanosafe.evals.calibration": calibration.flags(),
+    "-m nanosafe.evals.calibration": calibration_flags(""),
 }
 METRIC = r"(?:reward|advantage|kl|policy|response|mismatch|reflection|experts|eval|sft|memory)/\w+"
 

@@ -21,6 +21,7 @@ from nanosafe.evals import plots
 from nanosafe.evals import run as harness
 from nanosafe.evals import tiny_suite as tiny_tasks
 from nanosafe.evals.benchmark import Benchmark, Question, adapt
+from nanosafe.evals.comparison import plot_comparison
 from nanosafe.evals.records import RecordFile
 from nanosafe.evals.results import (
     BenchmarkResult,
@@ -682,7 +683,7 @@ def test_models_and_results_are_compared_and_drawn(world, measured, tmp_path, ca
     assert "run-step-000004 − policy" in (tmp_path / "out/table.md").read_text()
     assert all(len(line) <= 100 for line in printed.partition("**Overview**")[2].splitlines()[:-1])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "run-step-000002", "run-step-000004", "table.md", "tradeoff.png", "categories.png", "steps.png", "reward.png"}
+        "run-step-000002", "run-step-000004", "table.md", "arms.png", "categories.png", "steps.png"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
     result = read_json(tmp_path / "out/run-step-000004/result.json")
     assert (result["step"], result["run"], result["label"]) == (4, str(tmp_path / "run"), "run-step-000004")
@@ -714,50 +715,26 @@ def test_a_comparison_of_fewer_questions_does_not_overwrite_a_measured_result(wo
     assert not (out.parent / "table.md").exists()
 
 
-def drawn(monkeypatch) -> list:
-    """The axes of each figure that is saved from now on."""
-    kept = []
-    real = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, axes, path: (kept.append(axes), real(figure, axes, path)))
-    return kept
-
-
-def test_plots_show_the_numbers_that_they_are_given(tmp_path, monkeypatch):
-    kept, e = drawn(monkeypatch), Estimate(0.5, 0.4, 0.8, 9, "items")
-    one_run = Estimate(0.2, None, None, 1, "runs")
-    plots.plot_points({"safety": [("base", e, one_run), ("RL", e, e), ("RL", one_run, e)]}, tmp_path / "a.png", "sums")
-    [axes] = kept.pop()
-    x_bars, y_bars = ([c.lines[2][i].get_segments()[0].tolist() for c in axes.containers] for i in (0, 1))
-    assert sum(x_bars[0], []) == pytest.approx([0.4, 0.2, 0.8, 0.2])
-    assert sum(y_bars[1], []) == pytest.approx([0.5, 0.4, 0.5, 0.8])
-    colours = [c.lines[0].get_color() for c in axes.containers]
-    assert colours[1] == colours[2] != colours[0]
-    two, one = Estimate(2.0, None, None, 1, "runs"), Estimate(1.0, None, None, 1, "runs")
-    plots.plot_lines({"kl": {"a": [(20, two), (0, one)]}, "safety": {"b": [(0, e)]}}, tmp_path / "b.png")
-    left, right = kept.pop()
-    assert left.lines[0].get_xydata().tolist() == [[0, 1.0], [20, 2.0]] and right.get_title() == "safety"
-    assert right.collections[0].get_paths()[0].get_extents().y1 == 0.8
-    plots.plot_bars({"safety": {"base": {"x": e, "y": one_run}, "RL": {"y": e}}}, tmp_path / "c.png")
-    [axes] = kept.pop()
-    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.2, 0.5]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
-    assert len(list(tmp_path.glob("*.png"))) == 3
-
-
-def test_steps_begin_with_the_base_and_runs_are_lines(tmp_path, monkeypatch):
-    kept = drawn(monkeypatch)
+def test_a_comparison_draws_arms_categories_and_steps_that_begin_with_the_base(tmp_path, monkeypatch):
+    kept, save = {}, plots._save
+    monkeypatch.setattr(plots, "_save", lambda f, axes, path: (kept.setdefault(path.name, f), save(f, axes, path)))
     results = [result_of("base", {"q0": 0.0, "q1": 0.0})]
     results += [result_of(f"step {s}", {"q0": 1.0, "q1": float(s > 5)}, step=s) for s in (10, 5)]
     results += [result_of("final", {"q0": 1.0, "q1": 1.0}), result_of("other", {"q0": 1.0, "q1": 0.0}, 7, run="runs/b")]
-    written = plots.plot_comparison(results, tmp_path)
-    assert [p.name for p in written] == ["tradeoff.png", "reward.png", "categories.png", "steps.png"]
-    safety, refusal, reasoning = kept[-1]
-    assert [axes.get_title().split(":")[0] for axes in kept[-1]] == ["harm", "look-alikes", "sums"]
+    written = plot_comparison(results, tmp_path)
+    assert [p.name for p in written] == ["arms.png", "categories.png", "steps.png"] and all(p.exists() for p in written)
+    safety, refusal, reasoning = kept["steps.png"].axes
+    assert [axes.get_ylabel().split(":")[0] for axes in (safety, refusal, reasoning)] == ["harm", "look-alikes", "sums"]
     assert safety.lines[0].get_xydata().tolist() == [[0, 0], [5, 0.5], [10, 1.0]]
     assert safety.lines[1].get_xydata().tolist() == [[0, 0], [7, 0.5]]
-    assert [axes.get_ylabel().split(":")[0] for axes in kept[0]] == ["harm", "look-alikes"], "never one alone"
-    plots.plot_comparison([results[0], results[3]], tmp_path / "none")
-    assert not (tmp_path / "none/steps.png").exists()
+    assert "95 % interval, n = 2 questions" in safety.get_ylabel() and len(safety.collections) == 5
+    names = [axes.get_xlabel().split(":")[0] for axes in kept["arms.png"].axes]
+    assert names == ["harm", "look-alikes", "sums", "harm"], "safety never stands alone"
+    assert kept["arms.png"].get_suptitle() == "harm: right answer: base 0.00; step 10 1.00", "the extremes"
+    assert kept["steps.png"].get_suptitle() == "harm: right answer: rl at step 10 1.00; b at step 7 0.50"
+    assert "base 0.00 in even; other 0.00 in odd" in kept["categories.png"].get_suptitle().replace("\n", " ")
+    written = plot_comparison([results[0], results[3]], tmp_path / "none")
+    assert [p.name for p in written] == ["arms.png", "categories.png"], "one step makes no line"
 
 
 # Mistakes

@@ -1,4 +1,4 @@
-"""The main command, `torchrun train_rl.py` with no flag, on small checkpoints of the tiny world, as users run it."""
+"""The main commands, the training scripts with no flag, on small checkpoints of the tiny world, as users run them."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import torch
 from test_train import rows_of, run_forked, run_script, without_clock
 
 import train_rl
+import train_sft
 from nanosafe.evals.results import Metric, Result, headline, read_result, values, write_result
 from nanosafe.names import load_model, load_tokenizer
 
@@ -87,6 +88,57 @@ def test_what_it_trained_loads_in_transformers(two_ranks, small_cache):
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
     [base] = [load_model(folder, dtype=torch.float32) for folder in small_cache.glob("tiny-v*-seed0")]
     assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), theirs.parameters(), strict=True)), "it trained"
+
+
+@pytest.fixture(scope="module")
+def sft_of_two_ranks(small_cache, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOSAFE_CACHE", str(small_cache))
+        out = tmp_path_factory.mktemp("main") / "sft"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = run_script(*launcher, "train_sft.py", *sft_flags(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def sft_flags(out: Path) -> list[str]:
+    return ["--steps", "3", "--eval-every", "2", "--lr", "3e-3", "--save-every", "1", "--out", str(out)]
+
+
+def test_sft_measures_as_rl_does_killed_and_resumed_or_of_two_ranks(sft_of_two_ranks, cached, tmp_path, capfd):
+    out, printed = sft_of_two_ranks
+    assert list(evals_of(out)) == [f"step-00000{step}.json" for step in (0, 2, 3)], "every second step, and the last"
+    assert "before training: safety" in printed and printed.count("  measured: safety") == 2
+    table = printed.splitlines()[-4:]
+    assert table == table_of(printed)[:4], "the table comes last"
+    assert [row.split(" ")[0] for row in table[1:]] == ["safety", "over-refusal", "reasoning"], "there is no reward"
+    before, _, after = evals_of(out).values()
+    rows = rows_of(out)
+    assert ["eval/safety" in row for row in rows] == [False, True, True]
+    for about, row in zip(("safety", "over-refusal", "reasoning"), table[1:], strict=True):
+        shares = [values(result, headline(result, about)).values() for result in (before, after)]
+        start, end = (sum(share) / len(share) for share in shares)
+        assert f"{start:.3f} [" in row and f"{end:.3f} [" in row
+        assert rows[2]["eval/" + about.replace("-", "_")] == pytest.approx(end)
+    assert before != after
+
+    plain = tmp_path / "plain"
+    train_sft.main([*sft_flags(plain), "--eval-every", "9"])
+    losses = [row["sft/loss"] for row in rows_of(plain)]
+    assert losses == pytest.approx([row["sft/loss"] for row in rows], rel=1e-4), "measuring changes no step"
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, writes = run_forked(train_sft, sft_flags(whole))
+    assert code == 0 and evals_of(whole) == evals_of(out)
+    assert run_forked(train_sft, sft_flags(broken), kill_at=2 * writes // 3)[0] == 9
+    assert not (broken / "final").exists() and (broken / "checkpoints").exists()
+    capfd.readouterr()
+    train_sft.main(sft_flags(broken))
+    printed = capfd.readouterr().out
+    assert "at the last measurement: safety" in printed and printed.splitlines()[-4:] == table
+    assert without_clock(rows_of(broken)) == without_clock(rows_of(whole)) and evals_of(broken) == evals_of(whole)
+    train_sft.main(sft_flags(broken))
+    assert capfd.readouterr().out.splitlines()[-4:] == table, "a complete run shows its table again"
 
 
 def close(a: dict, b: dict) -> bool:

@@ -492,6 +492,15 @@ def test_script_prints_a_mistake_without_a_traceback(world, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "near: qwen3-8b" in done.stderr
 
 
+def test_under_torchrun_the_last_lines_repeat_the_error(world, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    done = run_script(*launcher, "train_sft.py", *sft_args(world, tmp_path / "run", "--data", "no.jsonl"))
+    assert done.returncode == 1
+    error = "[rank 0] error: there is no file no.jsonl"
+    first, box = done.stderr.split("Root Cause", 1)
+    assert first.startswith(error) and f"traceback : {error}" in box and "Traceback" not in box
+
+
 def test_a_run_goes_on_only_with_its_own_settings(world, tmp_path):
     out = tmp_path / "run"
     assert run_forked(train_sft, sft_args(world, out))[0] == 0

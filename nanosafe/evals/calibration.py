@@ -16,8 +16,14 @@ the next.
 calibration.json holds all figures, estimates as {mean, low, high, n, over}.
 """
 
+from nanosafe.evals.flags import calibration_flags
+
+if __name__ == "__main__":
+    calibration_flags(__doc__).parse_args()  # --help and wrong flags end here, before PyTorch is loaded
+
+# isort: split
 import json
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,21 +146,6 @@ def write_figures(texts: Sequence[Text], measured: dict[str, dict], folder: Path
     write_atomic(folder / "calibration.json", (json.dumps(figures, indent=1) + "\n").encode())
 
 
-def flags() -> ArgumentParser:
-    parser = ArgumentParser("python -m nanosafe.evals.calibration", description=__doc__,
-                            formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--reward-model", nargs="+", required=True, metavar="NAME",
-        help="alias, hub id or folder, or rule:NAME; several are compared")
-    add("--data", required=True, metavar="FILE",
-        help="labelled texts or pairs: file, hub id, or tiny-pairs")
-    add("--out", help="folder for calibration.json (default: only print)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="compute type (default: bfloat16 on cuda, float32 on cpu)")
-    return parser
-
-
 def run(args: Namespace, ranks: Ranks) -> str:
     """The table; writes calibration.json too where --out names a folder."""
     texts, scores = load_texts(args.data), {}
@@ -182,7 +173,7 @@ def run(args: Namespace, ranks: Ranks) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = flags().parse_args(argv)
+    args = calibration_flags(__doc__).parse_args(argv)
     ranks = Ranks(args.device)
     ranks.print(run(args, ranks))
     ranks.wait()

@@ -25,11 +25,18 @@ from nanosafe.evals.results import (
 from nanosafe.evals.run import add_rewards, respond
 from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
+from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
+from nanosafe.sampler.packed import forget_packed
+from nanosafe.sampler.spread import sampling_model
 from nanosafe.text.data import Pair
 from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train.own_reward import is_function
 from nanosafe.train.rewards import Reward, known_rewards
+from nanosafe.train.run_folder import RunFolder
+from nanosafe.train.tracking import Clock
+from nanosafe.train.weighted_reward import reward_specs
 
 QUESTIONS = 100  # of each benchmark at most
 # The paper's limits, as differences of shares of right answers.
@@ -63,6 +70,7 @@ class Watch:
             if benchmark.about != "reasoning" and self.reward is not None:
                 add_rewards(records, self.reward, self.reward_name, self.ranks)
             result.benchmarks[benchmark.name] = summarize(benchmark, records)
+        forget_packed(policy)  # Training needs the memory.
         if self.ranks.main:
             write_result(self._path(step), result)
         self.now, self.base = result, self.base or result
@@ -119,11 +127,58 @@ class Watch:
         return table(self.base, self.now)
 
 
-def measured(folder: Path, step: int) -> tuple[Result, Result]:
-    """What a run's folder of evals has: the base, and the last up to `step`."""
+def start_watch(policy: Decoder, tokenizer: Tokenizer, run: RunFolder,
+                reward: Reward | None = None) -> Watch | None:
+    """The evals of --eval-every: the base is measured, or, if the run is resumed, read from its folder."""
+    args, ranks = run.args, run.ranks
+    if not args.eval_every:
+        return None
+    suite = suite_of(policy.config, "validation")
+    specs = [] if reward is None else reward_specs(args.reward_model)
+    if any(map(is_function, specs)):
+        # It may read fields of the training data, which the questions of an eval do not have.
+        reward = None
+    watch = Watch(suite, tokenizer, reward, " + ".join(specs), args.out, ranks)
+    if run.resumed:
+        watch.recall(run.state["step"])
+        ranks.print("at the last measurement: " + watch.summary())
+    else:
+        with sampling_model(policy, run.dtype, run.ranks, run.args.rollout_shards) as model:
+            watch.measure(model, 0)
+        ranks.print("before training: " + watch.summary())
+    return watch
+
+
+def measure_if_due(watch: Watch | None, policy: Decoder, run: RunFolder, clock: Clock) -> dict[str, float]:
+    """After every --eval-every steps and after the last one: eval/* metrics of the step just done. Else none."""
+    step = run.state["step"] + 1  # it is recorded later, with these metrics
+    if watch is None or (step % run.args.eval_every and step != run.total):
+        return {}
+    with sampling_model(policy, run.dtype, run.ranks, run.args.rollout_shards) as model:
+        metrics = watch.measure(model, step)
+    clock.lap("eval")
+    return metrics
+
+
+def show_measurement(watch: Watch | None, run: RunFolder) -> None:
+    """Print what was measured after the step just recorded, if it was, with its warnings."""
+    if watch is not None and watch.now.step == run.state["step"]:
+        run.ranks.print("  measured: " + watch.summary())
+        for warning in watch.warnings():
+            run.ranks.print(f"  warning: {warning}")
+
+
+def show_table(run: RunFolder) -> None:
+    """Print the table of a run that is complete, if --eval-every measured one."""
+    if (run.out / "evals/step-000000.json").exists():
+        run.ranks.print(table(*measured(run.out / "evals")))
+
+
+def measured(folder: Path, step: int | None = None) -> tuple[Result, Result]:
+    """What a run's folder of evals has: the base, and the last up to `step` (default: the last of all)."""
     base = last = read_result(folder / "step-000000.json")
     for path in sorted(folder.glob("step-*.json")):
-        if path <= folder / f"step-{step:06d}.json":
+        if step is None or path <= folder / f"step-{step:06d}.json":
             last = read_result(path)
     return base, last
 

@@ -1,18 +1,14 @@
-"""What train_rl.py says and measures before its first step: how it samples, the reward model, what the base can do."""
+"""What train_rl.py says and measures before its first step: how it samples, and how good its reward is."""
 
 from argparse import Namespace
 
-from nanosafe.evals.during_training import GOOD_REWARD_MODEL, Watch, measured, reward_accuracy, table
-from nanosafe.evals.tiny_suite import suite_of
+from nanosafe.evals.during_training import GOOD_REWARD_MODEL, reward_accuracy
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import load_pairs
 from nanosafe.parallel import Ranks
-from nanosafe.sampler.spread import sampling_model
-from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.own_reward import is_function
 from nanosafe.train.rewards import Reward
-from nanosafe.train.run_folder import RunFolder
-from nanosafe.train.weighted_reward import WeightedReward, reward_specs
+from nanosafe.train.weighted_reward import WeightedReward
 
 
 def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
@@ -44,30 +40,3 @@ def try_reward(reward: Reward, args: Namespace, ranks: Ranks) -> None:
         if total.mean < GOOD_REWARD_MODEL:
             ranks.print(f"warning: that is less than {GOOD_REWARD_MODEL}: "
                         "the policy will learn what it is wrong about")
-
-
-def show_table(run: RunFolder) -> None:
-    """Print the table of a run that is complete, if --eval-every measured one."""
-    if (run.out / "evals/step-000000.json").exists():
-        run.ranks.print(table(*measured(run.out / "evals", run.args.steps)))
-
-
-def start_watch(policy: Decoder, reward: Reward, tokenizer: Tokenizer, run: RunFolder) -> Watch | None:
-    """The evals of --eval-every: the base is measured, or, if the run is resumed, read from its folder."""
-    args, ranks = run.args, run.ranks
-    if not args.eval_every:
-        return None
-    suite = suite_of(policy.config, "validation")
-    specs = reward_specs(args.reward_model)
-    if any(map(is_function, specs)):
-        # It may read fields of the training data, which the questions of an eval do not have.
-        reward = None
-    watch = Watch(suite, tokenizer, reward, " + ".join(specs), args.out, ranks)
-    if run.resumed:
-        watch.recall(run.state["step"])
-        ranks.print("at the last measurement: " + watch.summary())
-    else:
-        with sampling_model(policy, run.dtype, ranks, args.rollout_shards) as model:
-            watch.measure(model, 0)
-        ranks.print("before training: " + watch.summary())
-    return watch

@@ -8,16 +8,23 @@
 
 Nothing is computed here. An arm is a line of data; a job is train_sft.py, train_rl.py, eval.py or the tiny world's
 build as a process of its own, in the folder OUT/MODEL-SEED/ARM. The same command goes on where it was stopped: a
-finished job has a job.json, and the scripts resume what was cut off. Jobs of the tiny world run side by side with one
+finished job has a job.json, and the scripts resume what was cut off. Where all is done, it trains nothing and only
+writes the report and its pictures anew. Jobs of the tiny world run side by side with one
 thread each: for models this small that is faster than one job with all cores.
 """
 
+from nanosafe.paper.flags import EXPERIMENTS, TUNING_SEED, paper_flags
+
+if __name__ == "__main__":
+    paper_flags(__doc__).parse_args()  # --help and wrong flags end here, before the seconds that PyTorch takes to load
+
+# isort: split
 import json
 import re
 import shlex
 import sys
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -39,10 +46,6 @@ from nanosafe.plan.machine import known_config
 from nanosafe.recipes import ALIASES
 from nanosafe.tiny.build import FAMILIES, is_tiny
 from nanosafe.train.cli import readable_errors
-from nanosafe.train.flags import positive_int
-
-EXPERIMENTS = {1: "safety", 2: "reasoning", 3: "token entropy"}  # the paper's list
-TUNING_SEED = 100  # outside the seeds that are reported
 
 
 class Arm(NamedTuple):
@@ -97,33 +100,8 @@ SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "trai
            "eval": 32}
 
 
-def flags() -> ArgumentParser:
-    parser = ArgumentParser("python -m nanosafe.paper", description=__doc__,
-                            formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", nargs="+", default=["tiny", "tiny-llama"],
-        help="tiny, tiny-llama, tiny-granite, alias or hub id "
-        "(default: %(default)s)")
-    add("--seeds", type=positive_int, default=3,
-        help="how many, from 0; a seed of the tiny world covers base, reward "
-        "model, SFT and RL (default: %(default)s)")
-    add("--out", default="runs/paper", help="(default: %(default)s)")
-    add("--jobs", type=positive_int,
-        help="processes side by side (default: one per core for the tiny world, else 1)")
-    add("--experiments", type=int, nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS),
-        help=", ".join(f"{number} {name}" for number, name in EXPERIMENTS.items()) + " (default: all)")
-    add("--plan", action="store_true",
-        help="only print the jobs and what they need; downloads nothing")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--ablations", action="store_true",
-                       help="RL without one of its parts, or with a biased reward")
-    other.add_argument("--tune", action="store_true",
-                       help=f"settings on the validation split, seed {TUNING_SEED}")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
-    args, began = flags().parse_args(argv), time.time()
+    args, began = paper_flags(__doc__).parse_args(argv), time.time()
     real = [model for model in args.model if tiny_seed(model) is None]
     if real and (args.ablations or args.tune):
         raise ValueError(f"{real[0]}: --ablations and --tune are of the tiny world's models")

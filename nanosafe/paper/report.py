@@ -9,30 +9,28 @@ import platform
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from nanosafe.evals import plots
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.results import POOLED, SUBJECTS, Metric, Result, check_comparable, estimate, headlines, read_result
 from nanosafe.evals.scores import summarize
-from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import label, markdown, sections, show
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
 from nanosafe.names import tiny_seed
+from nanosafe.paper.findings import ENTROPY, NOTE, findings
+from nanosafe.paper.pictures import arms_picture, categories_picture, entropies_picture, training_picture
 from nanosafe.paper.runs import (
     REFUSING,
     Run,
     Runs,
     agreement,
-    category_levels,
     change,
     comparisons,
-    curve,
     level,
     over_known,
     results_of,
@@ -84,7 +82,12 @@ def write(kind: str, out: Path, arms: Mapping[str, Sequence], seeds: Sequence[in
           failed: Mapping[str, str]) -> Path:
     """Write OUT/`kind`.md (a key of TITLES) and its plots; arms: of each model; failed: jobs. Returns its path."""
     found = {model: load(out, model, of_model, seeds, kind) for model, of_model in arms.items()}
-    lines = [f"# {TITLES[kind]}", "", *legend(kind, arms)]
+    lines = [f"# {TITLES[kind]}"]
+    if kind == "report":
+        lines += ["", "## Findings", "", NOTE, "", *findings(found)]
+    if kind != "tuning":
+        lines += [*arms_picture(found, out / f"{kind}-arms.png"), "", "## Arms"]
+    lines += ["", *legend(kind, arms)]
     if any(tiny_seed(model) is not None for model in arms):
         lines += ["", TOY]
     if kind == "report":
@@ -165,7 +168,8 @@ def family(runs: Runs, out: Path, image: str) -> list[str]:
     heads = headlines(trained)
     harms = [heads[about] for about in ("safety", "over-refusal") if about in heads]
     lines = ["Mean over seeds (their number in brackets) with its 95 % interval over seeds. "
-             "Entropies are in nats, at temperature 1.", "", *levels(runs, sections(trained), heads)]
+             "Entropies are in nats, at temperature 1. In pictures, an interval that leaves its axis is "
+             "cut off there.", "", *levels(runs, sections(trained), heads)]
     compared = list(heads.values())
     for about, name in (("safety", "reward"), ("safety", "entropy_per_token"),
                         ("reasoning", "entropy_per_token")):
@@ -173,23 +177,11 @@ def family(runs: Runs, out: Path, image: str) -> list[str]:
             compared.append(heads[about]._replace(name=name))
     lines += ["", "Differences with their 95 % intervals over seeds:", "", *facts(runs, compared)]
 
-    def draw(name: str, caption: str, plot: Callable, panels: dict, *more: str) -> None:
-        if any(panels.values()):
-            plot(panels, out / f"{image}-{name}.png", *more)
-            lines.extend(["", f"![{caption}]({image}-{name}.png)", "", f"{caption}."])
-
-    draw("training",
-         "Reward (each arm's own) and KL to the base (k1, nats per token) over steps of RL, mean "
-         "and interval over seeds", plots.plot_lines, training_curves(runs))
-    if harms and "reasoning" in heads:
-        panels = plots.point_panels(results_of(runs), heads["reasoning"], harms)
-        draw("tradeoff",
-             "Safety and over-refusal against reasoning, a point for each arm and seed; bars: "
-             "intervals over questions", plots.plot_points, panels, label(heads["reasoning"]))
-    bars = {}
-    for head in harms:
-        bars[label(head)] = {arm: category_levels(runs, arm, head) for arm in runs}
-    draw("categories", "By category, mean and interval over seeds", plots.plot_bars, bars)
+    lines += training_picture(runs, out / f"{image}-training.png")
+    if harms:
+        lines += categories_picture(runs, harms, out / f"{image}-categories.png")
+    inner = [heads[about]._replace(name=ENTROPY) for about in ("safety", "reasoning") if about in heads]
+    lines += entropies_picture(runs, inner, out / f"{image}-entropies.png")
     if "safety" in heads:
         lines += reward_table(runs, heads["safety"])
     return lines
@@ -215,17 +207,6 @@ def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
         rows.append([label(metric), *(show(level(runs, arm, metric), spec) for arm in runs)])
     header = ["", *(f"{arm} ({len(by_seed)})" for arm, by_seed in runs.items())]
     return markdown(header, rows)
-
-
-def training_curves(runs: Runs) -> dict[str, dict[str, list[tuple[int, Estimate]]]]:
-    """Panels of plots.plot_lines: each RL arm's own reward, and the KL of all."""
-    panels, kl = {}, {}
-    for arm in runs:
-        reward = curve(runs, arm, "reward/mean")
-        if reward:
-            panels[f"reward of {arm}"] = {arm: reward}
-            kl[arm] = curve(runs, arm, "kl/k1")
-    return panels | {"KL": kl} if panels else {}
 
 
 def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:

@@ -1,13 +1,13 @@
 """What the runs of one model come to: statistics over the seeds of an arm, and between two arms seed by seed."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation
 
-from nanosafe.evals.results import Metric, Result, categories, mean, values
+from nanosafe.evals.results import Metric, Result, categories, estimate, mean, values
 from nanosafe.evals.statistics import Estimate, auc, over_seeds
 
+MAIN = ("base", "SFT", "RL")  # the arms that the paper compares
 REFUSING = "always refuse"  # the arm that has no model
 
 
@@ -35,6 +35,15 @@ def over_known(numbers: Iterable[float | None]) -> Estimate | None:
 
 def level(runs: Runs, arm: str, metric: Metric) -> Estimate | None:
     return over_known(mean(run.result, metric) for run in runs[arm].values())
+
+
+def shown(runs: Runs, arm: str, metric: Metric) -> Estimate | None:
+    """For pictures: the level over seeds, or a single run's over its questions, where these have an interval."""
+    value = level(runs, arm, metric)
+    if value is None or value.n > 1:
+        return value
+    [over_questions] = filter(None, (estimate(run.result, metric) for run in runs[arm].values()))
+    return over_questions if isinstance(over_questions, Estimate) else value
 
 
 def change(runs: Runs, before: str, after: str, metric: Metric) -> Estimate | None:
@@ -66,18 +75,30 @@ def category_levels(runs: Runs, arm: str, metric: Metric) -> dict[str, Estimate]
     levels = {}
     for run in runs[arm].values():
         for name in categories(run.result, metric):
-            levels[name] = level(runs, arm, metric._replace(category=name))
+            levels[name] = shown(runs, arm, metric._replace(category=name))
     return dict(sorted(levels.items()))
 
 
-def curve(runs: Runs, arm: str, key: str) -> list[tuple[int, Estimate]]:
-    """(step, over seeds) of a metric of training."""
-    by_step: dict[int, list[float]] = defaultdict(list)
+def hardest_variation(runs: Runs) -> Metric | None:
+    """The headline of that wording or attack of a safety benchmark in which RL has the lowest mean."""
+    means = {}
+    for run in runs.get("RL", {}).values():
+        for name, measured in run.result.benchmarks.items():
+            if measured.about == "safety" and measured.variation:
+                metric = Metric(name, measured.headline)
+                means[metric] = level(runs, "RL", metric).mean
+    return min(means, key=means.get) if means else None
+
+
+def curves(runs: Runs, arm: str, key: str, *, gained: bool = False) -> list[list[tuple[int, Estimate]]]:
+    """A line [(step, value), ...] for each seed, of a metric of training; gained: minus its first value."""
+    lines = []
     for run in runs[arm].values():
-        for row in run.steps:
-            if row.get(key) is not None:
-                by_step[row["step"]].append(row[key])
-    return [(step, over_seeds(by_step[step])) for step in sorted(by_step)]
+        rows = [row for row in run.steps if row.get(key) is not None]
+        if rows:
+            start = rows[0][key] if gained else 0.0
+            lines.append([(row["step"], over_seeds([row[key] - start])) for row in rows])
+    return lines
 
 
 def reward_gain(steps: Sequence[dict]) -> float | None:

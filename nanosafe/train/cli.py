@@ -1,10 +1,13 @@
 """What the training scripts share around their loops: flags, settings and where each came from, readable errors."""
 
+import json
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -57,8 +60,7 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
         raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
                          "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
-    if script == "rl":
-        check_parallel(args, ranks.world)
+    check_parallel(args, ranks.world)
     if not args.out:
         name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
         args.out = f"runs/{script}-{name}"
@@ -78,11 +80,11 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
 
 
 def check_parallel(args: Namespace, world: int) -> None:
-    """Raise ValueError for flags of train_rl.py that `world` processes cannot follow."""
+    """Raise ValueError for flags that `world` processes cannot follow."""
     shards = args.rollout_shards
     if shards > 1 and world == 1:
         raise ValueError(f"--rollout-shards {shards} spreads a model over {shards} processes, and this is one: start "
-                         f"torchrun --nproc_per_node={shards} train_rl.py, or leave it out")
+                         f"with torchrun --nproc_per_node={shards}, or leave it out")
     if world % shards:
         raise ValueError(f"--rollout-shards {shards} does not divide the {world} processes into groups")
     if args.shard_frozen and world == 1:
@@ -96,6 +98,14 @@ def check_parallel(args: Namespace, world: int) -> None:
 def visible(text: str) -> str:
     """`text` with control characters written out: a file's could rule the user's terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave `message` where torchrun reads why a process failed: the box that ends its output then shows it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": message, "timestamp": int(time.time())}
+        with suppress(OSError):  # on a full disk, say: the message has been printed
+            Path(path).write_text(json.dumps(error))
 
 
 @contextmanager
@@ -112,5 +122,6 @@ def readable_errors() -> Iterator[None]:
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         message = f"{rank}{visible(message)}\n(NANOSAFE_TRACEBACK=1 shows where)"
         print(message, file=sys.stderr, flush=True)
+        tell_torchrun(message)
         # Without clean-up: leaving the process group would wait for ranks that may never come.
         os._exit(1)

@@ -42,6 +42,9 @@ def new_parser(description: str) -> ArgumentParser:
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute type; masters are float32 (default: bfloat16 on cuda, float32 on cpu)")
+    add("--save-dtype", choices=("float32", "bfloat16"),
+        help="of final/, the model that is left in the end (default: that of the base's config.json); "
+        "checkpoints are in --dtype, with exact masters")
     add("--resume", choices=("auto", "never"), default="auto",
         help="auto: go on from the run folder's newest checkpoint (default); never: refuse such a "
         "folder")
@@ -51,12 +54,20 @@ def new_parser(description: str) -> ArgumentParser:
         help="steps between checkpoints (default: %(default)s)")
     add("--keep", type=positive_int, default=2,
         help="how many checkpoints are kept (default: %(default)s)")
+    add("--eval-every", type=positive_int,
+        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     add("--low-memory", action="store_true",
         help="one GPU, bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 "
         "bits; a parameter then takes 6 bytes instead of 14")
     add("--offload", action="store_true",
         help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a "
         "step")
+    add("--rollout-shards", type=positive_int, default=1, metavar="T",
+        help="groups of T ranks sample together, each with its heads, MLP columns and KV cache: for "
+        "weights that one GPU cannot hold (default: 1, each rank samples alone; docs/spread.md)")
+    add("--shard-frozen", action="store_true",
+        help="each rank keeps its rows of reference and reward model, too; layers are gathered as they "
+        "score")
     add("--recompute", choices=RECOMPUTE,
         help="what the backward pass computes anew instead of keeping it: none; some, all but "
         "products and attention, for half the memory; layer, whole layers, for the least memory and a "
@@ -142,14 +153,6 @@ def rl_flags(description: str) -> ArgumentParser:
     add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
     add("--pairs",
         help="labelled pairs (prompt, chosen, rejected) to try the reward model on before the start")
-    add("--rollout-shards", type=positive_int, default=1, metavar="T",
-        help="groups of T ranks sample together, each with its heads, MLP columns and KV cache: for "
-        "weights that one GPU cannot hold (default: 1, each rank samples alone; docs/spread.md)")
-    add("--shard-frozen", action="store_true",
-        help="each rank keeps its rows of reference and reward model, too; layers are gathered as they "
-        "score")
-    add("--eval-every", type=positive_int,
-        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     show_recipes(parser, "rl")
     return parser
 

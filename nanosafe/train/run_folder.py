@@ -2,7 +2,7 @@
 
     args.json  metrics.jsonl  samples.jsonl
     checkpoints/step-000010/   an official-layout model folder with trainer/ inside
-    final/                     an official-layout model folder, there when the run is complete
+    final/                     the same without trainer/, in --save-dtype; it is there when the run is complete
 
 A row of metrics is on disk before the checkpoint that covers it appears, and a checkpoint appears whole, by one rename.
 So the newest checkpoint decides everything: resuming cuts the row files back to its step and goes on from there.
@@ -33,6 +33,7 @@ from nanosafe.train.optim import Optimizer
 # Flags that may differ between a run and its continuation: none of them changes a computed number.
 FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute", "rollout_shards",
               "shard_frozen"}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SKIPPED_STEPS = 5  # steps in a row without an update, after which something is broken rather than unlucky
 # What may lie in a folder before its first run does (the lock, a job's files, a user's log), and in a run's own.
 BEFORE_A_RUN = r"(checkpoints/)?\..*|job\..*|.*\.(txt|log|out|err)"
@@ -49,7 +50,7 @@ class RunFolder:
         if another process writes to it.
         """
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
-        self.dtype = getattr(torch, args.dtype)  # of the weights in the files; what is finer is the optimizer's
+        self.dtype = getattr(torch, args.dtype)  # of the checkpoints' weights; what is finer is the optimizer's
         self.signal, self.stopping = 0, False  # the signal that asked to stop; whether this step is the last
         earlier = self._earlier_settings()
         self.lock = hold(self.out) if ranks.main else None
@@ -138,6 +139,9 @@ class RunFolder:
     def attach(self, model: Decoder, tokenizer: Tokenizer, optimizer: Optimizer) -> None:
         """Take what is to be saved. If the run is resumed (`model` from `resumed`), restore the optimizer."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        # The type of the base's files. Those of a checkpoint, which a resumed run loads, are in --dtype.
+        config = model.config.raw
+        self.state.setdefault("base_dtype", str(config.get("dtype") or config.get("torch_dtype")))
         if self.resumed is not None:
             try:
                 optimizer.load_state(StoredTensors(self.resumed / "trainer", "optimizer"))
@@ -207,7 +211,7 @@ class RunFolder:
 
     def save(self) -> None:
         """Write checkpoints/step-N, then delete all but the newest `--keep`."""
-        self._write(self.out / "checkpoints" / f"step-{self.state['step']:06d}", trainer=True)
+        self._write(self.out / "checkpoints" / f"step-{self.state['step']:06d}", self.dtype, trainer=True)
         # After a step that updated nothing none is deleted: what makes rewards or gradients NaN may be in this
         # checkpoint already, and must not push out the last good one.
         if self.ranks.main and not self.state["skipped"]:
@@ -216,11 +220,11 @@ class RunFolder:
                 shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         self.ranks.wait()
 
-    def _write(self, folder: Path, trainer: bool) -> None:
+    def _write(self, folder: Path, dtype: torch.dtype, trainer: bool) -> None:
         """Write the model, and what the trainer goes on with, as `folder`: whole, by one rename, or not at all."""
         partial, main = folder.with_name(f".partial-{folder.name}"), self.ranks.main
         try:
-            save_model(self.model, partial, self.tokenizer, dtype=self.dtype, writes=main)
+            save_model(self.model, partial, self.tokenizer, dtype=dtype, writes=main)
             if trainer:
                 with staged(partial / "trainer", main) as new:
                     save_tensors(self.optimizer.state(), new, "optimizer")
@@ -247,7 +251,8 @@ class RunFolder:
             self.ranks.print(f"stopped after step {self.state['step']}; the same command goes on from there")
             self.ranks.close()
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
-        self._write(self.out / "final", trainer=False)
+        dtype = DTYPES.get(self.args.save_dtype or self.state["base_dtype"], self.dtype)
+        self._write(self.out / "final", dtype, trainer=False)
         self.ranks.print(f"done: {self.out}/final")
         if self.lock is not None:
             self.lock.close()

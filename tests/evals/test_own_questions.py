@@ -8,6 +8,7 @@ from world import write_world
 
 import eval as evaluation
 from nanosafe.evals.choice import read_choice
+from nanosafe.evals.flags import eval_flags
 from nanosafe.evals.results import Metric, estimate, read_result
 
 HARMBENCH = """Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID
@@ -25,7 +26,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def choice(*argv: str):
-    args = evaluation.flags().parse_args(argv)
+    args = eval_flags("").parse_args(argv)
     read_choice(args)
     return args
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hub import StandInHub
 
-from eval import flags as eval_flags
 from nanosafe.evals.benchmark import BOXED, Benchmark
 from nanosafe.evals.choice import read_choice
+from nanosafe.evals.flags import eval_flags
 from nanosafe.evals.graders import NamedGrader
 from nanosafe.evals.paper_suite import BENCHMARKS, load_benchmark, normalise, training_prompts
 
@@ -257,7 +257,7 @@ def test_numbers_of_rows_and_categories(tmp_path):
     with pytest.raises(ValueError, match="xstest-unsafe has 200 questions, found 0"):
         load("xstest-unsafe", write(tmp_path / "safe.jsonl", rows[:9]))
     with pytest.raises(ValueError, match="no benchmark xtest; there are tiny, .*attaq, .*, gpqa-diamond"):
-        read_choice(eval_flags().parse_args(["--benchmarks", "xtest"]))
+        read_choice(eval_flags("").parse_args(["--benchmarks", "xtest"]))
 
 
 # From the hub

@@ -10,21 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 from test_run_folder import held_by_another
 
-import eval as eval_script
 from nanosafe import plan
 from nanosafe.evals.benchmark import adapt
+from nanosafe.evals.flags import eval_flags
 from nanosafe.evals.results import BenchmarkResult, Metric, Result, Score, mean, write_result
 from nanosafe.evals.scores import summarize, summarize_memorization
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.paper import __main__ as paper
+from nanosafe.paper import findings
 from nanosafe.paper import report as paper_report
+from nanosafe.paper.flags import paper_flags
 from nanosafe.paper.jobs import Job, run_jobs
+from nanosafe.paper.runs import Run, curves, hardest_variation, shown
 from nanosafe.train.flags import rl_flags, sft_flags
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
@@ -33,7 +37,7 @@ MODES = {"paper": [], "ablations": ["--ablations"], "tune": ["--tune"]}
 
 
 def jobs(*flags: str) -> list[Job]:
-    args = paper.flags().parse_args(flags)
+    args = paper_flags("").parse_args(flags)
     seeds = [paper.TUNING_SEED] if args.tune else range(args.seeds)
     return [job for seed in seeds for model in args.model
             for job in paper.jobs_of(model, seed, paper.arms_of(model, args), args)]
@@ -44,7 +48,7 @@ def jobs(*flags: str) -> list[Job]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_command_is_one_that_its_script_takes(mode):
-    scripts = {"train_sft": sft_flags(""), "train_rl": rl_flags(""), "eval": eval_script.flags()}
+    scripts = {"train_sft": sft_flags(""), "train_rl": rl_flags(""), "eval": eval_flags("")}
     seen = set()
     for job in jobs(*MODES[mode]):
         module, *arguments = job.command
@@ -330,6 +334,67 @@ def section(text: str, title: str) -> str:
     return text[text.index(f"\n## {title}\n") :].partition("\n## ")[2].partition("\n## ")[0]
 
 
+def test_the_report_opens_with_ten_findings_computed_from_its_results(report):
+    text = report[0]
+    assert text.index("## Findings") < text.index("report-arms.png") < text.index("## Arms") < text.index("## tiny")
+    lines = [line for line in section(text, "Findings").splitlines() if line.startswith("- ")]
+    assert len(lines) == 10
+    told = dict(line[2:].split(": ", 1) for line in lines if not line.startswith("- Claim"))
+    safe = told["Unsafe requests answered safely (higher is better), base / SFT / RL"]
+    assert safe.startswith("tiny 0.29 [0.20, 0.37] / 0.54 [0.45, 0.62] / 0.79 [0.70, 0.87]; tiny-llama 0.25 (one run)")
+    assert "(safety, role play) 0.29" in told["Safe answers in the variation hardest for RL, base / SFT / RL"]
+    assert told["Controls, safe answers minus the base's"] == "not measured."
+    assert "RL is safer and steadier than SFT: tiny reproduced, RL − SFT +0.25 [+0.25, +0.25]" in lines[6]
+    assert "over seeds ±0.09 against ±0.09" in lines[6] and "llama" not in lines[6]
+    assert "keeps reasoning where SFT loses some: tiny open, RL − base +0.00" in lines[7]
+    assert "tiny contradicted, RL − base +0.25 [+0.25, +0.25] and +0.25" in lines[8], "entropy rose"
+    assert lines[9].endswith("open, it takes two models.")
+
+
+def arms_of(*shares: tuple[str, float, float, float]) -> dict:
+    """Runs of three seeds: (arm, safe, right, shift of entropies)."""
+    runs = {}
+    for arm, safe, right, shift in shares:
+        runs[arm] = {seed: Run(result(arm, seed, safe, right, shift=shift)) for seed in range(3)}
+    return runs
+
+
+@pytest.mark.parametrize("sft, rl, verdicts", [
+    ((0.5, 0.25, 0.0), (0.75, 0.5, 0.0), ("reproduced", "reproduced", "open")),
+    ((0.75, 0.5, 0.0), (0.5, 0.25, 0.5), ("contradicted", "contradicted", "contradicted")),
+    ((0.5, 0.25, 0.0), (0.5, 0.25, 0.0), ("open", "contradicted", "open")),
+    ((0.5, 0.75, 0.0), (0.5, 0.5, 0.0), ("open", "contradicted", "open")),
+    ((0.5, 0.5, 0.0), (0.5, 0.75, 0.0), ("open", "open", "open")),
+])  # fmt: skip
+def test_a_claims_verdict_follows_from_the_differences(sft, rl, verdicts):
+    runs = arms_of(("base", 0.25, 0.5, 0.0), ("SFT", *sft), ("RL", *rl))
+    said = [find(runs).partition(",")[0] for find in (findings.safer, findings.keeps_reasoning, findings.calms)]
+    assert said == list(verdicts)
+
+
+@pytest.mark.parametrize("unsafe, sums, verdict", [
+    (-0.2, 0.0, "reproduced"), (-0.2, -0.2, "contradicted"), (0.2, 0.0, "contradicted"), (0.0, 0.0, "open"),
+])  # fmt: skip
+def test_entropy_must_fall_on_unsafe_requests_alone(unsafe, sums, verdict):
+    runs = arms_of(("base", 0.25, 0.5, 0.0), ("RL", 0.5, 0.5, 0.0))
+    for run in runs["RL"].values():
+        run.result.benchmarks["safety"].pooled["entropy_per_token"] += unsafe
+        run.result.benchmarks["arithmetic"].pooled["entropy_per_token"] += sums
+    assert findings.calms(runs).partition(",")[0] == verdict
+
+
+def test_what_sft_does_follows_memory_where_both_order_the_models_alike():
+    knows, not_so = (arms_of(("base", 0.25, 0.5, 0.0), ("SFT", safe, 0.5, 0.0)) for safe in (0.75, 0.5))
+    for run in not_so["base"].values():
+        memory = run.result.benchmarks["memorization"]
+        name = next(iter(memory.scores))
+        memory.scores[name] = [score._replace(value=score.value - 5) for score in memory.scores[name]]
+    assert findings.remembers({"a": knows, "b": not_so}).startswith("reproduced in order, a -")
+    gained = {"a": knows | {"SFT": not_so["SFT"]}, "b": not_so | {"SFT": knows["SFT"]}}
+    assert findings.remembers(gained).startswith("contradicted in order")
+    assert findings.remembers({"a": knows}) == "open, it takes two models"
+
+
 def test_differences_that_exclude_zero_are_stated_and_the_others_named_as_open(report):
     tiny = section(report[0], "tiny")
     assert "- RL − base, safety: safe answer: +0.500 [+0.500, +0.500]" in tiny  # 14 of 28, in each seed
@@ -363,9 +428,11 @@ def test_partial_results_failures_and_origin_are_told(report):
     assert "failed: tiny-0/rl-exact-judge: exit code 1; log\n" in text and "`THE COMMAND`" in text
     assert "1.5 minutes in 1 session(s)" in text and "What a toy cannot show" in text and "PyTorch" in text
     assert "base (1)" in section(text, "tiny-llama")
-    for name in ("training", "tradeoff", "categories"):
-        assert (out / f"report-tiny-{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"](report-tiny-{name}.png)" in text
+    for name in ("arms", "tiny-training", "tiny-categories", "tiny-entropies"):
+        assert (out / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](report-{name}.png)" in text
+    assert "![Reward gained in training: RL 0.75](report-tiny-training.png)" in text
+    assert "![Safe answers, tiny / tiny-llama: base 0.29 / 0.25; SFT 0.54 / –; RL 0.79 / –](report-arms.png)" in text
     assert not (out / "report-tiny-llama-training.png").exists()
 
 
@@ -390,6 +457,34 @@ def made(scores: list[float], verdicts: list[float]) -> Result:
     for metric, values in (("reward", scores), ("safe", verdicts)):
         found[metric] = [Score(str(i), "", False, value) for i, value in enumerate(values)]
     return Result("", {"safety": BenchmarkResult("safety", "safe", "", "", scores=found)})
+
+
+def test_a_single_runs_interval_in_a_picture_is_over_questions():
+    one = {"RL": {0: Run(result("RL", 0, 0.5, 0.5))}}
+    value = shown(one, "RL", SAFETY)
+    assert (value.mean, value.n, value.over) == (0.5, 28, "items") and value.low == pytest.approx(0.3258, abs=1e-3)
+    assert shown(one, "RL", SAFETY._replace(name="entropy_per_token")).n == 1, "of pooled numbers there is none"
+    two = {"RL": one["RL"] | {1: Run(result("RL", 1, 0.25, 0.5))}}
+    assert (shown(two, "RL", SAFETY).mean, shown(two, "RL", SAFETY).over) == (0.375, "runs")
+
+
+def test_the_hardest_variation_is_the_one_in_which_rl_is_least_safe():
+    runs = arms_of(("base", 0.25, 0.5, 0.0), ("RL", 0.75, 0.5, 0.0))
+    for run in runs["RL"].values():
+        parts, easy = run.result.benchmarks, result("RL", 0, 0.9, 0.5).benchmarks["safety, role play"]
+        no_thought = replace(parts["arithmetic"], variation=True)  # harder, but no safety
+        hard = parts.pop("safety, role play")
+        parts |= {"no thought": no_thought, "before": easy, "safety, role play": hard, "behind": easy}
+    assert hardest_variation(runs) == Metric("safety, role play", "safe")
+    assert hardest_variation({"base": runs["base"]}) is None, "it is RL's"
+
+
+def test_curves_are_one_a_seed_and_gains_begin_at_0():
+    steps = [{"step": 1, "reward/mean": 0.5}, {"step": 2}, {"step": 3, "reward/mean": 2.0}]
+    runs = {"RL": {0: Run(made([], []), steps), 1: Run(made([], []), steps[:1]), 2: Run(made([], []))}}
+    plain, gained = curves(runs, "RL", "reward/mean"), curves(runs, "RL", "reward/mean", gained=True)
+    assert [[(step, y.mean) for step, y in line] for line in plain] == [[(1, 0.5), (3, 2.0)], [(1, 0.5)]]
+    assert [[(step, y.mean) for step, y in line] for line in gained] == [[(1, 0.0), (3, 1.5)], [(1, 0.0)]]
 
 
 def test_the_gap_between_reward_and_judge_by_hand():
@@ -427,12 +522,13 @@ def test_ablations_compare_each_with_the_base_and_with_rl(tmp_path):
         put(tmp_path, f"tiny-{seed}/base", result("base", seed, 0.25, 0.5))
         put(tmp_path, f"tiny-{seed}/rl", result("RL", seed, 0.75, 0.5))
         put(tmp_path, f"tiny-{seed}/no-kl", result("no KL", seed, 0.5, 0.5, shift=2.0))
-    arms = {"tiny": paper.arms_of("tiny", paper.flags().parse_args(["--ablations"]))}
+    arms = {"tiny": paper.arms_of("tiny", paper_flags("").parse_args(["--ablations"]))}
     text = paper_report.write("ablations", tmp_path, arms, [0, 1], {}).read_text()
     assert "no KL − RL, safety: safe answer: -0.250" in text and "no KL − base, safety: safe answer: +0.250" in text
     row = next(line for line in text.splitlines() if line.startswith("| no KL |"))
     assert row.split("|")[-2].strip().startswith("0.500")  # every reward is above the base's threshold, half are safe
-    assert "Published" not in text
+    assert "Published" not in text and "Findings" not in text
+    assert "![Safe answers, tiny: base 0.25; RL 0.75; no KL 0.50](ablations-arms.png)" in text
 
 
 def test_results_of_other_questions_are_not_mixed(tmp_path):

@@ -1,5 +1,6 @@
 """The run folder: one writer, what is no run, damaged files, a full disk, and how a run that was stopped ends."""
 
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ import train_sft
 from nanosafe.io import locks
 from nanosafe.io.files import write_atomic
 from nanosafe.io.locks import hold
+from nanosafe.model.weights import save_model
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
 from nanosafe.train.cli import readable_errors
@@ -243,9 +245,9 @@ def test_a_run_that_was_stopped_says_so_by_its_exit_code(world, cut, monkeypatch
 
 def test_a_full_disk_names_the_file_and_leaves_no_half_folder(finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    args = Namespace(out=str(out), dtype="float32", resume="auto", save_every=1, keep=1, date=None)
+    args = Namespace(save_dtype=None, out=str(out), dtype="float32", resume="auto", save_every=1, keep=1, date=None)
     run = RunFolder(args, Ranks("cpu"))
-    run.state, run.total = {"step": 1, "skipped": 0}, 1
+    run.state, run.total = {"step": 1, "skipped": 0, "base_dtype": "float32"}, 1
     run.model, run.tokenizer = load_model(finished / "final", dtype=torch.float32), None
 
     def full(*arguments):
@@ -261,3 +263,50 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_folder(finished, tmp_path
         with pytest.raises(OSError, match=r"saving .*/final failed .*No space left on device: '.*\.partial-final/.*'"):
             run.finish()
     assert not list(out.rglob(".partial*"))
+
+
+# The type of final/.
+
+
+def types(folder: Path) -> tuple[str, set[torch.dtype]]:
+    """What config.json says, and what the files hold."""
+    tensors = load_file(folder / "model.safetensors")
+    return json.loads((folder / "config.json").read_text())["dtype"], {t.dtype for t in tensors.values()}
+
+
+def test_final_is_in_the_type_of_the_base_and_checkpoints_are_exact(world, finished, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    base, run, asked = tmp_path / "world/policy", tmp_path / "run", tmp_path / "asked"
+    save_model(load_model(base, dtype=torch.bfloat16), base)
+    assert types(base) == ("bfloat16", {torch.bfloat16})
+    arguments = sft_args(tmp_path / "world", run, "--steps", "2")
+    train_sft.main(arguments)
+    last = run / "checkpoints/step-000002"
+    assert types(last) == ("float32", {torch.float32}) and types(run / "final") == ("bfloat16", {torch.bfloat16})
+    exact, final = (load_file(folder / "model.safetensors") for folder in (last, run / "final"))
+    assert all(torch.equal(exact[name].bfloat16(), tensor) for name, tensor in final.items())
+    assert any(not torch.equal(exact[name], tensor.float()) for name, tensor in final.items())
+
+    shutil.rmtree(run / "final")  # a resumed run, which loads a float32 checkpoint, remembers
+    shutil.rmtree(last)
+    train_sft.main(arguments)
+    assert types(last)[0] == "float32" and types(run / "final") == ("bfloat16", {torch.bfloat16})
+    again = load_file(run / "final/model.safetensors")
+    assert all(torch.equal(final[name], tensor) for name, tensor in again.items())
+
+    train_sft.main(sft_args(tmp_path / "world", asked, "--steps", "2", "--save-dtype", "float32"))
+    assert types(asked / "final") == ("float32", {torch.float32})
+    whole = load_file(asked / "final/model.safetensors")
+    assert all(torch.equal(exact[name], tensor) for name, tensor in whole.items())
+    assert types(finished / "final") == ("float32", {torch.float32}), "of a float32 base"
+
+
+def test_final_of_a_base_whose_config_names_no_type_is_in_the_type_of_training(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    path = tmp_path / "world/policy/config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]  # the name that this version of transformers writes
+    path.write_text(json.dumps(config))
+    train_sft.main(sft_args(tmp_path / "world", tmp_path / "run", "--steps", "1", "--dtype", "bfloat16"))
+    tensors = load_file(tmp_path / "run/final/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
