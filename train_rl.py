@@ -31,11 +31,13 @@ from nanosafe.io.progress import progress
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_policy, load_reference, load_reward, load_rows, load_tokenizer, recipe
-from nanosafe.parallel import Ranks, unsharded
+from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
+from nanosafe.plan.report import show_plan
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
 from nanosafe.sampler import SamplingParams, generate_over_ranks
 from nanosafe.sampler.packed import forget_packed
+from nanosafe.sampler.spread import check_spread, sampling_model
 from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
@@ -88,8 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     args, origins = cli.settings(rl_flags(__doc__), argv, "rl", recipe)
     check(args)
     if args.plan is not None:
-        return plan.show("rl", args)
+        return show_plan("rl", args)
     ranks = cli.start(args, origins, "rl")
+    if args.rollout_shards > 1:
+        check_spread(plan.find_config(args.model)[0], args.rollout_shards, args.model)
     if args.random_weights:
         random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)
@@ -98,12 +102,13 @@ def main(argv: list[str] | None = None) -> None:
         return ranks.close()
 
     # Data and reward: a name is looked up by the main rank first, which alone downloads.
+    frozen_ranks = ranks if args.shard_frozen else None
     with ranks.main_first():
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, weights=args.reward_weights,
                              scope=args.reward_scope, device=ranks.device, dtype=run.dtype,
-                             offload=args.offload, date=args.date)
+                             offload=args.offload, date=args.date, ranks=frozen_ranks)
     run.check_data(args.prompts, rows)
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
@@ -185,7 +190,7 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
             # Of its own, so that a response depends on neither batch nor rank.
             seed=derive_seed(args.seed, "rollout", step, row),
         ))
-    with unsharded(policy, getattr(torch, args.dtype)) as model:
+    with sampling_model(policy, getattr(torch, args.dtype), ranks, args.rollout_shards) as model:
         outputs = generate_over_ranks(model, prompt_ids, params, ranks, progress=ranks.main)
         forget_packed(model)  # Training needs the memory.
     episodes = []

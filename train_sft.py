@@ -27,7 +27,9 @@ from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_policy, load_rows, load_tokenizer, recipe
 from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
+from nanosafe.plan.report import show_plan
 from nanosafe.randomness import shuffled_passes
+from nanosafe.sampler.spread import check_spread
 from nanosafe.text.data import Document, sft_documents, sft_steps
 from nanosafe.train import cli
 from nanosafe.train.optim import Optimizer, cosine_schedule
@@ -41,8 +43,10 @@ WARMUP_SHARE, FINAL_LR_SHARE, WEIGHT_DECAY = 0.05, 0.0, 1e-4
 def main(argv: list[str] | None = None) -> None:
     args, origins = cli.settings(sft_flags(__doc__), argv, "sft", recipe)
     if args.plan is not None:
-        return plan.show("sft", args)
+        return show_plan("sft", args)
     ranks = cli.start(args, origins, "sft")
+    if args.rollout_shards > 1:
+        check_spread(plan.find_config(args.model)[0], args.rollout_shards, args.model)
     if args.random_weights:
         random_weights.substitute(args, origins["command line"], ranks)
     run = RunFolder(args, ranks)

@@ -376,13 +376,14 @@ def rl8b(stage: Stage) -> None:
 def run_rl(stage: Stage, alias: str, flags: list[str]) -> None:
     """train_rl.py until its second row of metrics; the peak of a step beside the plan's."""
     from nanosafe import plan
+    from nanosafe.plan.machine import find_machine
     from nanosafe.train.flags import rl_flags
 
     out, name = stage.scratch / f"run-{alias}", stage.model_name(alias)
     flags = ["--model", name, *RL, "--device", stage.device.type, "--out", str(out), *flags]
     given = vars(rl_flags("").parse_args(flags))
     settings = plan.settings("rl", name, **{k: v for k, v in given.items() if v is not None and k != "model"})
-    planned = plan.make("rl", settings, plan.find_machine("", stage.device.type, tiny=False)).peak
+    planned = plan.make("rl", settings, find_machine("", stage.device.type, tiny=False)).peak
     with open(stage.scratch / f"{alias}.log", "w") as log:
         process = subprocess.Popen([sys.executable, str(ROOT / "train_rl.py"), *flags], cwd=ROOT, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)

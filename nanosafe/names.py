@@ -50,14 +50,14 @@ def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None, ranks: Ranks | None = None,
+               dtype: torch.dtype | None = None, ranks: Ranks | None = None, frozen: bool = False,
                lora: tuple[int, float] | None = None) -> Decoder:
     """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
 
     dtype: as the scripts' --dtype, by default float32 on a CPU and bfloat16 on CUDA.
 
     What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
-    ranks: of several, each keeps its rows of every tensor, in float32, and computes in `dtype`.
+    ranks: of several, each keeps its rows of every tensor, in float32 (frozen: in `dtype`), and computes in `dtype`.
     lora: as in load_checkpoint. A folder of adapters, such as a checkpoint of a run with --lora-rank, is the model that
     they name with them merged in.
     Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
@@ -68,10 +68,10 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
     dtype = dtype or default_dtype(device)
     if (folder / "adapter_config.json").exists():
         adapter = Adapter(folder)
-        model = load_model(adapter.base, device=device, dtype=dtype, ranks=ranks, lora=lora)
+        model = load_model(adapter.base, device=device, dtype=dtype, ranks=ranks, frozen=frozen, lora=lora)
         adapter.merge_into(model)
     else:
-        model = load_checkpoint(folder, device, dtype, ranks, lora)
+        model = load_checkpoint(folder, device, dtype, ranks, frozen, lora)
     with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
         model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
     return model
@@ -103,7 +103,9 @@ def load_reference(args: Namespace, base: Path, policy: Decoder, ranks: Ranks) -
     if not args.kl_coef or args.lora_rank:
         return policy if args.kl_coef else None
     home = "cpu" if args.offload else ranks.device
-    return load_model(base, device=home, dtype=getattr(torch, args.dtype)).requires_grad_(False)
+    shared = ranks if args.shard_frozen else None
+    model = load_model(base, device=home, dtype=getattr(torch, args.dtype), ranks=shared, frozen=True)
+    return model.requires_grad_(False)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -134,10 +136,11 @@ def load_reward(spec: str | Sequence[str], *, weights: Sequence[float] | None = 
 
 
 def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.device = "cpu",
-                    dtype: torch.dtype | None = None, offload: bool = False, date: str | None = None) -> Reward:
+                    dtype: torch.dtype | None = None, offload: bool = False, date: str | None = None,
+                    ranks: Ranks | None = None) -> Reward:
     """rule:math, rule:refusal, rule:tiny-judge, a function FILE.py:NAME, or a reward model (alias, hub id or folder).
 
-    offload: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
+    offload, ranks: as in RewardModel.load; date: the day that its template writes, as in Tokenizer. scope: as in
     `rewards.conversation`; a reward model whose template deletes thoughts is refused with a ValueError for "response".
     """
     rules = RULES | {"rule:tiny-judge": tiny_judge}
@@ -147,7 +150,8 @@ def load_one_reward(spec: str, *, scope: str = "response", device: str | torch.d
         raise ValueError(f"unknown rule {spec!r}; known: {', '.join(rules)}, or give a reward model")
     if is_function(spec):
         return OwnReward(spec)
-    model = RewardModel.load(checkpoint(spec), device, dtype or default_dtype(device), offload=offload)
+    model = RewardModel.load(checkpoint(spec), device, dtype or default_dtype(device), offload=offload,
+                             ranks=ranks)
     # Scores of a run that is resumed must not change with the day.
     model.tokenizer.date = date or model.tokenizer.date
     model.check_scope(scope, spec)

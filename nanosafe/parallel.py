@@ -182,3 +182,4 @@ def unsharded(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     full = {name: full_tensor(tensor.to(dtype)) for name, tensor in model.state_dict().items()}
     copy.load_state_dict(full, assign=True)
     yield copy.requires_grad_(False)
+    copy.to("meta")  # Whoever still holds it holds no weights.

@@ -27,8 +27,9 @@ from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
 from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
-from nanosafe.parallel import Ranks, unsharded
+from nanosafe.parallel import Ranks
 from nanosafe.sampler.packed import forget_packed
+from nanosafe.sampler.spread import sampling_model
 from nanosafe.text.data import Pair
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.own_reward import is_function
@@ -142,7 +143,7 @@ def start_watch(policy: Decoder, tokenizer: Tokenizer, run: RunFolder,
         watch.recall(run.state["step"])
         ranks.print("at the last measurement: " + watch.summary())
     else:
-        with unsharded(policy, run.dtype) as model:
+        with sampling_model(policy, run.dtype, run.ranks, run.args.rollout_shards) as model:
             watch.measure(model, 0)
         ranks.print("before training: " + watch.summary())
     return watch
@@ -153,7 +154,7 @@ def measure_if_due(watch: Watch | None, policy: Decoder, run: RunFolder, clock: 
     step = run.state["step"] + 1  # it is recorded later, with these metrics
     if watch is None or (step % run.args.eval_every and step != run.total):
         return {}
-    with unsharded(policy, run.dtype) as model:
+    with sampling_model(policy, run.dtype, run.ranks, run.args.rollout_shards) as model:
         metrics = watch.measure(model, step)
     clock.lap("eval")
     return metrics

@@ -19,6 +19,8 @@ def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
     if names:
         unused = ", ".join(f"{name} {generation[name]}" for name in names)
         text += f"; generation_config.json's {unused} are not used"
+    if args.rollout_shards > 1:
+        text += f"; {ranks.world // args.rollout_shards} groups of {args.rollout_shards} ranks hold a policy each"
     ranks.print(text)
     if args.top_p < 1:
         ranks.print("warning: with --top-p below 1 the log-probs are not those of the distribution "

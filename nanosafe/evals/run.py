@@ -17,6 +17,7 @@ from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.randomness import derive_seed
 from nanosafe.sampler import Completion, SamplingParams, generate
+from nanosafe.sampler.spread import sharing
 from nanosafe.text.data import Document
 from nanosafe.text.thoughts import THINK
 from nanosafe.text.tokenizer import Tokenizer
@@ -128,7 +129,8 @@ def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
     """Records of the requests in order, without values."""
     # A rank takes neighbours, so that equal prompts meet in its engine.
     costs = [len(request.prompt_ids) + request.params.max_new_tokens for request in requests]
-    local = ranks.local_range(costs)
+    sharers = sharing(model, ranks)
+    local = sharers.local_range(costs)
     requests = requests[local.start : local.stop]
     prompts, params = [], []
     for request in requests:
@@ -149,7 +151,7 @@ def _generate(model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request],
     name = requests[0].benchmark if requests else ""
     with progress_bar(len(requests), name) as bar:
         generate(model, prompts, params, finished=finished, **engine_options)
-    return ranks.gather(records)
+    return sharers.gather(records)
 
 
 def _measure_entropies(model: Decoder, requests: Sequence[Request], records: Sequence[dict],

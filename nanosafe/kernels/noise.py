@@ -67,12 +67,15 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
-    """(scores + gumbel_noise).argmax(dim=-1), the first among equals: [B, V] -> [B]."""
+def gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor, begin: int = 0) -> Tensor:
+    """(scores + gumbel_noise).argmax(dim=-1), the first among equals: [B, V] -> [B], counted from 0.
+
+    begin: the token id of the first score, a multiple of W.
+    """
     scores = in_blocks(scores)
     B, count, _ = scores.shape
     keys = noise_keys(seeds, steps)  # [2, B]
-    first, owner = first_ring(keys[:, :, None], torch.arange(count, device=scores.device))
+    first, owner = first_ring(keys[:, :, None], begin // W + torch.arange(count, device=scores.device))
     highest = -first.log()  # [B, blocks] noise of the owners, which bounds that of their blocks
     # The winner is no worse than the best owner. Whatever the scores, only about W tokens of a row can be better.
     owners = scores.gather(2, owner[:, :, None])[:, :, 0] + highest
@@ -83,7 +86,7 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     hits, places = (bounds >= least[rows, None]).nonzero(as_tuple=True)
     rows, blocks = rows[hits], blocks[hits]
     tokens = blocks * W + places
-    noise = token_noise(keys[:, rows], tokens, first[rows, blocks], owner[rows, blocks])
+    noise = token_noise(keys[:, rows], begin + tokens, first[rows, blocks], owner[rows, blocks])
     perturbed = scores.flatten(1)[rows, tokens] + noise
     best = scores.new_full((B,), -torch.inf).scatter_reduce(0, rows, perturbed, "amax")
     winners = perturbed == best[rows]

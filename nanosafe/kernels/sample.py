@@ -25,15 +25,16 @@ class SamplingTensors(NamedTuple):
     steps: Tensor  # [B] int64, the number of the token to be drawn
 
 
-def draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, params: SamplingTensors, begin: int = 0) -> tuple[Tensor, Tensor]:
     """Draw one token per row of logits [B, V] float32 -> token ids [B] int64, their log-probs [B] float32.
 
+    begin: the first id, a multiple of W, where the logits are a slice of a vocabulary: the draw is the slice's own.
     A log-prob is that of softmax(logits / temperature) before the filters (temperature 0: as 1). The Triton kernel
     reads nothing back to the host, so a CUDA graph can capture it.
     """
     if triton is not None and (logits.is_cuda or INTERPRETED):
-        return triton_draw(logits, params)
-    return cpu_draw(logits, params)
+        return triton_draw(logits, params, begin)
+    return cpu_draw(logits, params, begin)
 
 
 def plain_draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def plain_draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]
 # The same on a CPU: no pass over [B, V] that no row needs, and no sort or hash of a whole vocabulary.
 
 
-def cpu_draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
+def cpu_draw(logits: Tensor, params: SamplingTensors, begin: int = 0) -> tuple[Tensor, Tensor]:
     sampled = params.temperature > 0
     scores = logits
     if (sampled & (params.temperature != 1)).any():
@@ -65,11 +66,11 @@ def cpu_draw(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
     else:
         filters = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
         kept = filter_scores(scores, params) if (sampled & filters).any() else scores
-        tokens = gumbel_argmax(kept, params.seeds, params.steps)
+        tokens = gumbel_argmax(kept, params.seeds, params.steps, begin)
         if not sampled.all():
             tokens = torch.where(sampled, tokens, block_argmax(scores))
     logprobs = scores.log_softmax(dim=-1)  # one pass, which logsumexp is not
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return begin + tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
 def filter_scores(scores: Tensor, params: SamplingTensors) -> Tensor:

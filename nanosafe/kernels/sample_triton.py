@@ -17,15 +17,16 @@ if triton is not None:
 TILE = 64 * W  # tokens that a program has in registers at a time
 
 
-def triton_draw(logits: Tensor, params) -> tuple[Tensor, Tensor]:
+def triton_draw(logits: Tensor, params, begin: int = 0) -> tuple[Tensor, Tensor]:
     """`draw` of sample.py, with its SamplingTensors."""
     logits = logits.contiguous()
     tokens, logprobs = torch.empty_like(params.seeds), torch.empty_like(params.temperature)
     if len(logits):
         near_edge = torch.empty_like(logits)
         _draw_row[(len(logits),)](
-            logits, near_edge, *params, tokens, logprobs, logits.shape[1], W=W, TILE=TILE, BLOCKS=BLOCKS, num_warps=16
-        )
+            logits, near_edge, *params, tokens, logprobs, logits.shape[1], begin,
+            W=W, TILE=TILE, BLOCKS=BLOCKS, num_warps=16,
+        )  # fmt: skip
     return tokens, logprobs
 
 
@@ -33,10 +34,13 @@ if triton is not None:
 
     @triton.jit
     def _draw_row(
-        logits, near_edge, temperatures, top_ks, top_ps, min_ps, seeds, steps, tokens, logprobs, V,
+        logits, near_edge, temperatures, top_ks, top_ps, min_ps, seeds, steps, tokens, logprobs, V, begin,
         W: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
-        """Program r draws row r. Scores above `edge` stay, and of those equal to it the ids up to `last`."""
+        """Program r draws row r. Scores above `edge` stay, and of those equal to it the ids up to `last`.
+
+        Ids count from 0 up to V; the noise is that of the ids from `begin` on.
+        """
         row = tl.program_id(0).to(tl.int64)
         logits, near_edge = logits + row * V, near_edge + row * V
         temperature = tl.load(temperatures + row)
@@ -101,18 +105,18 @@ if triton is not None:
             ids, scores = _load_tile(logits, start, V, temperature, TILE)
             scores = tl.where((scores > edge) | ((scores == edge) & (ids <= last)), scores, float("-inf"))
             ids, scores = tl.reshape(ids, (TILE // W, W)), tl.reshape(scores, (TILE // W, W))
-            block = (start // W + tl.arange(0, TILE // W)).to(tl.uint32)
+            block = ((begin + start) // W + tl.arange(0, TILE // W)).to(tl.uint32)
             first = triton_exponential(triton_hash(BLOCKS + 2 * block, key_low, key_high)) / W  # [blocks]
             bound = tl.where(greedy, 0.0, -tl.log(first))
             if tl.max(tl.max(scores, 1) + bound, 0) > best:
                 owner = (triton_hash(BLOCKS + 1 + 2 * block, key_low, key_high) % W).to(tl.int32)
-                later = first[:, None] + triton_exponential(triton_hash(ids.to(tl.uint32), key_low, key_high))
+                later = first[:, None] + triton_exponential(triton_hash((begin + ids).to(tl.uint32), key_low, key_high))
                 time = tl.where(ids % W == owner[:, None], first[:, None], later)
                 perturbed = scores + tl.where(greedy, 0.0, -tl.log(time))
                 highest = tl.max(perturbed)
                 if highest > best:
                     best, token = highest, tl.min(tl.where(perturbed == highest, ids, V))
-        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(tokens + row, begin + token.to(tl.int64))
         tl.store(logprobs + row, tl.load(logits + token) / temperature - peak - tl.log(total))
 
     @triton.jit

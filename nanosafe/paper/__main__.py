@@ -42,7 +42,7 @@ from nanosafe.io.machine import available_cores
 from nanosafe.names import recipe, tiny_seed
 from nanosafe.paper import report as paper_report
 from nanosafe.paper.jobs import Job, run_jobs
-from nanosafe.plan.machine import known_config
+from nanosafe.plan.machine import download_bytes, find_config, find_machine, gb, known_config
 from nanosafe.recipes import ALIASES
 from nanosafe.tiny.build import FAMILIES, is_tiny
 from nanosafe.train.cli import readable_errors
@@ -237,9 +237,9 @@ def training_of(script: str, model: str, settings: dict) -> Training:
         return Training([], steps * SECONDS[f"{script} step"])
     if not is_known(model, settings):
         return Training([], None)
-    name, here = script.removeprefix("train_"), plan.find_machine("", None, False)
+    name, here = script.removeprefix("train_"), find_machine("", None, False)
     args = plan.settings(name, model, **settings)
-    about = f"{name.upper()} on {here}: peak {plan.gb(plan.make(name, args, here).peak)} GB; "
+    about = f"{name.upper()} on {here}: peak {gb(plan.make(name, args, here).peak)} GB; "
     machine, change = next(plan.remedies(name, args, here), (None, {}))
     if machine is None:
         return Training([], None, f"{about}no setting tried makes it fit")
@@ -286,7 +286,7 @@ def overview(jobs: Sequence[Job], models: Sequence[str], workers: int) -> str:
 def downloads(model: str) -> str:
     sizes = []
     for name in (model, recipe("rl", model)["reward_model"], "granite-guardian"):
-        size = plan.gb(plan.download_bytes(name, plan.find_config(name)[0]))
+        size = gb(download_bytes(name, find_config(name)[0]))
         sizes.append(f"{ALIASES.get(name, name).partition('@')[0]} {size} GB")
     return ", ".join(sizes)
 

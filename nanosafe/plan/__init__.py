@@ -10,19 +10,21 @@ GB are 10^9 bytes. A card sold as 80 or 141 GB has so many GiB less what its dri
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
-from nanosafe.io.machine import MAIN_RANK
 from nanosafe.model.attention import KVCache
 from nanosafe.model.recompute import RECOMPUTE
-from nanosafe.names import recipe, tiny_seed
+from nanosafe.names import recipe
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
-from nanosafe.plan.machine import Machine, card_bytes, download_bytes, find_config, find_machine, gb, policy_config
+from nanosafe.plan.machine import Machine, card_bytes, find_config, gb, policy_config
 from nanosafe.sampler.engine import default_prefill_tokens
+from nanosafe.sampler.spread import check_spread, part_config
 from nanosafe.text.data import sft_steps
+from nanosafe.train.cli import check_parallel
 from nanosafe.train.own_reward import is_function
 from nanosafe.train.weighted_reward import reward_specs
 
@@ -63,12 +65,6 @@ class Plan(NamedTuple):
         return not self.refused and self.peak <= self.machine.usable and self.blocks >= self.table_width
 
 
-def show(script: str, args: Namespace) -> None:
-    """Print what train_rl.py or train_sft.py ("rl", "sft") with flags `args` needs, on the main rank."""
-    if MAIN_RANK:
-        print(report(script, args), flush=True)
-
-
 def choose_recompute(script: str, args: Namespace, ranks: Ranks) -> str:
     """--recompute or, where it was not given, what the plan chooses for these ranks: the same on all."""
     if args.recompute is not None:
@@ -88,7 +84,7 @@ def choose_recompute(script: str, args: Namespace, ranks: Ranks) -> str:
 def settings(script: str, model: str, **changes) -> Namespace:
     """Flags of train_rl.py or train_sft.py ("rl", "sft") that are read here, as the recipe has them, with `changes`."""
     flags = dict(model=model, dtype="bfloat16", low_memory=False, offload=False, recompute=None, keep=2,
-                 steps=None, lora_rank=None)
+                 steps=None, lora_rank=None, rollout_shards=1, shard_frozen=False)
     return Namespace(**flags | recipe(script, model) | changes)
 
 
@@ -123,14 +119,18 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         return Plan({"update": update, "step": step}, machine, blocks=0, table_width=0,
                     refused=None, recompute=args.recompute)
 
-    rows = math.ceil(args.prompts_per_step * args.samples_per_prompt / world)
+    check_parallel(args, world)
+    shards = args.rollout_shards
+    check_spread(config, shards, args.model)
+    part = part_config(config, shards)  # what a rank has of a model that samples
+    rows = math.ceil(args.prompts_per_step * args.samples_per_prompt * shards / world)
     rows_at_once = min(rows, memory.runner_of(machine.kind).max_batch)
-    prefill = default_prefill_tokens(config, machine.kind) * memory.forward_bytes(config, s)
+    prefill = default_prefill_tokens(part, machine.kind) * memory.forward_bytes(part, s)
+    gathered = memory.rollout_weights(config, s, world, shards)
     # Logits of all rows: in --dtype (on a CPU), in float32, and a copy that drawing makes.
     drawing = rows_at_once * config.vocab_size * (s + 8)
     phases = {
-        "rollout": state | {"gathered weights": s * size.total if world > 1 else 0,
-                            "activations": prefill + drawing},
+        "rollout": state | {"gathered weights": gathered, "activations": prefill + drawing},
         "reward": state | {"activations": 0},
         "log-probs": state | {
             "shard buffers": memory.sharding_buffers(size, s, world, training=False),
@@ -139,38 +139,31 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         "update": update,
         "step": step,
     }  # fmt: skip
-    if args.kl_coef and not args.lora_rank:  # LoRA's reference is the policy without its adapters
-        add_frozen(phases, "reference", s * size.total, "log-probs", args.offload)
+    frozen = memory.Frozen(s, world, args.offload, args.shard_frozen)
+    if args.kl_coef and not args.lora_rank:  # LoRA's reference is the policy without its adapters.
+        frozen.add(phases, "reference", size, "log-probs")
     for name in reward_models(args):
         judge, _ = find_config(name)
-        resident = phases["reward"].get("reward model", 0) + s * memory.sizes(judge).total
-        add_frozen(phases, "reward model", resident, "reward", args.offload)
+        frozen.add(phases, "reward model", memory.sizes(judge), "reward")
         activations = max(SCORED_TOKENS, longest) * memory.forward_bytes(judge, s)
         phases["reward"]["activations"] = max(phases["reward"]["activations"], activations)
 
     free = machine.usable - sum(phases["rollout"].values())
-    cache = memory.engine_cache(config, s, free, rows, longest, machine.kind)
-    blocks, width, block = max(0, cache.blocks), cache.table_width, memory.block_bytes(config, s, cache)
+    cache = memory.engine_cache(part, s, free, rows, longest, machine.kind)
+    blocks, width, block = max(0, cache.blocks), cache.table_width, memory.block_bytes(part, s, cache)
     # The least that it needs; one more is scratch
     phases["rollout"]["KV pool"] = (max(blocks, width) + 1) * block
     phases["rollout"]["states"] = memory.state_bytes(config, s, cache.max_batch)
     refused = None
-    # A rollout has all weights on each GPU, however many there are.
-    least = s * size.total + prefill + drawing + (width + 1) * block
+    # However many GPUs there are, a rollout has all weights on each, or on each group's.
+    least = (gathered or s * size.total) + prefill + drawing + (width + 1) * block
     least += 2 * KVCache.bytes_per_slot(config, memory.compute_type(s))
     if least > machine.usable:
-        refused = (f"refused: sampling needs all weights on one GPU ({gb(s * size.total)} GB in "
-                   f"--dtype, {gb(least)} with one sequence), each has {gb(machine.usable)}: only "
-                   "a larger card or a smaller model helps")
+        spread = "" if shards == 1 else f" over {shards}"
+        refused = (f"refused: sampling needs all weights{spread} on one GPU "
+                   f"({gb(gathered or s * size.total)} GB in --dtype, {gb(least)} with one sequence), each has "
+                   f"{gb(machine.usable)}: a larger card, a smaller model or more --rollout-shards helps")
     return Plan(phases, machine, blocks, width, refused, args.recompute)
-
-
-def add_frozen(phases: dict[str, dict[str, float]], name: str, nbytes: float, turn: str,
-               offload: bool) -> None:
-    """A model that does not train is there in every phase or, with --offload, in its own turn only."""
-    for phase in phases:
-        if phase == turn or not offload:
-            phases[phase] = phases[phase] | {name: nbytes}
 
 
 def reward_models(args: Namespace) -> list[str]:
@@ -208,19 +201,45 @@ def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool =
     with adapters, which train instead of all weights."""
     tries = [{}]
     if script == "rl":
-        tries.append({"offload": True})
+        tries.append({"offload": True, "shard_frozen": False})
     if machine.count == 1 and args.dtype == "bfloat16":
         tries += [change | {"low_memory": True} for change in tries]
     else:
         tries = [change | {"low_memory": False} for change in tries]
     half = {"tokens_per_microbatch": args.tokens_per_microbatch // 2}
     tries.append(tries[-1] | half)
+    if script == "rl" and machine.count > 1:
+        tries += spread_tries(args, machine)
     if lora:
         tries = [change | {"lora_rank": args.lora_rank or LORA_RANK, "low_memory": False} for change in tries]
     for change in tries:
         if make(script, Namespace(**vars(args) | change), machine).fits:
             return {name: value for name, value in change.items() if getattr(args, name) != value}
     return None
+
+
+def spread_tries(args: Namespace, machine: Machine) -> Iterator[dict]:
+    """--shard-frozen, and with it as few --rollout-shards as help; last with smaller micro-batches."""
+    others = dict(low_memory=False, offload=False)
+    for tokens in (args.tokens_per_microbatch, args.tokens_per_microbatch // 2):
+        for shards in (1, 2, 4, 8):
+            with suppress(ValueError):  # what does not divide heads or GPUs
+                check_spread(find_config(args.model)[0], shards, args.model)
+                change = dict(rollout_shards=shards, shard_frozen=True, tokens_per_microbatch=tokens)
+                check_parallel(Namespace(**vars(args) | others | change), machine.count)
+                yield others | change
+
+
+def as_flags(change: dict) -> str:
+    """The change of settings as it is typed."""
+    flags = []
+    for name, value in change.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is not False:
+            flags.append(f"{flag} {value}")
+    return " ".join(flags) or "the given flags"
 
 
 # Time.
@@ -243,18 +262,20 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     tokens = rows * (prompt + mean)
     # Lengths are taken as uniform in (0, max]: rows that all fit together decode as long as the longest does, max
     # steps; others enter as rows leave, rows * mean / batch steps and a tail of mean.
-    rows = math.ceil(rows / machine.count)
+    shards = args.rollout_shards
+    part = part_config(config, shards)
+    rows = math.ceil(rows * shards / machine.count)
     runner = memory.runner_of("cuda")
     # Sequences of mean length in the pool
     capacity = max(1, plan.blocks * runner.block_size // math.ceil(prompt + mean))
     steps = mean * (1 + max(1, rows / min(rows, runner.max_batch, capacity)))
-    position = KVCache.bytes_per_position(config, memory.compute_type(s))
+    position = KVCache.bytes_per_position(part, memory.compute_type(s))
     slot = KVCache.bytes_per_slot(config, memory.compute_type(s))
     # A sequence of length n reads n * prompt + n^2 / 2 positions; the mean of n^2 is max^2 / 3.
     cache = rows * position * (mean * prompt + args.max_response_tokens**2 / 6)
     states = rows * mean * 2 * slot  # they are read and written
     # Of an embedding that is no head, a few rows are read.
-    weights = s * (size.total if config.tie_word_embeddings else size.total - size.head)
+    weights = s * (size.total if config.tie_word_embeddings else size.total - size.head) / shards
     # H200's from 100 GB on, else H100's
     bandwidth = LARGE_BANDWIDTH if machine.bytes > LARGE_CARD else BANDWIDTH
     decoding = (steps * weights + cache + states) / (MEMORY_SHARE * bandwidth)
@@ -279,113 +300,3 @@ def hours(script: str, args: Namespace, machine: Machine, plan: Plan) -> float:
 
 def steps_of(script: str, args: Namespace) -> int:
     return args.steps or sft_steps(args.epochs, SFT_ROWS, args.batch_size)
-
-
-# What is printed.
-
-
-def report(script: str, args: Namespace) -> str:
-    machine = find_machine(args.plan, args.device, tiny_seed(args.model) is not None)
-    dtype = args.dtype or ("bfloat16" if machine.kind == "cuda" else "float32")
-    args = Namespace(**vars(args) | {"dtype": dtype})
-    plan, s = make(script, args, machine), bytes_of(args)
-    models = [args.model]
-    if script == "rl":
-        models += reward_models(args)
-    lines = [f"plan of train_{script}.py --model {args.model} in {dtype} on {machine} "
-             f"({gb(machine.usable)} of {gb(machine.bytes)} GB for tensors; GB are 10^9 bytes)"]
-    downloads = []
-    for name in models:
-        config, origin = find_config(name)
-        size = memory.sizes(config)
-        active = f", {size.active:,} of them active for each token" if size.active < size.total else ""
-        lines.append(f"  {name}: {size.total:,} parameters{active} (shape: {origin})")
-        if download_bytes(name, config):
-            downloads.append(f"{name} {gb(download_bytes(name, config))} GB")
-    lines += table(plan)
-    if script == "rl":
-        lines += cache_lines(args, plan)
-    lines.append(f"  expected peak: {gb(plan.peak)} GB of tensors on each of {gb(machine.usable)}, "
-                 f"with --recompute {plan.recompute}")
-    lines.append(f"  IT FITS: {'yes' if plan.fits else 'NO'}")
-    if plan.refused:
-        lines.append(f"  {plan.refused}")
-    if plan.fits:
-        lines.append(time_line(script, args, machine, plan))
-    else:
-        found = list(remedies(script, args, machine))
-        lora = None if args.lora_rank else first_that_fits(script, args, machine, lora=True)
-        if lora:
-            found.append((machine, lora))
-        cures = [f"  it fits on {other} with {as_flags(change)}" for other, change in found]
-        lines += cures or [f"  no setting that was tried makes it fit (up to {MOST_GPUS} GPUs, and "
-                           "cards of 141 GB)"]
-    size = memory.sizes(policy_config(args))
-    one = memory.checkpoint_bytes(size, s, args.low_memory)
-    lines.append(f"  disk: {gb(one)} GB per checkpoint, up to "
-                 f"{gb((args.keep + 1) * one + s * size.total)} GB with --keep {args.keep}, one "
-                 "being written, and final/")
-    lines.append(f"  downloads: {', '.join(downloads) or 'no model'}; data sets are small")
-    return "\n".join(lines)
-
-
-def table(plan: Plan) -> list[str]:
-    """Parts in rows, phases in columns."""
-    parts = []
-    for phase in plan.phases.values():
-        parts += [part for part, nbytes in phase.items() if nbytes and part not in parts]
-    rows = [["GB on each", *plan.phases]]
-    for part in parts:
-        rows.append([part, *(gb(phase[part]) if phase.get(part) else "" for phase in plan.phases.values())])
-    rows.append(["sum", *map(gb, plan.totals.values())])
-    lines = []
-    for name, *cells in rows:
-        lines.append(f"  {name:<18}" + "".join(f"{cell:>11}" for cell in cells))
-    return lines
-
-
-def cache_lines(args: Namespace, plan: Plan) -> list[str]:
-    """How much the engine's cache holds."""
-    config, dtype = find_config(args.model)[0], getattr(torch, args.dtype)
-    longest = args.max_prompt_tokens + args.max_response_tokens
-    positions = plan.blocks * (memory.runner_of(plan.machine.kind).block_size or longest)
-    each = KVCache.bytes_per_position(config, dtype)
-    lines = [f"  KV pool: {positions:,} tokens, {plan.blocks // plan.table_width} sequences of the "
-             f"full {longest} at once ({each:,} bytes a token)"]
-    slot = KVCache.bytes_per_slot(config, dtype)
-    if slot:
-        sequences = int(plan.phases["rollout"]["states"] // slot) - 1
-        lines.append(f"  states of the Mamba layers: {slot / 1e6:.1f} MB a sequence, however long, "
-                     f"for at most {sequences} sequences at once")
-    return lines
-
-
-def time_line(script: str, args: Namespace, machine: Machine, plan: Plan) -> str:
-    if machine.kind != "cuda" or machine.bytes < SMALLEST_TIMED:
-        return "  time: no estimate for a CPU, or for a card that is smaller than an H100"
-    seconds = seconds_per_step(script, args, machine, plan)
-    parts = ", ".join(f"{name} {value:.2g}" for name, value in seconds.items())
-    card = "H200" if machine.bytes > LARGE_CARD else "H100"
-    total = duration(3600 * hours(script, args, machine, plan))
-    return (f"  time: about {total} for {steps_of(script, args)} steps of {sum(seconds.values()):.2g} s "
-            f"({parts}), if each card is an {card}: an estimate at {COMPUTE_SHARE:.0%} of its peak FLOP/s "
-            f"and {MEMORY_SHARE:.0%} of its bandwidth, not measured; docs/plan.md says what is assumed")
-
-
-def duration(seconds: float) -> str:
-    """In the unit in which it is a number that one can picture."""
-    if seconds < 120:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
-
-def as_flags(change: dict) -> str:
-    """The change of settings as it is typed."""
-    flags = []
-    for name, value in change.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            flags.append(flag)
-        elif value is not False:
-            flags.append(f"{flag} {value}")
-    return " ".join(flags) or "the given flags"

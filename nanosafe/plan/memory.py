@@ -17,6 +17,7 @@ from nanosafe.model.granite import Experts, make_decoder
 from nanosafe.sampler.engine import CacheSize, EngineOptions, cache_size
 from nanosafe.sampler.graphs import GraphRunner
 from nanosafe.sampler.runner import PagedRunner, SlotRunner
+from nanosafe.sampler.spread import part_config, vocabulary_rows
 
 
 class Sizes(NamedTuple):
@@ -96,6 +97,36 @@ def sharding_buffers(size: Sizes, s: int, world: int, training: bool) -> float:
         return 0
     gradients = (s + 4) * size.trained_block if training else 0
     return s * size.root + 2 * s * size.block + gradients
+
+
+def rollout_weights(config: ModelConfig, s: int, world: int, shards: int) -> float:
+    """What several processes gather to sample: all weights or, with --rollout-shards, a rank's part of them."""
+    if world == 1:
+        return 0
+    if shards == 1:
+        return s * sizes(config).total
+    others = config.vocab_size - vocabulary_rows(config, shards)  # rows of embedding and head that other ranks have
+    matrices = 1 if config.tie_word_embeddings else 2
+    return s * (sizes(part_config(config, shards)).total - matrices * others * config.hidden_size)
+
+
+class Frozen(NamedTuple):
+    """Where reference and reward model are: on every GPU, in CPU memory but for their turn, or in parts."""
+
+    s: int
+    world: int
+    offload: bool
+    shard: bool  # --shard-frozen
+
+    def add(self, phases: dict[str, dict[str, float]], name: str, size: Sizes, turn: str) -> None:
+        """Count one more model in the phases in which it is there; in `turn` it computes."""
+        nbytes = self.s * size.total / (self.world if self.shard else 1)
+        for phase, parts in phases.items():
+            if phase == turn or not self.offload:
+                phases[phase] = parts | {name: parts.get(name, 0) + nbytes}
+        if self.shard:
+            buffers, parts = sharding_buffers(size, self.s, self.world, training=False), phases[turn]
+            phases[turn] = parts | {"frozen buffers": max(buffers, parts.get("frozen buffers", 0))}
 
 
 # Activations.

@@ -22,6 +22,7 @@ from nanosafe.randomness import derive_seed
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.params import Completion, SamplingParams
 from nanosafe.sampler.scheduler import Sequence
+from nanosafe.sampler.spread import SpreadDecoder, sharing
 from nanosafe.text.tokenizer import Tokenizer
 
 PACKING_PAYS = 32  # new tokens; to pack a CPU's weights for fewer takes longer than it saves
@@ -58,7 +59,8 @@ def generate(
         return completions
     pack = max(one.max_new_tokens for one in each) >= PACKING_PAYS
     longest = max(request.longest for request in places)
-    engine = Engine(model, max_tokens=longest, requests=len(places), pack=pack, **engine_options)
+    filters = any(one.filters for one in each)
+    engine = Engine(model, max_tokens=longest, requests=len(places), pack=pack, filters=filters, **engine_options)
     for request in places:
         engine.add(request)
     with progress_bar(len(places), "sampling", "seq", shown=progress) as bar:
@@ -99,8 +101,8 @@ def generate_over_ranks(
 ) -> list[list[Completion]]:
     """`generate` with the prompts spread over the ranks; every rank calls it with all of them and gets all completions.
 
-    Each rank takes a run of neighbours, so that equal prompts meet in one engine, of about the same number of tokens:
-    those of the prompts, and as many new ones as may come. The ranks meet only at the end.
+    Each rank (of a spread model each group) takes a run of neighbours, so that equal prompts meet in one engine, of
+    about the same number of tokens: those of the prompts, and as many new ones as may come. They meet only at the end.
     """
 
     def work(requests: Many[tuple[Many[int], SamplingParams]]) -> list[list[Completion]]:
@@ -111,7 +113,7 @@ def generate_over_ranks(
         prompt, one = request
         return one.n * (len(prompt) + one.max_new_tokens)
 
-    return ranks.split_work(list(zip(prompts, params, strict=True)), work, cost=cost)
+    return sharing(model, ranks).split_work(list(zip(prompts, params, strict=True)), work, cost=cost)
 
 
 def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: int = 0, sample: int = 0) -> Sequence:
@@ -126,6 +128,8 @@ def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: i
             f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} "
             f"it passes the model's max_position_embeddings={config.max_position_embeddings}"
         )
+    if params.seed is None and isinstance(model, SpreadDecoder):
+        raise ValueError(f"prompt {index} has no seed: without one, the ranks of a spread model draw differently")
     eos_ids = () if params.ignore_eos else config.eos_ids
     seed = secrets.randbits(63) if params.seed is None else derive_seed(params.seed, sample, *prompt)
     return Sequence(

@@ -24,6 +24,7 @@ from nanosafe.sampler.graphs import GraphRunner
 from nanosafe.sampler.packed import packed_view
 from nanosafe.sampler.runner import PagedRunner, SlotRunner
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
+from nanosafe.sampler.spread import SpreadDecoder
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class EngineOptions:
     prefill_tokens: int | None = None  # of one prefill (default: default_prefill_tokens)
     block_size: int | None = None  # positions (default: 64 on CUDA, elsewhere max_tokens)
     banned_token_ids: Iterable[int] = ()  # never drawn, and log-probs are those of what is left
+    filters: bool = True  # whether any request has top-k, top-p or min-p: a spread model then gathers logits
     pack: bool = True  # On a CPU, multiply by weights that are packed once more, if memory allows.
 
     def __post_init__(self):
@@ -82,7 +84,10 @@ def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]
     """The cache, and how many sequences decode together; raises ValueError where the longest alone does not fit."""
     config, device, dtype = model.config, model.head_weight.device, model.head_weight.dtype
     if options.cache_bytes is None:
-        options = replace(options, cache_bytes=int(free_memory(device) * runner.memory_share))
+        free = free_memory(device)
+        if isinstance(model, SpreadDecoder):
+            free = model.group.least(free)  # one scheduler, so one size
+        options = replace(options, cache_bytes=int(free * runner.memory_share))
     size = cache_size(config, dtype, options, runner)
     slot_bytes = KVCache.bytes_per_slot(config, dtype)
     if size.blocks < size.table_width:
@@ -111,7 +116,7 @@ class Engine:
         self.cache, max_batch = make_cache(model, options, runner)
         pool = BlockPool(self.cache.scratch, self.cache.block_size)  # all blocks but the scratch one
         self.table_width = pool.blocks_for(options.max_tokens)  # blocks of the longest sequence
-        self.runner = runner(view, self.cache, self.table_width, options.banned_token_ids)
+        self.runner = runner(view, self.cache, self.table_width, options.banned_token_ids, options.filters)
         prefill_tokens = options.prefill_tokens or default_prefill_tokens(config, device.type)
         recurrent = config.attention_layers < config.num_hidden_layers
         self.scheduler = Scheduler(pool, max_batch, prefill_tokens, recurrent)

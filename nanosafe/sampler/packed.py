@@ -52,7 +52,7 @@ class JoinedAttention(nn.Module):
         self.H = plain.q_proj.out_features // plain.head_dim
         self.H_kv = plain.k_proj.out_features // plain.head_dim
         self.qkv_proj = join(plain.q_proj, plain.k_proj, plain.v_proj)
-        self.o_proj = PackedLinear(merged_weight(plain.o_proj), plain.o_proj.bias)
+        self.o_proj = plain.o_proj
         self.norm = None  # [H + H_kv, head_dim] weights of the norms, float32
         if plain.q_norm is not None:
             self.eps = plain.q_norm.eps
@@ -76,7 +76,7 @@ class JoinedMLP(nn.Module):
     def __init__(self, plain: MLP):
         super().__init__()
         self.gate_up_proj = join(plain.gate_proj, plain.up_proj)
-        self.down_proj = PackedLinear(merged_weight(plain.down_proj), plain.down_proj.bias)
+        self.down_proj = plain.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -117,11 +117,12 @@ def forget_packed(model: Decoder) -> None:
 def replace_products(module: nn.Module) -> None:
     """Put what multiplies by packed weights in place of all layers inside `module` that have a faster form."""
     for name, child in module.named_children():
-        if type(child) is Attention:
-            setattr(module, name, JoinedAttention(child))
-        elif type(child) is MLP:
-            setattr(module, name, JoinedMLP(child))
-        elif isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(merged_weight(child), child.bias))
-        else:
-            replace_products(child)
+            continue
+        if type(child) is Attention:
+            child = JoinedAttention(child)
+        elif type(child) is MLP:
+            child = JoinedMLP(child)
+        setattr(module, name, child)
+        replace_products(child)

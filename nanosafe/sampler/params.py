@@ -40,6 +40,11 @@ class SamplingParams:
         all_integers = isinstance(stops, Collection) and all(isinstance(token, int) for token in stops)
         self._check("stop_token_ids", all_integers, "integers")
 
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens may be left out, which takes the logits of all."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def _check(self, name: str, valid: bool, meaning: str) -> None:
         if not valid:
             value = getattr(self, name)

@@ -16,6 +16,7 @@ from nanosafe.model.attention import AttentionBackend, Chunk, KVCache, PagedDeco
 from nanosafe.model.decode import decode_hidden, takes_kernels
 from nanosafe.model.decoder import Decoder
 from nanosafe.sampler.scheduler import Scheduler, Sequence
+from nanosafe.sampler.spread import SpreadDecoder
 
 
 class InputBatch:
@@ -71,11 +72,13 @@ class PagedRunner:
     memory_share = 0.5  # of what is free, for the cache
     block_size: int | None = None  # None: a block is as long as the longest sequence
 
-    def __init__(self, model: Decoder, cache: KVCache, table_width: int, banned_token_ids: Iterable[int] = ()):
-        """table_width: blocks of the longest sequence; banned_token_ids: never drawn."""
+    def __init__(self, model: Decoder, cache: KVCache, table_width: int, banned_token_ids: Iterable[int] = (),
+                 filters: bool = True):  # fmt: skip
+        """table_width: blocks of the longest sequence; banned_token_ids, filters: as in EngineOptions."""
         self.model, self.cache, self.table_width = model, cache, table_width
         self.device = cache.values.device
         self.banned = torch.tensor(sorted(banned_token_ids), dtype=torch.long, device=self.device)
+        self.draws_in_parts = isinstance(model, SpreadDecoder) and not filters and not len(self.banned)
 
     def prefill(self, chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], InputBatch | None]:
         """Compute so many tokens of each sequence. Those that have no other left draw, and are returned."""
@@ -116,11 +119,14 @@ class PagedRunner:
 
     def draw(self, batch: InputBatch, hidden: Tensor) -> None:
         """Put the tokens drawn at hidden states [B, D] in place of the last ones."""
-        logits = self.model.logits(hidden)
-        if len(self.banned):
-            logits = logits.index_fill(1, self.banned, -math.inf)
         params = SamplingTensors(batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, batch.steps)
-        tokens, logprobs = draw(logits, params)
+        if self.draws_in_parts:
+            tokens, logprobs = self.model.draw(hidden, params)
+        else:
+            logits = self.model.logits(hidden)
+            if len(self.banned):
+                logits = logits.index_fill(1, self.banned, -math.inf)
+            tokens, logprobs = draw(logits, params)
         batch.tokens.copy_(tokens)
         batch.logprobs.copy_(logprobs)
         batch.positions += 1

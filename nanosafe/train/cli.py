@@ -61,6 +61,7 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
     if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
         raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
                          "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
+    check_parallel(args, ranks.world)
     if args.lora_rank:
         # Twice the rank: the scale alpha / R is 2 whatever the rank is.
         args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
@@ -86,6 +87,22 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
                 shown.append(f"{name} {value}")
         ranks.print(f"from the {origin}: {', '.join(shown)}")
     return ranks
+
+
+def check_parallel(args: Namespace, world: int) -> None:
+    """Raise ValueError for flags that `world` processes cannot follow."""
+    shards = args.rollout_shards
+    if shards > 1 and world == 1:
+        raise ValueError(f"--rollout-shards {shards} spreads a model over {shards} processes, and this is one: start "
+                         f"with torchrun --nproc_per_node={shards}, or leave it out")
+    if world % shards:
+        raise ValueError(f"--rollout-shards {shards} does not divide the {world} processes into groups")
+    if args.shard_frozen and world == 1:
+        raise ValueError("--shard-frozen spreads reference and reward model over several processes, and this is one: "
+                         "leave it out; --offload keeps them in CPU memory")
+    if args.shard_frozen and args.offload:
+        raise ValueError("--shard-frozen keeps reference and reward model on the GPUs, --offload in CPU memory: "
+                         "leave one out")
 
 
 def visible(text: str) -> str:

@@ -70,6 +70,12 @@ def new_parser(description: str) -> ArgumentParser:
     add("--offload", action="store_true",
         help="keep reference and reward model in CPU memory; each comes to the GPU for its turn in a "
         "step")
+    add("--rollout-shards", type=positive_int, default=1, metavar="T",
+        help="groups of T ranks sample together, each with its heads, MLP columns and KV cache: for "
+        "weights that one GPU cannot hold (default: 1, each rank samples alone; docs/spread.md)")
+    add("--shard-frozen", action="store_true",
+        help="each rank keeps its rows of reference and reward model, too; layers are gathered as they "
+        "score")
     add("--recompute", choices=RECOMPUTE,
         help="what the backward pass computes anew instead of keeping it: none; some, all but "
         "products and attention, for half the memory; layer, whole layers, for the least memory and a "

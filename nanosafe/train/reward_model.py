@@ -17,6 +17,7 @@ from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import load_checkpoint
+from nanosafe.parallel import Ranks
 from nanosafe.text.data import Row
 from nanosafe.text.thoughts import END_THINK, THINK
 from nanosafe.text.tokenizer import Tokenizer
@@ -31,25 +32,27 @@ PROBE = "nanosafe-probe"  # stands for a response where it is asked what a templ
 
 class RewardModel:
     def __init__(self, model: Decoder, tokenizer: Tokenizer,
-                 device: str | torch.device | None = None):
-        """device: where it scores (default: where its weights are)."""
-        self.model, self.tokenizer = model, tokenizer
+                 device: str | torch.device | None = None, ranks: Ranks | None = None):
+        """device: where it scores (default: where its weights are). ranks: those that its weights are sharded over."""
+        self.model, self.tokenizer, self.ranks = model, tokenizer, ranks
         self.device = torch.device(device or model.score.weight.device)
         self.context = model.config.max_position_embeddings
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, *,
-             offload: bool = False) -> "RewardModel":
+             offload: bool = False, ranks: Ranks | None = None) -> "RewardModel":
         """The *ForSequenceClassification model with one label in `folder`, in eval mode.
 
-        offload: its weights stay in CPU memory and are on `device` only while it scores.
+        offload: its weights stay in CPU memory and are on `device` only while it scores. ranks: of several, each keeps
+        its rows of every tensor, and all score together, each its own conversations.
         """
         if not ModelConfig.from_folder(folder).num_labels:
             raise ValueError(f"{folder} is a language model: a reward model has a score head, and its "
                              "config.json names a ...ForSequenceClassification architecture "
                              "(such as skywork-v2-llama-8b)")
         tokenizer = Tokenizer(folder)
-        return cls(load_checkpoint(folder, "cpu" if offload else device, dtype), tokenizer, device)
+        home = "cpu" if offload else device
+        return cls(load_checkpoint(folder, home, dtype, ranks, frozen=True), tokenizer, device, ranks)
 
     def __call__(self, conversations: Sequence[Conversation], rows: Sequence[Row]) -> Tensor:
         """As a Reward: UNREAD for what is longer than the context, NaN where the score is not finite."""
@@ -74,8 +77,13 @@ class RewardModel:
         scores = torch.full((len(documents),), UNREAD)
         # Conversations of equal length attend as one batch, so they stand together.
         order = sorted(fitting, key=lambda i: len(documents[i]))
+        batches = microbatches(documents, tokens_per_microbatch, order)
+        if self.ranks is not None:
+            # Under sharding each forward pass is an exchange: all ranks run equally many, the last ones of some empty.
+            most = max(self.ranks.gather([len(batches)]))
+            batches += [[]] * (most - len(batches))
         with on_device(self.model, self.device):
-            for batch in progress(microbatches(documents, tokens_per_microbatch, order), "rewards"):
+            for batch in progress(batches, "rewards"):
                 values = self.forward([documents[i] for i in batch]).cpu()
                 scores[batch] = values.where(values.isfinite(), math.nan)
         return scores
@@ -88,14 +96,15 @@ class RewardModel:
 
     def forward(self, documents: Sequence[list[int]]) -> Tensor:
         """float32 scores [B] of encoded conversations as one micro-batch; differentiable."""
-        weight = self.model.score.weight.float()  # [1, D]
         tokens, scored = [], []
         for ids in documents:
             scored.append(len(tokens) + self.scored_position(ids))
             tokens += ids
-        memory = PackedDocuments([len(ids) for ids in documents], device=weight.device)
-        ids, rows = (torch.tensor(values, device=weight.device) for values in (tokens, scored))
+        device = self.model.score.weight.device
+        memory = PackedDocuments([len(ids) for ids in documents], device=device)
+        ids, rows = (torch.tensor(values, dtype=torch.long, device=device) for values in (tokens, scored))
         hidden = self.model.hidden(ids, memory.positions, memory)[rows]  # [B, D]
+        weight = self.model.score.weight.float()  # [1, D], which is whole only after the layers have run
         # In float32: bfloat16 would round a score near 20 to steps of 1/8.
         return (hidden.float() @ weight.T)[:, 0]
 

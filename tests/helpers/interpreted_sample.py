@@ -27,10 +27,10 @@ def on_device(params: SamplingTensors) -> SamplingTensors:
     return SamplingTensors(*(column.to(DEVICE) for column in params))
 
 
-def check(logits: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
+def check(logits: torch.Tensor, params: SamplingTensors, begin: int = 0) -> torch.Tensor:
     """The kernel draws what the plain twin draws."""
-    tokens, logprobs = (x.cpu() for x in triton_draw(logits.to(DEVICE), on_device(params)))
-    expected, expected_logprobs = cpu_draw(logits, params)
+    tokens, logprobs = (x.cpu() for x in triton_draw(logits.to(DEVICE), on_device(params), begin))
+    expected, expected_logprobs = cpu_draw(logits, params, begin)
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=2e-6, atol=4e-6)
@@ -42,6 +42,13 @@ def test_draws_without_filters(V):
     logits = rows_of_every_kind(V)[::20]
     temperatures = [[1.0, 0.6, 0.0, 1.7][i % 4] for i in range(len(logits))]
     check(logits, settings(len(logits), temperatures, steps=list(range(len(logits)))))
+
+
+@pytest.mark.parametrize("begin", [W, 9 * W, 1187 * W])
+def test_draws_of_a_slice_of_a_vocabulary(begin):
+    logits = rows_of_every_kind(601)[::20]
+    tokens = check(logits, settings(len(logits), [[1.0, 0.6, 0.0][i % 3] for i in range(len(logits))]), begin)
+    assert tokens.min() >= begin and tokens.max() < begin + 601
 
 
 def test_noise_is_the_plain_twins():

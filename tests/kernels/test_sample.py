@@ -69,6 +69,19 @@ def test_filters_keep_what_transformers_keeps():
     assert (kept[tiny].isfinite().sum(1) == 1).all() and torch.equal(kept[tiny].argmax(1), rows[tiny].argmax(1))
 
 
+@pytest.mark.parametrize("begin", [W, 1187 * W])
+def test_a_slice_of_a_vocabulary_has_the_noise_of_its_ids(begin):
+    logits = filter_rows()[::3]
+    params = settings(len(logits), [[1.0, 0.6, 0.0][i % 3] for i in range(len(logits))])
+    tokens, logprobs = cpu_draw(logits, params, begin)
+    temperature = torch.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    noise = gumbel_noise(params.seeds[:, None], params.steps[:, None], begin + torch.arange(200))
+    perturbed = torch.where(params.temperature[:, None] > 0, logits / temperature + noise, logits)
+    assert torch.equal(tokens, begin + perturbed.argmax(dim=1))
+    expected = (logits / temperature).log_softmax(dim=1).gather(1, tokens[:, None] - begin)[:, 0]
+    torch.testing.assert_close(logprobs, expected)
+
+
 def test_among_equals_top_p_keeps_the_lower_ids_and_top_k_and_min_p_keep_all():
     scores = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0]]).repeat(4, 1)  # probabilities 0.03, 0.24, 0.09
     expected = [[1, 3], [1, 3, 5, 2], [1, 2, 3, 4, 5, 6], [1, 3, 5]]

@@ -29,6 +29,7 @@ from nanosafe.paper import report as paper_report
 from nanosafe.paper.flags import paper_flags
 from nanosafe.paper.jobs import Job, run_jobs
 from nanosafe.paper.runs import Run, curves, hardest_variation, shown
+from nanosafe.plan.machine import find_machine
 from nanosafe.train.flags import rl_flags, sft_flags
 from nanosafe.train.reinforce import MAX_LOG_RATIO
 
@@ -144,12 +145,12 @@ def test_experiments_of_a_real_model_are_the_papers_benchmarks(experiments, want
 
 def test_a_real_models_training_gets_the_flags_that_make_it_fit(monkeypatch):
     def flags_on(machine: str) -> dict[str, tuple]:
-        monkeypatch.setattr(plan, "find_machine", lambda *_: find(machine, None, False))
+        monkeypatch.setattr(paper, "find_machine", lambda *_: find(machine, None, False))
         found = jobs("--model", "qwen3-8b", "--seeds", "1")
         return {job.name.split("/")[-1]: job.command[job.command.index("--out") + 2 :] for job in found
                 if not job.name.endswith("eval")}  # fmt: skip
 
-    find = plan.find_machine
+    find = find_machine
     assert flags_on("8x141") == {"sft": (), "rl": ()}
     one = flags_on("1x141")
     assert "--low-memory" in one["rl"] and "--low-memory" in one["sft"]
@@ -159,7 +160,7 @@ def test_a_real_models_training_gets_the_flags_that_make_it_fit(monkeypatch):
 
 def test_hours_are_those_of_the_scripts_plan():
     seconds = paper.training_of("train_rl", "qwen3-8b", plan.recipe("rl", "qwen3-8b")).seconds
-    machine, change = next(plan.remedies("rl", plan.settings("rl", "qwen3-8b"), plan.find_machine("", None, False)))
+    machine, change = next(plan.remedies("rl", plan.settings("rl", "qwen3-8b"), find_machine("", None, False)))
     args = plan.settings("rl", "qwen3-8b", **change)
     assert seconds == pytest.approx(3600 * plan.hours("rl", args, machine, plan.make("rl", args, machine)))
     assert 3600 < seconds < 100 * 3600
