@@ -11,6 +11,7 @@ import train_rl
 from nanosafe.evals.benchmark import Benchmark, Question
 from nanosafe.evals.run import respond
 from nanosafe.model.attention import KVCache
+from nanosafe.model.lora import adapted, copy_whole, start_adapters
 from nanosafe.names import load_model, load_reward, load_tokenizer
 from nanosafe.parallel import Ranks
 from nanosafe.sampler import SamplingParams, generate_over_ranks, packed
@@ -26,7 +27,7 @@ CASES = {  # family, and what differs
     "qwen3 tied": ("qwen3", dict(tie_word_embeddings=True)),
     "qwen2": ("qwen2", {}),
     "llama": ("llama", {}),
-    "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama with biases and adapters": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "granite": ("granite", {}),
 }
 FILTERS = [{}, dict(top_p=0.7), dict(top_k=5, temperature=0.8), dict(min_p=0.1)]
@@ -53,7 +54,9 @@ def sample_cases(rank: int, world: int, folder: Path) -> None:
     ranks, results = joined(rank, world, folder / f"store-{world}"), {}
     for case in CASES:
         packed.SMALLEST = 1 if "tied" in case or "biases" in case else SMALLEST  # there all products are packed ones
-        policy = load_model(folder / case, dtype=torch.float32, ranks=ranks)
+        lora = (3, 6.0) if "adapters" in case else None
+        policy = load_model(folder / case, dtype=torch.float32, ranks=ranks, lora=lora)
+        fill_adapters(policy)
         for T in [2, 4] if world == 4 and case == "qwen3" else [world]:
             with sampling_model(policy, torch.float32, ranks, T) as model:
                 found = results[case, T] = {}
@@ -74,6 +77,13 @@ def sample_cases(rank: int, world: int, folder: Path) -> None:
     ranks.close()
 
 
+def fill_adapters(policy) -> None:
+    start_adapters(policy, seed=0)
+    for name, layer in adapted(policy).items():
+        generator = torch.Generator().manual_seed(len(name))
+        copy_whole(layer.lora_B, 0.1 * torch.randn(layer.lora_B.shape, generator=generator))
+
+
 def answers(folder: Path, ranks: Ranks) -> list[dict]:
     """The records of a benchmark that all ranks together are asked."""
     questions = [Question(str(i), [{"role": "user", "content": "a" * (1 + 5 * i)}], "", None) for i in range(5)]
@@ -86,6 +96,7 @@ def answers(folder: Path, ranks: Ranks) -> list[dict]:
 
 def lengths(questions: list[Question], responses: list[str]) -> list[dict[str, float]]:
     return [{"right": float(len(response))} for response in responses]
+
 
 def rewards(folder: Path, ranks: Ranks) -> torch.Tensor:
     """Of as many conversations as the rank's number times two, and so of another number of micro-batches on each; of
