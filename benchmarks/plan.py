@@ -18,12 +18,13 @@ from nanosafe.plan import memory
 
 MODELS = ("qwen3-8b", "r1-qwen-7b", "r1-llama-8b", "qwen3-32b", "granite-4.0-tiny", "llama-3.3-70b")
 MACHINES = ((1, 80), (1, 141), (8, 80))
-# With LoRA (docs/lora.md), and what it takes beside that to fit
-LORA = (
-    ("qwen3-8b", 1, 24, {"reward_model": "skywork-v2-qwen3-1.7b", "offload": True, "tokens_per_microbatch": 4096,
-                         "max_response_tokens": 2048}),
-    ("qwen3-8b", 1, 48, {}),
-    ("qwen3-8b", 1, 80, {}),
+# With LoRA (docs/lora.md), and what it takes beside that to fit; and 70B on eight of the larger cards
+MORE = (
+    ("qwen3-8b", 1, 24, {"lora_rank": 32, "reward_model": "skywork-v2-qwen3-1.7b", "offload": True,
+                         "tokens_per_microbatch": 4096, "max_response_tokens": 2048}),
+    ("qwen3-8b", 1, 48, {"lora_rank": 32}),
+    ("qwen3-8b", 1, 80, {"lora_rank": 32}),
+    ("llama-3.3-70b", 8, 141, {}),
 )  # fmt: skip
 HEADER = ("model", "GPUs", "fits", "flags", "peak GB of usable", "KV pool: sequences", "hours", "GB per checkpoint")
 ABOUT = """# What RL of each model needs
@@ -85,7 +86,7 @@ def cells(r: dict) -> list[str]:
         hours = f"{r['hours']:.0f}" if r["hours"] else "-"
         return [r["model"], r["gpus"], "yes", flags, peak, str(r["sequences"]), hours, disk]
     instead = "instead: " + "; ".join(r["instead"]) if r["instead"] else "nothing that was tried helps"
-    why = "refused, a GPU must hold all weights to sample; " if r["refused"] else ""
+    why = "refused, a GPU without --rollout-shards must hold all weights to sample; " if r["refused"] else ""
     return [r["model"], r["gpus"], "**no**", why + instead, peak, "-", "-", disk]
 
 
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="do not write docs/plan.md")
     args = parser.parse_args()
     rows = [row(model, *machine, {}) for model in MODELS for machine in MACHINES]
-    rows += [row(model, count, card, {"lora_rank": 32} | given) for model, count, card, given in LORA]
+    rows += [row(model, count, card, given) for model, count, card, given in MORE]
     lines = [ABOUT.rstrip(), "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     lines += [f"| {' | '.join(cells(r))} |" for r in rows]
     text = "\n".join([*lines, ""])
