@@ -151,7 +151,7 @@ def rl_flags(description: str) -> ArgumentParser:
         "out, a NUMBER is their reward")
     add("--old-logprobs", choices=("sampler", "trainer"),
         help="whose log-probs are the policy's before the update: those of sampling, or of one more "
-        "forward pass (default: the sampler's on a CPU in float32, where they agree within 1e-5)")
+        "forward pass (default: the sampler's on a CPU in float32, where they agree to about 1e-5)")
     add("--temperature", type=positive_float, default=1.0,
         help="of sampling and of every log-prob (default: 1)")
     add("--top-p", type=positive_float, default=1.0,
