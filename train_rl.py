@@ -35,8 +35,9 @@ from nanosafe.parallel import Ranks
 from nanosafe.plan import random_weights
 from nanosafe.plan.report import show_plan
 from nanosafe.randomness import derive_seed, permutation, shuffled_passes
-from nanosafe.sampler import SamplingParams, generate_over_ranks
+from nanosafe.sampler.generation import generate_over_ranks
 from nanosafe.sampler.packed import forget_packed
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.sampler.spread import check_spread, sampling_model
 from nanosafe.text.data import Episode, Row, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer

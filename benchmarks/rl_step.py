@@ -91,7 +91,7 @@ def peak_gb() -> float:
 def run_nanosafe(folder: Path, out: str, args: argparse.Namespace) -> dict:
     import train_rl
     from nanosafe.names import load_rows, load_tokenizer
-    from nanosafe.sampler import Completion
+    from nanosafe.sampler.params import Completion
     from nanosafe.text.data import encode_prompts
 
     if args.stored:

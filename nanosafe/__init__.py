@@ -15,7 +15,7 @@ HOMES = {
     "Decoder": "model.decoder",
     "SamplingParams": "sampler.params",
     "advantages": "train.reinforce",
-    "generate": "sampler",
+    "generate": "sampler.generation",
     "grade_answer": "text.grading",
     "load_model": "names",
     "load_reward_model": "names",

@@ -22,7 +22,8 @@ from nanosafe.model.decode import joined
 from nanosafe.model.weights import StoredTensors, save_tensors
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks, join_group, shard, unsharded
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document
 from nanosafe.train.optim import Optimizer
 from nanosafe.train.packing import pack, response_logprobs

@@ -27,7 +27,7 @@ PATH = [
     "nanosafe/model/config.py",
     "nanosafe/model/decoder.py",
     "nanosafe/model/attention.py",
-    "nanosafe/sampler/__init__.py",
+    "nanosafe/sampler/generation.py",
     "nanosafe/sampler/scheduler.py",
     "nanosafe/sampler/engine.py",
     "nanosafe/kernels/sample.py",

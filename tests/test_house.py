@@ -18,7 +18,7 @@ FLOORS = (
 READING_PATH = """
     train_rl.py nanosafe/train/reinforce.py nanosafe/text/data.py nanosafe/text/tokenizer.py
     nanosafe/model/config.py nanosafe/model/decoder.py nanosafe/model/attention.py
-    nanosafe/sampler/__init__.py nanosafe/sampler/scheduler.py nanosafe/sampler/engine.py
+    nanosafe/sampler/generation.py nanosafe/sampler/scheduler.py nanosafe/sampler/engine.py
     nanosafe/kernels/sample.py nanosafe/kernels/logprob.py
     nanosafe/train/packing.py nanosafe/train/rewards.py nanosafe/train/optim.py nanosafe/parallel.py
 """.split()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nanosafe.model.decoder import Decoder
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.packing import Packed, microbatches, pack, response_hidden, response_logprobs

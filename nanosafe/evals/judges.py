@@ -31,7 +31,8 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import load_checkpoint
 from nanosafe.names import checkpoint, load_tokenizer
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.thoughts import THINK, is_refusal, split_thought
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.offload import on_device

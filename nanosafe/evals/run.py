@@ -16,7 +16,8 @@ from nanosafe.io.progress import progress_bar
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.randomness import derive_seed
-from nanosafe.sampler import Completion, SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import Completion, SamplingParams
 from nanosafe.sampler.spread import sharing
 from nanosafe.text.data import Document
 from nanosafe.text.thoughts import THINK

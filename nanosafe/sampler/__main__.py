@@ -10,31 +10,13 @@ does. Simplified: each turn computes the whole conversation again, because chat 
 of them without its thoughts.
 """
 
-import signal
-import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-import torch
-
-from nanosafe import SamplingParams, load_model, load_tokenizer
-from nanosafe.io.fields import GENERATION, check
-from nanosafe.model.config import ModelConfig
-from nanosafe.parallel import Ranks
-from nanosafe.sampler import sequence
-from nanosafe.sampler.engine import Engine
-from nanosafe.sampler.scheduler import Sequence
-from nanosafe.sampler.terminal import Console, TextStream
-from nanosafe.text.thoughts import THINK
-from nanosafe.text.tokenizer import Tokenizer
-from nanosafe.train import cli
+import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.
 from nanosafe.train.flags import THINKING, positive_int
 
 # In tokens; memory for all 131,072 positions of some models would not fit beside their weights.
 DEFAULT_CONTEXT = 8192
-FILTERS = ("temperature", "top_p", "top_k", "min_p")
 
 
 def flags() -> ArgumentParser:
@@ -57,6 +39,34 @@ def flags() -> ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on cuda, float32 on cpu)")
     add("--plain", action="store_true", help="no dimming; also where NO_COLOR is set or stdout is no terminal")
     return parser
+
+
+if __name__ == "__main__":
+    flags().parse_args()  # --help and wrong flags end here, before the seconds that PyTorch takes to load
+
+# isort: split
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from nanosafe import SamplingParams, load_model, load_tokenizer
+from nanosafe.io.fields import GENERATION, check
+from nanosafe.model.config import ModelConfig
+from nanosafe.parallel import Ranks
+from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.generation import sequence
+from nanosafe.sampler.scheduler import Sequence
+from nanosafe.sampler.terminal import Console, TextStream
+from nanosafe.text.thoughts import THINK
+from nanosafe.text.tokenizer import Tokenizer
+from nanosafe.train import cli
+
+FILTERS = ("temperature", "top_p", "top_k", "min_p")
 
 
 def main(argv: list[str] | None = None) -> None:

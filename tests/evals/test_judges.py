@@ -25,7 +25,7 @@ from nanosafe.evals.judges import load_judge
 from nanosafe.evals.records import write_unitxt
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.names import load_reward_model
-from nanosafe.sampler import Completion
+from nanosafe.sampler.params import Completion
 
 # Templates in the guards' forms, in our words: what they read, how they are asked, what they write.
 LLAMA_GUARD = (

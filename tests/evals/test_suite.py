@@ -27,7 +27,7 @@ from nanosafe.evals.results import Metric, Result, estimate, mean, read_result, 
 from nanosafe.evals.tiny_suite import tiny_part
 from nanosafe.model.config import ModelConfig
 from nanosafe.names import load_tokenizer
-from nanosafe.sampler import Completion
+from nanosafe.sampler.params import Completion
 
 ROOT = Path(evaluation.__file__).parent
 ASKED = ("attaq", "xstest", "math-500", "aime24", "gpqa-diamond")

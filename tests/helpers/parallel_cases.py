@@ -12,7 +12,8 @@ from nanosafe.io.files import staged
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks, full_tensor
-from nanosafe.sampler import SamplingParams, generate_over_ranks
+from nanosafe.sampler.generation import generate_over_ranks
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document, Episode, Row
 from nanosafe.train.batch import score_tokens
 from nanosafe.train.metrics import policy_metrics, rollout_metrics

@@ -14,9 +14,11 @@ from nanosafe.model.attention import KVCache
 from nanosafe.model.lora import adapted, copy_whole, start_adapters
 from nanosafe.names import load_model, load_reward, load_tokenizer
 from nanosafe.parallel import Ranks
-from nanosafe.sampler import SamplingParams, generate_over_ranks, packed
+from nanosafe.sampler import packed
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.generation import generate_over_ranks
 from nanosafe.sampler.packed import SMALLEST, forget_packed
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.sampler.spread import sampling_model
 
 # Eight heads and four of keys; of 600 tokens four ranks have 256, 256, 88 and none.

@@ -49,7 +49,8 @@ def test_the_machine_that_runs_this_has_free_memory():
     assert 0 < free <= total
 
 
-@pytest.mark.parametrize("program", ["train_rl.py", "train_sft.py", "eval.py", "-mnanosafe.sampler", "-mtrain_rl"])
+@pytest.mark.parametrize("program", [
+    "train_rl.py", "train_sft.py", "eval.py", "-mnanosafe.sampler --model tiny", "-mtrain_rl"])
 @pytest.mark.parametrize("given, expected", [
     ({}, "expandable_segments:True 2000"),
     ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "GOMP_SPINCOUNT": "7"}, "backend:native 7"),
@@ -58,6 +59,6 @@ def test_the_machine_that_runs_this_has_free_memory():
 def test_programs_set_the_environment_before_torch_is_there(program, given, expected, tmp_path):
     printing = "print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('GOMP_SPINCOUNT'))"
     (tmp_path / "torch.py").write_text(f"import os\n{printing}\nraise SystemExit\n")
-    done = subprocess.run([sys.executable, program], cwd=ROOT, env={"PYTHONPATH": str(tmp_path), **given},
+    done = subprocess.run([sys.executable, *program.split()], cwd=ROOT, env={"PYTHONPATH": str(tmp_path), **given},
                           capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr

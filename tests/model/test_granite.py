@@ -34,8 +34,9 @@ from nanosafe.parallel import Ranks
 from nanosafe.plan import memory as plan_memory
 from nanosafe.plan.random_weights import random_checkpoint
 from nanosafe.plan.shapes import SHAPES
-from nanosafe.sampler import SamplingParams, generate
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.sampler.scheduler import BlockPool, Scheduler, Sequence
 
 events, decode_by_graphs = test_engine.events, test_engine.decode_by_graphs  # the fixtures

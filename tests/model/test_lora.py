@@ -16,7 +16,8 @@ from nanosafe.model.lora import adapted, adapters_off, merge, start_adapters
 from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.model.weights import load_checkpoint, save_model
 from nanosafe.names import load_model
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 
 FAMILIES = ("qwen2", "qwen3", "llama", "granite", "granite4")  # biases; an own head; a tied one; Mamba and experts
 IDS = torch.tensor([[5, 9, 3, 77, 20, 41, 8, 13, 60, 2, 30, 31]])

@@ -24,7 +24,8 @@ from nanosafe.model.weights import load_checkpoint, save_model
 from nanosafe.names import load_model as load_model_as_scripts_do
 from nanosafe.names import load_tokenizer
 from nanosafe.recipes import ALIASES
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 
 transformers = pytest.importorskip("transformers")
 load_model = partial(load_model_as_scripts_do, dtype=torch.bfloat16)  # the type of the files

@@ -25,9 +25,10 @@ from tokenizers import decoders, models
 from world import CHATML, write_policy, write_tokenizer
 
 from nanosafe.names import load_model, load_tokenizer
-from nanosafe.sampler import SamplingParams, generate, sequence
 from nanosafe.sampler import __main__ as chat
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.generation import generate, sequence
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.sampler.terminal import LONGEST_BROKEN, Console, TextStream
 from nanosafe.text.tokenizer import Tokenizer
 

@@ -15,9 +15,11 @@ from test_scheduler import EVENTS, prompts_with_common_beginnings, random_pool
 from tiny_models import decoder_like, tiny_raw
 
 from nanosafe.randomness import derive_seed
-from nanosafe.sampler import Completion, SamplingParams, generate, graphs, sequence
+from nanosafe.sampler import graphs
 from nanosafe.sampler.engine import Engine
+from nanosafe.sampler.generation import generate, sequence
 from nanosafe.sampler.graphs import GraphRunner
+from nanosafe.sampler.params import Completion, SamplingParams
 from nanosafe.sampler.runner import SlotRunner
 from nanosafe.sampler.scheduler import Sequence
 

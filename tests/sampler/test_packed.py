@@ -11,7 +11,9 @@ import torch
 from test_sampler import PROMPTS, models, transformers_greedy
 from tiny_models import decoder_like, tiny_raw
 
-from nanosafe.sampler import SamplingParams, engine, generate, packed
+from nanosafe.sampler import engine, packed
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 
 LONG = list(range(3, 45))  # 42 tokens
 IDS = torch.tensor([LONG[:30], LONG[12:]])

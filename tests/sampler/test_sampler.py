@@ -15,7 +15,9 @@ from world import write_world
 from nanosafe.model.config import ModelConfig
 from nanosafe.names import load_model, load_tokenizer
 from nanosafe.randomness import derive_seed
-from nanosafe.sampler import SamplingParams, engine, generate, runner
+from nanosafe.sampler import engine, runner
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=14, ignore_eos=True)
 

@@ -15,7 +15,8 @@ from world import write_policy, write_reward_model, write_world
 import train_rl
 from nanosafe.model.decoder import Decoder
 from nanosafe.plan.shapes import SHAPES
-from nanosafe.sampler import SamplingParams, sequence
+from nanosafe.sampler.generation import sequence
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.sampler.spread import SpreadDecoder, check_spread
 from nanosafe.train.cli import check_parallel
 

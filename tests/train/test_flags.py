@@ -26,7 +26,8 @@ finally:
 
 @pytest.mark.parametrize("script, flag", [
     ("train_rl.py", "--max-response-tokens"), ("train_sft.py", "--batch-size"), ("eval.py", "--benchmarks"),
-    ("nanosafe.paper", "--ablations"), ("nanosafe.evals.calibration", "--reward-model")])  # fmt: skip
+    ("nanosafe.sampler", "--max-tokens"), ("nanosafe.paper", "--ablations"),
+    ("nanosafe.evals.calibration", "--reward-model")])  # fmt: skip
 def test_help_and_wrong_flags_do_not_wait_for_pytorch(script, flag):
     for argument, code, words in (("--help", 0, flag),
                                   ("--stepps=3", 2, "error: ")):  # fmt: skip

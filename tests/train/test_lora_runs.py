@@ -19,7 +19,8 @@ from nanosafe.model.lora import adapted, is_adapter
 from nanosafe.model.weights import load_checkpoint, save_model
 from nanosafe.names import load_model, load_policy, load_reference
 from nanosafe.parallel import full_tensor, unsharded
-from nanosafe.sampler import SamplingParams, generate
+from nanosafe.sampler.generation import generate
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document
 from nanosafe.train.optim import Optimizer
 
