@@ -150,11 +150,11 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused_on_each(world, tmp_
     arguments = rl_args(world, Path("run"), "--device", "cpu")
     first, second = forked(2, 1, tmp_path, lambda: train_rl.main(arguments))
     host = socket.gethostname()
+    expected = (rf"error: {second.home}/run on {host} is not the folder that process \d+ on {host} writes to: "
+                "put --out on a file system that all nodes share")
     for node in (first, second):
         assert node.codes == [1] and "Traceback" not in node.output, node.output
-        path = node.home / "run"
-        assert re.search(rf"{path} on {host} is not the folder that process \d+ on {host} writes to: put --out on a "
-                         "file system that all nodes share", node.output), node.output  # fmt: skip
+        assert re.search(expected, node.output), node.output
     assert os.listdir(first.home / "run") == [locks.LOCK] and not (second.home / "run").exists()
 
 

@@ -79,9 +79,9 @@ def hold_shared(folder: Path, ranks: Ranks) -> Lock | None:
     path = folder.resolve() / LOCK
     # The name of this run's writer cannot lie in the lock file of another folder.
     shared = path.exists() and path.read_text(errors="replace") == writer
-    strangers = sorted(set(ranks.gather([] if shared else [socket.gethostname()])))
+    strangers = ranks.gather([] if shared else [f"{folder.resolve()} on {socket.gethostname()}"])
     if strangers:
-        raise ValueError(f"{folder.resolve()} on {', '.join(strangers)} is not the folder that {writer} writes to: "
+        raise ValueError(f"{strangers[0]} is not the folder that {writer} writes to: "
                          "put --out on a file system that all nodes share")
     return lock
 
