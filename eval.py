@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     args.date = comparison_date(args.date, [*measured.values(), *results_in(outs)], ranks)
     reward, results = None, []
     if args.reward_model:
-        with ranks.main_first():
+        with ranks.local_main_first():
             reward = load_reward(args.reward_model, device=ranks.device,
                                  dtype=getattr(torch, args.dtype), date=args.date)
     shared = Shared(args, ranks, paper_loader(args, ranks), reward)

@@ -102,9 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         show_table(run)
         return ranks.close()
 
-    # Data and reward: a name is looked up by the main rank first, which alone downloads.
+    # Data and reward: a name is looked up by one rank of each node first, which alone downloads.
     frozen_ranks = ranks if args.shard_frozen else None
-    with ranks.main_first():
+    with ranks.local_main_first():
         base = checkpoint(args.model)
         rows = load_rows(args.prompts)
         reward = load_reward(args.reward_model, weights=args.reward_weights,

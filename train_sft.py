@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         show_table(run)
         return ranks.close()
 
-    # A name is looked up by the main rank first, which alone downloads.
-    with ranks.main_first():
+    # A name is looked up by one rank of each node first, which alone downloads.
+    with ranks.local_main_first():
         base = checkpoint(args.model)
         rows = load_rows(args.data)
     run.check_data(args.data, rows)

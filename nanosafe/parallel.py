@@ -28,7 +28,10 @@ OBJECT_TIMEOUT = timedelta(days=1)  # for what only rank 0 does and everyone nee
 
 
 class Ranks:
-    """This process among `world` processes; `main` is rank 0, which writes files and talks to the console."""
+    """This process among `world` processes, `local_world` of them on its node.
+
+    `main` is rank 0, which writes files and talks to the console; each node has a `local_main`, which downloads.
+    """
 
     def __init__(self, device: str | None = None, *, alone: bool = False):
         """Join the process group that torchrun describes, if any. device: cpu, cuda, or None to choose.
@@ -39,15 +42,17 @@ class Ranks:
         self.rank = int(environment.get("RANK", 0))
         self.world = int(environment.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
+        # Without torchrun's word all processes are on one node.
+        self.local_main = int(environment.get("LOCAL_RANK", self.rank)) == 0
+        self.local_world = int(environment.get("LOCAL_WORLD_SIZE", self.world))
         self.device = choose_device(device)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             # cuBLAS may add the parts of a bfloat16 product in bfloat16 unless told not to.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        elif os.environ.get("OMP_NUM_THREADS") == "1" and processes > 1:
+        elif os.environ.get("OMP_NUM_THREADS") == "1" and self.local_world > 1:
             # torchrun sets 1 where nothing is set, however many cores there are.
-            torch.set_num_threads(max(1, available_cores() // processes))
+            torch.set_num_threads(max(1, available_cores() // self.local_world))
         self.object_group = None
         if self.world > 1:
             if not dist.is_initialized():
@@ -90,12 +95,12 @@ class Ranks:
         return self.sum_(torch.tensor(float(flag), device=self.device)).item() > 0
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do: what it downloads, they find in the cache."""
-        if not self.main:
+    def local_main_first(self) -> Iterator[None]:
+        """One rank of each node runs the block before the others do: what it downloads, they find in its cache."""
+        if not self.local_main:
             self.wait()
         yield
-        if self.main:
+        if self.local_main:
             self.wait()
 
     def wait(self) -> None:

@@ -109,7 +109,7 @@ def measure(texts: Sequence[Text], scores: Sequence[float]) -> dict[str, dict[st
 
 def score(texts: Sequence[Text], name: str, dtype: torch.dtype, ranks: Ranks) -> list[float | None]:
     """The reward of each text; None for one that is longer than the reward model's context."""
-    with ranks.main_first():
+    with ranks.local_main_first():
         reward = load_reward(name, device=ranks.device, dtype=dtype)
 
     def work(some: Sequence[Text]) -> list[float | None]:

@@ -50,7 +50,7 @@ def paper_loader(args: Namespace, ranks: Ranks) -> Callable[[], list[Benchmark]]
     @cache
     def load() -> list[Benchmark]:
         entries = {name: (BENCHMARKS | args.own)[name] for name in _of_the_paper(args) or PAPER}
-        with ranks.main_first():
+        with ranks.local_main_first():
             graders = load_graders(entries, args.judge, device=ranks.device,
                                    dtype=getattr(torch, args.dtype), bounds=args.judge_bounds)
             plain = load_benchmarks(entries, graders, files=args.data,

@@ -19,7 +19,7 @@ from nanosafe.evals.run import add_rewards, protocol, respond
 from nanosafe.evals.scores import summarize, summarize_memorization
 from nanosafe.evals.tables import write_table
 from nanosafe.io.files import digest
-from nanosafe.io.locks import hold
+from nanosafe.io.locks import hold_shared
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.names import checkpoint, load_model, load_rows, load_tokenizer
@@ -43,7 +43,7 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
     """Measure one model; out/result.json grows by each benchmark."""
     # What the flags do not choose for this model is refused before a weight is loaded.
     args, ranks = shared.args, shared.ranks
-    with ranks.main_first():
+    with ranks.local_main_first():
         folder = checkpoint(name)
     benchmarks = choose_benchmarks(name, ModelConfig.from_folder(folder), args, shared.load_paper)
     tokenizer = load_tokenizer(folder)
@@ -59,7 +59,7 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
     # A checkpoint in a run folder is a point on a line over steps.
     if of_run := re.fullmatch(r"(.+)/checkpoints/step-(\d+)", str(folder)):
         result.run, result.step = of_run[1], int(of_run[2])
-    lock = hold(out) if ranks.main else None
+    lock = hold_shared(out, ranks)
     records = RecordFile(out / "records.jsonl", ranks)
     if records.rows:
         result.benchmarks = kept_benchmarks(out, settings, args.resume)

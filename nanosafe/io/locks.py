@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nanosafe.parallel import Ranks
+
 LOCK = ".lock"  # in the folder that it is for
 # What this process holds, for a run that starts anew in a notebook after an error is no second writer.
 _held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
@@ -46,6 +48,7 @@ class Lock:
         """Write who holds the lock into its file, for `holder`."""
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"process {process} on {socket.gethostname()}".encode(), 0)
+        os.fsync(self.descriptor)  # NFS may keep it from other hosts until then
 
     def holder(self) -> str:
         return os.pread(self.descriptor, 300, 0).decode(errors="replace") or "another process"
@@ -63,6 +66,23 @@ def hold(folder: Path) -> Lock:
         lock.close()
         raise ValueError(
             f"{folder} is being written by {holder}: wait for that to end, or set another --out")
+    return lock
+
+
+def hold_shared(folder: Path, ranks: Ranks) -> Lock | None:
+    """`hold(folder)` by the main rank, which alone gets a lock; every rank calls this before it looks into `folder`.
+
+    Raises ValueError, too, if another node has a folder of its own by this name: then every rank raises it.
+    """
+    lock = hold(folder) if ranks.main else None
+    [writer] = ranks.gather([lock.holder()] if lock else [])
+    path = folder.resolve() / LOCK
+    # The name of this run's writer cannot lie in the lock file of another folder.
+    shared = path.exists() and path.read_text(errors="replace") == writer
+    strangers = ranks.gather([] if shared else [f"{folder.resolve()} on {socket.gethostname()}"])
+    if strangers:
+        raise ValueError(f"{strangers[0]} is not the folder that {writer} writes to: "
+                         "put --out on a file system that all nodes share")
     return lock
 
 

@@ -69,7 +69,8 @@ def find_machine(text: str, device: str | None, tiny: bool) -> Machine:
         return Machine(processes or torch.cuda.device_count(), memory_of_each)
     processes = processes or 1
     if device == "cpu" or tiny:
-        return Machine(processes, host_memory()[0] // processes, "cpu")
+        of_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        return Machine(processes, host_memory()[0] // of_node, "cpu")
     return Machine(processes, card_bytes(80))
 
 

@@ -42,7 +42,7 @@ def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
     prompts and data come from the tiny world unless they were `given`, names of flags on the command line."""
 
     def folder_for(name: str, what: str) -> str:
-        with ranks.main_first():
+        with ranks.local_main_first():
             folder = str(random_checkpoint(name))
         ranks.print(f"--random-weights: {what} {name} is {folder}")
         return folder

@@ -62,6 +62,10 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
         raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
                          "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
     check_parallel(args, ranks.world)
+    if ranks.local_world % args.rollout_shards:
+        ranks.print(f"warning: --rollout-shards {args.rollout_shards} does not divide the "
+                    f"{ranks.local_world} processes of a node: some groups lie on two nodes, and "
+                    "every layer's sums go over the network")
     if args.lora_rank:
         # Twice the rank: the scale alpha / R is 2 whatever the rank is.
         args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank

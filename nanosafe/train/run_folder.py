@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from nanosafe.io.files import naming, read_own, staged, sync, write_atomic
-from nanosafe.io.locks import hold
+from nanosafe.io.locks import hold_shared
 from nanosafe.model.adapter_files import save_adapter
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
@@ -50,14 +50,15 @@ class RunFolder:
         """Open or make the folder, and hold its lock.
 
         Raises ValueError, having changed nothing, if it holds a run that `args` do not continue, or other things, or
-        if another process writes to it.
+        if another process writes to it, or if not all nodes share it.
         """
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
         self.dtype = getattr(torch, args.dtype)  # of the checkpoints' weights; what is finer is the optimizer's
         self.signal, self.stopping = 0, False  # the signal that asked to stop; whether this step is the last
-        earlier = self._earlier_settings()
-        self.lock = hold(self.out) if ranks.main else None
-        ranks.wait()  # nobody reads what another process may still be writing
+        if ranks.main:
+            self._earlier_settings()  # a folder of other things gets no lock
+        self.lock = hold_shared(self.out, ranks)
+        earlier = self._earlier_settings()  # now that no other process can be writing them
         checkpoints = self.checkpoints()
         self.resumed = checkpoints[-1] if checkpoints else None
         self.complete = (self.out / "final").exists()

@@ -41,7 +41,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
 if __name__ == "__main__":
     shrink(pytest.MonkeyPatch())
     ranks = Ranks("cpu")
-    with ranks.main_first():
+    with ranks.local_main_first():
         for name in sys.argv[1:]:
             print(build.tiny_checkpoint(name), flush=True)
     ranks.close()

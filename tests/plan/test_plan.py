@@ -347,8 +347,11 @@ def test_without_a_value_the_plan_is_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Namespace(total_memory=24 * 10**9))
     assert find_machine("", None, False) == (4, 24 * 10**9, "cuda")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_machine("", None, False).count == 2
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert find_machine("", None, False).count == 8
+    whole = find_machine("", "cpu", False).bytes * 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert find_machine("", "cpu", False) == (8, pytest.approx(whole / 4, abs=8), "cpu"), "on two nodes"
 
 
 def test_every_remedy_fits_and_none_is_offered_in_vain():
