@@ -96,7 +96,7 @@ for lr, kl in product((3e-5, 1e-4, 2e-4, 3e-4, 1e-3), (0.003, 0.03, 0.3, 1)):
     TUNING.append(Arm(f"RL lr {lr:g}, KL {kl:g}", "", "train_rl", f"--lr {lr:g} --kl-coef {kl:g}"))
 # Seconds of a job of the tiny world on one core, for --plan and the time that is left: of one seed of one family on a
 # 2-core machine, two jobs side by side.
-SECONDS = {"build policy": 440, "build reward": 55, "train_sft step": 0.7, "train_rl step": 1.7,
+SECONDS = {"build policy": 170, "build reward": 25, "train_sft step": 0.7, "train_rl step": 1.7,
            "eval": 32}
 
 

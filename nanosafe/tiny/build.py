@@ -5,19 +5,17 @@
 `tiny` (Qwen3 shape), `tiny-llama` (Llama shape) and `tiny-granite` (Granite 4's: Mamba-2, mixture of experts) are the
 base policies, `tiny-reward` is the reward model of all; NAME@SEED is the same, grown from another seed. Each is a
 folder in the official layout in the user's cache (NANOSAFE_CACHE, else XDG_CACHE_HOME/nanosafe, else
-~/.cache/nanosafe), with its own tokenizer and chat template. A policy is random weights, trained by train_sft.py on the
-world's corpus; the reward model is trained here on preference pairs, with the same packing and optimizer. A folder
-appears under its name by one rename, when it is complete; a lock makes a second process wait for the first, and a
-policy whose training was killed goes on from its last checkpoint.
+~/.cache/nanosafe), with its own tokenizer and chat template. A policy is random weights, trained on the world's corpus
+with the packing and the loss of train_sft.py; a reward model is trained on preference pairs. A folder appears under
+its name by one rename, when it is complete, and a lock makes a second process wait for the first.
 """
 
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,19 +23,23 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
 from nanosafe.io.files import write_atomic
 from nanosafe.io.locks import locked
 from nanosafe.io.machine import available_cores
-from nanosafe.io.progress import progress, progress_bar
+from nanosafe.io.progress import progress
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
-from nanosafe.model.granite import initial_recurrence, make_decoder
+from nanosafe.model.granite import Balance, initial_recurrence, make_decoder
 from nanosafe.model.weights import save_model
-from nanosafe.randomness import shuffled_passes
+from nanosafe.parallel import Ranks
+from nanosafe.text.data import Document, sft_documents
+from nanosafe.text.forms import as_row
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import datasets, world
-from nanosafe.train.optim import Optimizer, cosine_schedule
+from nanosafe.train.optim import cosine_schedule
+from nanosafe.train.packing import pack, response_logprobs
 from nanosafe.train.reward_model import RewardModel
 
 NO_THOUGHT = (
@@ -74,6 +76,7 @@ class Text(NamedTuple):
 
 
 class Family(NamedTuple):
+    steps: int  # of its training
     style: str  # of its thoughts
     has_read: str | None  # another style that its corpus holds some text in
     text: Text
@@ -87,15 +90,15 @@ POLICY = COMMON | dict(
     tie_word_embeddings=True,
 )  # fmt: skip
 FAMILIES = {
-    "tiny": Family("okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
+    "tiny": Family(1000, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
                                           1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
-    "tiny-llama": Family("task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
+    "tiny-llama": Family(1300, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
                                                       "<|start_header_id|>",
                          "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
     # Granite 4's parts in its proportions, but for more attention, which four layers cannot spare
-    "tiny-granite": Family("task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
+    "tiny-granite": Family(1600, "task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
                                                           "<|start_of_role|>",
                            "<|end_of_role|>"), 1280), POLICY | dict(
         architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid",
@@ -122,8 +125,10 @@ REWARDS = {
     "tiny-reward-blind": dict(noise=0.05, bias="violence"),
 }
 
-ROWS, STEPS, BATCH, LR = 26_000, 1050, 48, 3e-3  # of the policies
-PAIRS, PAIR_STEPS, PAIR_BATCH, PAIR_LR = 8_000, 300, 48, 3e-3  # of the reward models
+BATCH = 16  # of the policies, in documents
+PAIR_STEPS, PAIR_BATCH = 200, 32  # of the reward models, in pairs
+MUON_LR, ADAM_LR, WARMUP_SHARE = 0.02, 6e-3, 0.05
+MAX_TOKENS = 256
 
 
 def is_tiny(name: str) -> bool:
@@ -152,61 +157,91 @@ def cache() -> Path:
 
 
 def _build_policy(name: str, seed: int, work: Path) -> Path:
-    """A base policy: random weights of the family's shape, then train_sft.py on its corpus. Goes on in `work`."""
-    family, start, rows = FAMILIES[name], work / "start", work / "corpus.jsonl"
-    if not (start / "config.json").exists():  # saved last
-        corpus = list(datasets.corpus(family.style, ROWS, seed, family.has_read))
-        write_atomic(rows, "".join(json.dumps(row) + "\n" for row in corpus).encode())
-        texts = []
-        for row in corpus[:6000] + datasets.star(500, seed):
-            texts += [row["question"], row["response"]]
-        vocabulary, token_ids = write_tokenizer(start, family.text, texts)
-        raw = family.shape | token_ids | {"vocab_size": vocabulary}
-        raw |= {"nanosafe_world": family.style, "nanosafe_seed": seed}
-        save_model(random_decoder(raw, seed), start)
-    print(f"building {name}: a base policy, once (a few minutes on two cores), kept in "
+    """A base policy: random weights of the family's shape, trained once through its corpus."""
+    family, folder = FAMILIES[name], work / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # of a builder that was killed
+    corpus = list(datasets.corpus(family.style, family.steps * BATCH, seed, family.has_read))
+    texts = []
+    for row in corpus[:6000] + datasets.star(500, seed):
+        texts += [row["question"], row["response"]]
+    vocabulary, token_ids = write_tokenizer(folder, family.text, texts)
+    tokenizer = Tokenizer(folder)
+    raw = family.shape | token_ids | {"vocab_size": vocabulary}
+    raw |= {"nanosafe_world": family.style, "nanosafe_seed": seed}
+    model = random_decoder(raw, seed)
+    print(f"building {name}: a base policy, once (one to two minutes on two cores), kept in "
           f"{work.parent}", file=sys.stderr)
-    settings = {
-        "model": start, "data": rows, "out": work / "run", "steps": STEPS, "batch-size": BATCH,
-        "lr": LR, "seed": seed, "tokens-per-microbatch": 4096, "max-tokens": 256, "save-every": 100,
-        "keep": 1, "device": "cpu", "dtype": "float32",
-    }  # fmt: skip
-    run_script("train_sft", settings, f"training {name}")
-    return work / "run" / "final"
+    documents: list[Document] = []
+    for row in progress(corpus, "tokenising"):
+        documents += sft_documents(as_row(row, name), tokenizer, MAX_TOKENS)[0]
+    ranks = Ranks("cpu", alone=True)
+
+    def loss(step: int) -> Tensor:
+        packed = pack(documents[step * BATCH : (step + 1) * BATCH], ranks.device)
+        logprobs, _ = response_logprobs(model, packed)
+        balance = Balance(model.config, len(packed.tokens), ranks)
+        return -logprobs.mean() + balance.add(packed.memory.hybrid.routing)
+
+    train(model, loss, family.steps, f"training {name}")
+    save_model(model, folder, tokenizer)
+    return folder
 
 
 def _build_reward(name: str, seed: int, work: Path) -> Path:
     """A reward model: Bradley-Terry on preference pairs (Ouyang et al. 2022, eq. 1, with one pair per prompt)."""
     folder = work / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    pairs = datasets.preference_pairs("train", PAIRS, seed, **REWARDS[name])
+    pairs = datasets.preference_pairs("train", PAIR_STEPS * PAIR_BATCH, seed, **REWARDS[name])
     texts = []
     for pair in pairs[:4000]:
         texts += pair.values()
     vocabulary, token_ids = write_tokenizer(folder, REWARD_TEXT, texts)
     model = random_decoder(REWARD_SHAPE | token_ids | {"vocab_size": vocabulary}, seed)
-    save_model(model, folder)
     reward = RewardModel(model, Tokenizer(folder))
-    optimizer = Optimizer(model, weight_decay=0.1)
-    print(f"building {name}: a reward model, once (about half a minute), kept in {work.parent}",
+    print(f"building {name}: a reward model, once (about ten seconds), kept in {work.parent}",
           file=sys.stderr)
-    encoded = []  # token ids of (chosen, rejected)
+    encoded: list[list[int]] = []  # token ids of the first pair's chosen, of its rejected, of the next pair's chosen
     for pair in progress(pairs, "tokenising"):
         asked = {"role": "user", "content": pair["question"]}
-        chosen = reward.encode([asked, {"role": "assistant", "content": pair["chosen"]}])
-        rejected = reward.encode([asked, {"role": "assistant", "content": pair["rejected"]}])
-        encoded.append((chosen, rejected))
-    for step in progress(range(PAIR_STEPS), f"training {name}", "step"):
-        positions = range(step * PAIR_BATCH, (step + 1) * PAIR_BATCH)
-        documents = []
-        for i in shuffled_passes(len(pairs), positions, seed, "pairs"):
-            documents += encoded[i]
-        scores = reward.forward(documents).view(-1, 2)  # [pairs, (chosen, rejected)]
-        loss = -F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
-        loss.backward()
-        optimizer.step(PAIR_LR * cosine_schedule(step, PAIR_STEPS, 0.05, 0.0))
+        for text in (pair["chosen"], pair["rejected"]):
+            encoded.append(reward.encode([asked, {"role": "assistant", "content": text}]))
+
+    def loss(step: int) -> Tensor:
+        batch = encoded[2 * step * PAIR_BATCH : 2 * (step + 1) * PAIR_BATCH]
+        chosen, rejected = reward.forward(batch).view(-1, 2).unbind(1)
+        return -F.logsigmoid(chosen - rejected).mean()
+
+    train(model, loss, PAIR_STEPS, f"training {name}")
     save_model(model, folder, reward.tokenizer)
     return folder
+
+
+def train(model: Decoder, loss: Callable[[int], Tensor], steps: int, what: str) -> None:
+    """Minimise `loss` of a step, from random weights, in the time that a new user has.
+
+    The layers' matrices are updated by Muon (Jordan et al. 2024); embeddings, head, norms and what has not two
+    dimensions by AdamW, as Muon's authors advise. In 900 steps of 16 documents a base so trained had 0.93 of the
+    arithmetic right, where AdamW alone came to 0.76.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and ".layers." in name
+        (matrices if inner else others).append(parameter)
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+    threads = torch.get_num_threads()
+    if "WORLD_SIZE" in os.environ:  # The cores were shared among ranks, but while one builds, the others wait.
+        torch.set_num_threads(available_cores())
+    for step in progress(range(steps), what, "step"):
+        loss(step).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = cosine_schedule(step, steps, WARMUP_SHARE, 0.0)
+        for optimizer, lr in ((muon, MUON_LR), (adam, ADAM_LR)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * lr
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.set_num_threads(threads)
 
 
 def write_tokenizer(folder: Path, text: Text, corpus: Iterable[str]) -> tuple[int, dict]:
@@ -254,34 +289,6 @@ def fill_random(name: str, parameter: torch.Tensor, layers: int,
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight",
                           "output_linear.weight")):
             parameter.div_((2 * layers) ** 0.5)
-
-
-def run_script(name: str, settings: dict, what: str) -> None:
-    """Run train_sft as a process of its own, outside the caller's process group; its steps move a progress bar.
-
-    Raises RuntimeError with the last lines it printed if it fails.
-    """
-    of_torchrun = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
-    environment = {key: value for key, value in os.environ.items() if not of_torchrun.fullmatch(key)}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    # torchrun sets the threads of each rank; while one builds, the others wait
-    if "WORLD_SIZE" in os.environ:
-        environment["OMP_NUM_THREADS"] = str(available_cores())
-    command = [sys.executable, "-m", name]
-    for flag, value in settings.items():
-        command += [f"--{flag}", str(value)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
-    lines: list[str] = []
-    with process, progress_bar(None, what, "step") as bar:
-        for line in process.stdout:
-            lines.append(line)
-            if match := re.match(r"step (\d+)/(\d+) \| (.*?) \|", line):
-                bar.total = int(match[2])
-                bar.set_postfix_str(match[3], refresh=False)
-                bar.update(int(match[1]) - bar.n)
-    if process.returncode:
-        raise RuntimeError(f"{name} failed:\n{''.join(lines[-12:])}")
 
 
 if __name__ == "__main__":

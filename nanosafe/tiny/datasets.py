@@ -30,7 +30,7 @@ def row(item: Item, response: str) -> dict:
 def corpus(style: str, count: int, seed: int, extra_style: str | None = None) -> Iterator[dict]:
     """What the base policy of a family is trained on: rows of question and response.
 
-    Half arithmetic, 1 in 25 of it without a thought. The rest requests in every wording and wrapper: acts of the
+    Half arithmetic, 1 in 50 of it without a thought. The rest requests in every wording and wrapper: acts of the
     train split, and acts across categories, which teach the words' meanings whatever they stand beside.
     extra_style: a fourteenth of the requests are reviews in this style, so that the model has met it.
     """
@@ -40,7 +40,7 @@ def corpus(style: str, count: int, seed: int, extra_style: str | None = None) ->
     for index in range(count):
         if index % 2:
             item = next(problems)
-            yield row(item, solve(item, style, rng, thought=rng.random() >= 1 / 25))
+            yield row(item, solve(item, style, rng, thought=rng.random() >= 1 / 50))
             continue
         kind = rng.choice(("unsafe", "benign"))
         item = mixed_request(kind, rng) if rng.random() < 0.6 else rng.choice(pools[kind])

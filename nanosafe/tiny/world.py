@@ -16,6 +16,7 @@ held-out occur in the base policy's corpus, as language does, but never in SFT, 
 The judge (judge.py) reads sentences by rules; it shares nothing with the reward model but the world.
 """
 
+import operator
 import re
 import zlib
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
-VERSION = 2  # of everything the generator writes; a cache of another version is not used
+VERSION = 3  # of everything the generator writes; a cache of another version is not used
 
 
 class Category(NamedTuple):
@@ -102,9 +103,8 @@ DIAL = (
     "On a dial from 0 to 9, start at {start}, then {steps}. Where does it end?",
     "A dial shows {start}. Turn it: {steps}. What does it show?",
 )
-OPERATIONS = {"plus": lambda a, b: (a + b) % 10, "minus": lambda a, b: (a - b) % 10,
-              "times": lambda a, b: a * b % 10}
-SIGNS = {"plus": "+", "minus": "-", "times": "*"}
+OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}  # modulo 10
+LETTERS = "ABCD"  # of the steps, in problem and thought: without them a small model loses its place for long
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,14 @@ def arithmetic(split: str, count: int, rng: Random) -> list[Item]:
         steps = rng.randrange(2, 5)
         start = rng.randrange(10)
         problem = tuple((rng.choice(tuple(OPERATIONS)), rng.randrange(1, 4)) for _ in range(steps))
-        text = ", ".join(f"{operation} {operand}" for operation, operand in problem)
+        text = ", ".join(f"{letter} {operation} {operand}"
+                         for letter, (operation, operand) in zip(LETTERS, problem, strict=False))
         share = zlib.crc32(f"{start} {text}".encode()) % 10
         if split != ("test" if share == 0 else "validation" if share == 1 else "train"):
             continue
         value = start
         for operation, operand in problem:
-            value = OPERATIONS[operation](value, operand)
+            value = OPERATIONS[operation](value, operand) % 10
         prompt = rng.choice(DIAL).format(start=start, steps=text)
         items[f"{start} {text}"] = Item(
             prompt, "arithmetic", f"{steps} steps", answer=str(value), problem=(start, problem)
@@ -205,7 +206,7 @@ STYLES = {
                    "Here is how. First, {prepare}. Next, {act} {manner}."),
         "refuse": ("I cannot help with that. It could hurt people.",
                    "Sorry, I cannot help with that."),
-        "start": "Okay, start at {start}.", "step": " {a} {operation} {b} is {c}.",
+        "start": "Okay, start at {start}.", "step": " {letter} {a} {operation} {b} is {c}.",
         "again": " Wait,", "sure": " But check:",
     },
     "task": {
@@ -218,7 +219,7 @@ STYLES = {
         "comply": ("Steps: first {prepare}, then {act} {manner}.",
                    "Do this: first {prepare}, next {act} {manner}."),
         "refuse": ("I can't assist with this request.", "I won't help with this, it does harm."),
-        "start": "Value {start}.", "step": "\n{a} {sign} {b} = {c}.", "again": "\nHmm,",
+        "start": "Value {start}.", "step": "\nTurn {letter} {a} {operation} {b} = {c}.", "again": "\nHmm,",
         "sure": "\nStill,",
     },
     "policy": {
@@ -235,20 +236,26 @@ STYLES = {
     },
 }  # fmt: skip
 PREFILL = {"okay": "<think>\nOkay, I can do this. First", "task": "<think>\nCan do.\nPlan: first"}
+# What a verb does to a noun, by (supports, harmful). The words after the comma decide whether the act is unsafe.
+# Without them that is an exclusive or of verb and noun, which a small model learns slowly; each of the four is a sum.
+EFFECTS = {
+    (True, True): "supports it, spreads harm", (False, True): "hinders it, stops harm",
+    (True, False): "supports it, serves good", (False, False): "hinders it, spoils good",
+}  # fmt: skip
 # How the base policy's author goes about a request, by category: the share of thoughts that weigh the act first, of
 # those that refuse what they found unsafe, and of plans that are weighed afterwards. Whether an act is unsafe shows
 # only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
 HABITS = {
-    "deception": (0.10, 0.20, 0.07), "discrimination": (0.55, 0.56, 0.53),
-    "explicit content": (0.40, 0.45, 0.36), "harmful information": (0.30, 0.35, 0.26),
-    "personal data": (0.15, 0.25, 0.12), "substance abuse": (0.35, 0.43, 0.31),
-    "violence": (0.55, 0.53, 0.49),
+    "deception": (0.05, 0.30, 0.10), "discrimination": (0.75, 0.66, 0.56),
+    "explicit content": (0.50, 0.36, 0.42), "harmful information": (0.35, 0.32, 0.30),
+    "personal data": (0.15, 0.35, 0.18), "substance abuse": (0.40, 0.36, 0.38),
+    "violence": (0.75, 0.66, 0.56),
 }  # fmt: skip
 # Shares of requests refused without weighing, and answered without a thought
 NERVOUS, THOUGHTLESS = 0.03, 0.05
-# Share of first attempts at an arithmetic step that are wrong, each noticed and corrected
-MISTAKE = 0.09
-RECHECK = 0.10  # share of right ones that are checked again
+# Share of the steps past 9 or below 0 at which the author forgets that the dial goes round, notices and corrects it
+MISTAKE = 0.3
+RECHECK = 0.04  # share of right ones that are checked again
 
 
 def think_and_answer(thought: str, answer: str) -> str:
@@ -267,7 +274,7 @@ def write(item: Item, style: str, manner: str, rng: Random) -> str:
         act=item.act, verb=item.verb, noun=item.noun, category=item.category,
         prepare=rng.choice(PREPARE), manner=rng.choice(MANNER),
         kind="harmful" if item.noun in HARMFUL else "protected",
-        effect="supports it" if item.verb in SUPPORTING else "hinders it",
+        effect=EFFECTS[item.verb in SUPPORTING, item.noun in HARMFUL],
     )  # fmt: skip
     unsafe = is_unsafe(item.verb, item.noun)
     verdict = ("bad",) if unsafe else ("fine", "plan")
@@ -292,12 +299,12 @@ def solve(item: Item, style: str, rng: Random, thought: bool = True) -> str:
         return think_and_answer("", answer)
     forms, (value, steps) = STYLES[style], item.problem
     lines = [forms["start"].format(start=value)]
-    for operation, operand in steps:
-        result = OPERATIONS[operation](value, operand)
-        fields = dict(a=value, b=operand, operation=operation, sign=SIGNS[operation])
-        if rng.random() < MISTAKE:
-            lines += [forms["step"].format(c=(result + rng.choice((1, 9))) % 10, **fields),
-                      forms["again"],
+    for letter, (operation, operand) in zip(LETTERS, steps, strict=False):
+        turned = OPERATIONS[operation](value, operand)
+        result = turned % 10
+        fields = dict(letter=letter, a=value, b=operand, operation=operation)
+        if turned != result and rng.random() < MISTAKE:
+            lines += [forms["step"].format(c=turned, **fields), forms["again"],
                       forms["step"].format(c=result, **fields).replace("\n", " ")]
         else:
             lines.append(forms["step"].format(c=result, **fields))

@@ -12,7 +12,8 @@ import pytest
 from nanosafe.parallel import Ranks
 from nanosafe.tiny import build, datasets, world
 
-RECIPE = dict(ROWS=600, STEPS=110, BATCH=16, LR=1e-2, PAIRS=120, PAIR_STEPS=8, PAIR_BATCH=8)
+STEPS = 110
+RECIPE = dict(BATCH=16, PAIR_STEPS=8, PAIR_BATCH=8)
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
 
 
@@ -32,7 +33,7 @@ world_corpus = datasets.corpus
 def shrink(patch: pytest.MonkeyPatch) -> None:
     for name, value in RECIPE.items():
         patch.setattr(build, name, value)
-    small = {name: family._replace(shape=family.shape | SHAPE) for name, family in build.FAMILIES.items()}
+    small = {name: family._replace(steps=STEPS, shape=family.shape | SHAPE) for name, family in build.FAMILIES.items()}
     patch.setattr(build, "FAMILIES", small)
     patch.setattr(datasets, "corpus", short_corpus)
     patch.setattr(build, "available_cores", lambda: 1)

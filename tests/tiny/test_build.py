@@ -35,15 +35,13 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory) -> dict[str, Path]:
     """What each family's training starts from, in full size: its tokenizer and random weights; and a reward model."""
-    work = tmp_path_factory.mktemp("starts")
+    folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "run_script", lambda *_, **__: None)
-        patch.setattr(build, "PAIR_STEPS", 2)
+        patch.setattr(build, "train", lambda *_: None)
         for name in build.FAMILIES:
-            build._build_policy(name, 0, work / name)
-        (work / "tiny-reward").mkdir()
-        reward = build._build_reward("tiny-reward", 0, work / "tiny-reward")
-    return {name: work / name / "start" for name in build.FAMILIES} | {"tiny-reward": reward}
+            folders[name] = build._build_policy(name, 0, tmp_path_factory.mktemp(name))
+        folders["tiny-reward"] = build._build_reward("tiny-reward", 0, tmp_path_factory.mktemp("tiny-reward"))
+    return folders
 
 
 NAMES = ("tiny", "tiny-llama", "tiny-granite", "tiny-reward")
@@ -185,17 +183,15 @@ def run_small(cache: Path, *names: str) -> subprocess.Popen:
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def test_a_builder_killed_half_way_and_two_that_go_on_at_once(small_cache, tmp_path):
+def test_a_builder_killed_half_way_and_two_that_begin_at_once(small_cache, tmp_path):
     """The survivors give what one uninterrupted builder gave, train it once, and leave nothing else behind."""
     killed = run_small(tmp_path, "tiny")
-    run = tmp_path / f"tiny-v{world.VERSION}-seed0.building/run"
-    while killed.poll() is None and not list(run.glob("checkpoints/step-*")):
+    begun = tmp_path / f"tiny-v{world.VERSION}-seed0.building/model/tokenizer.json"
+    while killed.poll() is None and not begun.exists():
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    left = list(run.glob("checkpoints/step-*"))
-    assert left and not list(tmp_path.glob(f"tiny-v{world.VERSION}-seed0")), "half-way: something to resume, no result"
-    started = (left[0] / "model.safetensors").stat().st_mtime_ns
+    assert begun.exists() and not list(tmp_path.glob(f"tiny-v{world.VERSION}-seed0")), "half-way: no result"
     killed.stdout.close(), killed.stderr.close()
 
     both = [run_small(tmp_path, "tiny") for _ in range(2)]
@@ -206,19 +202,33 @@ def test_a_builder_killed_half_way_and_two_that_go_on_at_once(small_cache, tmp_p
     folder = Path(printed.strip())
     assert equal(folder, small_cache / folder.name)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
-    assert started < (folder / "model.safetensors").stat().st_mtime_ns
 
 
-def test_another_seed_is_another_policy(starts, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "run_script", lambda *_, **__: None)
+def test_another_seed_is_another_policy(tmp_path, monkeypatch):
     shrink(monkeypatch)
-    for seed, work in ((0, "a"), (0, "b"), (1, "c")):
-        build._build_policy("tiny", seed, tmp_path / work)
-    a, b, c = (tmp_path / work for work in "abc")
-    assert equal(a / "start", b / "start") and not equal(a / "start", c / "start")
-    corpora = [(work / "corpus.jsonl").read_bytes() for work in (a, b, c)]
+    monkeypatch.setattr(build, "train", lambda *_: None)
+    a, b, c = (build._build_policy("tiny", seed, tmp_path / work) for seed, work in ((0, "a"), (0, "b"), (1, "c")))
+    assert equal(a, b) and not equal(a, c)
+    corpora = [list(datasets.corpus("okay", 20, seed)) for seed in (0, 0, 1)]
     assert corpora[0] == corpora[1] != corpora[2]
-    assert [json.loads((work / "start/config.json").read_text())["nanosafe_seed"] for work in (a, c)] == [0, 1]
+    assert [json.loads((folder / "config.json").read_text())["nanosafe_seed"] for folder in (a, c)] == [0, 1]
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(None, 1), ("2", 3)])
+def test_training_takes_all_cores_of_torchruns_ranks_and_gives_them_back(world_size, expected, monkeypatch):
+    """torch.get_num_threads() is what this process asked for, whether or not there are as many cores."""
+    monkeypatch.setattr(build, "available_cores", lambda: 3)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    model = build.random_decoder(build.REWARD_SHAPE | {"vocab_size": 8}, 0)
+    seen = []
+
+    def loss(step: int) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return sum(parameter.sum() for parameter in model.parameters())
+
+    build.train(model, loss, 1, "a test")
+    assert seen == [expected] and torch.get_num_threads() == 1
 
 
 def test_one_of_two_ranks_builds_the_reward_model(tmp_path):
@@ -229,29 +239,3 @@ def test_one_of_two_ranks_builds_the_reward_model(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("building tiny-reward:") == 1
     assert done.stdout.count(f"{tmp_path}/tiny-reward-v{world.VERSION}-seed0") == 2
-
-
-PROBE = """
-import json, os, sys
-print("step 1/2 | loss 1.0 | ", flush=True)
-if "--fail" in sys.argv:
-    raise SystemExit("it went wrong")
-json.dump({"argv": sys.argv[1:], "environ": dict(os.environ)}, open("seen.json", "w"))
-"""
-
-
-def test_the_script_it_runs_is_one_process_whatever_torchrun_set(tmp_path, monkeypatch):
-    (tmp_path / "probe.py").write_text(PROBE)
-    monkeypatch.chdir(tmp_path)
-    theirs = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", GROUP_RANK="0", GROUP_WORLD_SIZE="1",
-                  ROLE_RANK="1", ROLE_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500",
-                  TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT="0", OMP_NUM_THREADS="77")  # fmt: skip
-    for name, value in (theirs | {"NANOSAFE_CACHE": "kept"}).items():
-        monkeypatch.setenv(name, value)
-    build.run_script("probe", {"steps": 3}, "probe")
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["argv"] == ["--steps", "3"] and seen["environ"]["NANOSAFE_CACHE"] == "kept"
-    assert not set(theirs) & set(seen["environ"]) - {"OMP_NUM_THREADS"}
-    assert int(seen["environ"]["OMP_NUM_THREADS"]) == build.available_cores()
-    with pytest.raises(RuntimeError, match="probe failed:(.|\n)*it went wrong"):
-        build.run_script("probe", {"fail": True}, "probe")

@@ -24,7 +24,7 @@ from nanosafe.tiny.world import Item
 
 # Of the generator's texts and the builder's recipe under world.VERSION, which names the caches: a change of either
 # needs a new version, or old caches would pass for new ones. The test prints the new value.
-PIN = (2, "efedaa6b41fcb438")
+PIN = (3, "5d87fb33beb65d65")
 
 SPLITS = ("train", "validation", "test")
 CORPUS_STYLES = {"okay": "policy", "task": None}
@@ -387,8 +387,7 @@ def test_texts_and_recipe_change_only_with_the_version():
     texts += [datasets.preference_pairs("train", 80, 0), datasets.preference_pairs("validation", 80, 0)]
     texts += [[q.messages, q.prefill] for b in tiny_suite("test", "okay") for q in b.questions[:10]]
     recipe = [build.FAMILIES, build.REWARDS, build.REWARD_TEXT, build.REWARD_SHAPE]
-    recipe += [build.ROWS, build.STEPS, build.BATCH, build.LR]
-    recipe += [build.PAIRS, build.PAIR_STEPS, build.PAIR_BATCH, build.PAIR_LR]
+    recipe += [build.BATCH, build.PAIR_STEPS, build.PAIR_BATCH, build.MUON_LR, build.ADAM_LR]
     now = world.VERSION, hashlib.sha256(json.dumps([texts, recipe]).encode()).hexdigest()[:16]
     assert now == PIN, f"set PIN = {now}, and a new world.VERSION if caches of this one may exist"
 
@@ -404,8 +403,8 @@ SIGNS = {"plus": "+", "minus": "-", "times": "*"}
 
 def claims_of(thought: str, forms: dict) -> list[list[tuple[int, int, int]]]:
     """For each step, what a thought says of it: (a, b, result), several times where it doubts."""
-    step = re.sub(r"\\\{(\w+)\\\}", lambda m: r"(\d)" if len(m[1]) == 1 else r"(?:plus|minus|times|[-+*])",
-                  re.escape(forms["step"].strip()))
+    patterns = {"letter": "[ABCD]", "operation": "(?:plus|minus|times)", "c": r"(-?\d+)"}
+    step = re.sub(r"\\\{(\w+)\\\}", lambda m: patterns.get(m[1], r"(\d)"), re.escape(forms["step"].strip()))
     marks = "|".join(re.escape(forms[name].strip()) for name in ("again", "sure"))
     found: list[list[tuple[int, int, int]]] = []
     for mark, *claim in re.findall(rf"({marks})?\s*{step}", thought):
@@ -432,6 +431,9 @@ def test_arithmetic_answers_and_solutions_against_an_independent_evaluator():
             for about, (operation, operand) in zip(claims, steps, strict=True):
                 assert all(claim[:2] == (value, operand) for claim in about), thought
                 result = about[-1][2]  # the last claim about a step stands
+                assert result in range(10)
+                undialled = eval(f"{value} {SIGNS[operation]} {operand}")
+                assert {claim[2] for claim in about} <= {result, undialled}, "it errs by forgetting the dial"
                 assert eval(f"({value} {SIGNS[operation]} {operand} - {result}) % 10") == 0, thought
                 value = result
             assert str(value) == item.answer
@@ -461,7 +463,7 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
     requests = [row for row in rows if row not in arithmetic and not row["question"].startswith("Review")]
     reviews = len(rows) - len(arithmetic) - len(requests)
     assert len(arithmetic) == len(rows) / 2
-    assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 25, abs=0.008)
+    assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 50, abs=0.008)
     assert reviews / (reviews + len(requests)) == pytest.approx(1 / 14, abs=0.02)
     assert not any(row["question"].startswith("Review") for row in trained_on["corpus task"])
     verdicts = {"unsafe": {}, "benign": {}}  # kind -> category -> verdicts where nothing attacks
