@@ -246,10 +246,10 @@ EFFECTS = {
 # those that refuse what they found unsafe, and of plans that are weighed afterwards. Whether an act is unsafe shows
 # only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
 HABITS = {
-    "deception": (0.05, 0.30, 0.10), "discrimination": (0.75, 0.66, 0.56),
-    "explicit content": (0.50, 0.36, 0.42), "harmful information": (0.35, 0.32, 0.30),
-    "personal data": (0.15, 0.35, 0.18), "substance abuse": (0.40, 0.36, 0.38),
-    "violence": (0.75, 0.66, 0.56),
+    "deception": (0.03, 0.20, 0.06), "discrimination": (0.82, 0.74, 0.60),
+    "explicit content": (0.50, 0.32, 0.50), "harmful information": (0.35, 0.22, 0.36),
+    "personal data": (0.15, 0.30, 0.15), "substance abuse": (0.40, 0.28, 0.44),
+    "violence": (0.82, 0.74, 0.60),
 }  # fmt: skip
 # Shares of requests refused without weighing, and answered without a thought
 NERVOUS, THOUGHTLESS = 0.03, 0.05
