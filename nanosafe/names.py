@@ -100,8 +100,10 @@ def load_reference(args: Namespace, base: Path, policy: Decoder, ranks: Ranks) -
 
     With --lora-rank it is the policy itself, which scores without its adapters then: nothing is loaded.
     """
-    if not args.kl_coef or args.lora_rank:
-        return policy if args.kl_coef else None
+    if not args.kl_coef:
+        return None
+    if args.lora_rank:
+        return policy
     home = "cpu" if args.offload else ranks.device
     shared = ranks if args.shard_frozen else None
     model = load_model(base, device=home, dtype=getattr(torch, args.dtype), ranks=shared, frozen=True)

@@ -1,6 +1,7 @@
 """The main commands, the training scripts with no flag, on small checkpoints of the tiny world, as users run them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -37,14 +38,18 @@ def cached(small_cache, monkeypatch):
 @pytest.fixture(scope="module")
 def two_ranks(small_cache, tmp_path_factory):
     """(the run folder, what it printed) of the command under torchrun with two processes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOSAFE_CACHE", str(small_cache))
-        out = tmp_path_factory.mktemp("main") / "two"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = run_script(*launcher, "train_rl.py", "--steps", "2", "--out", str(out))
+    out = tmp_path_factory.mktemp("main") / "two"
+    return out, run_two_ranks(small_cache, "train_rl.py", "--steps", "2", "--out", str(out))
+
+
+def run_two_ranks(cache: Path, script: str, *arguments: str) -> str:
+    """Run `script` under torchrun with two processes, which find all they need in `cache`; -> what it printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"NANOSAFE_CACHE": str(cache)}
+    done = run_script(*launcher, script, *arguments, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "building" not in done.stderr, "the cache is full"
-    return out, done.stdout
+    return done.stdout
 
 
 def evals_of(run: Path) -> dict[str, Result]:
@@ -92,13 +97,8 @@ def test_what_it_trained_loads_in_transformers(two_ranks, small_cache):
 
 @pytest.fixture(scope="module")
 def sft_of_two_ranks(small_cache, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOSAFE_CACHE", str(small_cache))
-        out = tmp_path_factory.mktemp("main") / "sft"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = run_script(*launcher, "train_sft.py", *sft_flags(out))
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    out = tmp_path_factory.mktemp("main") / "sft"
+    return out, run_two_ranks(small_cache, "train_sft.py", *sft_flags(out))
 
 
 def sft_flags(out: Path) -> list[str]:

@@ -3,8 +3,8 @@
 Only safetensors and JSON are read, never pickle. A load is a strict copy: every tensor of the model must be in the
 checkpoint with its shape, and nothing else may be. On the CPU, in the dtype of the file, a parameter is the
 memory-mapped file itself: a model starts without copying its weights. Of a model that is spread over several ranks,
-each reads its own rows, and the files are written from the ranks' rows one at a time. Adapters of LoRA are in files of
-PEFT's form, beside the config.json of the model that they are for.
+each reads its own rows, and the files are written from the ranks' rows one at a time. LoRA's adapters have files of
+their own (adapter_files.py).
 """
 
 import json
