@@ -10,7 +10,7 @@ logits    four families against transformers
 decode    replayed steps of the 8B shape at 1, 16 and 256 rows; whole `generate`
 train     forward and backward of the 8B shape, its peak beside the plan's; the optimizer's step
 head      log-probs and entropies against the matrix products in them
-rl, rl8b  train_rl.py as a user starts it, on random weights; rl8b where the card has 120 GB
+rl, rl8b  train_rl.py as a user starts it, on random weights; rl8b: --lora-rank 32 below 120 GB
 
 Each stage (gpu_stages.py) is a process of its own with a limit of its own, so that a crash, a hang or a full memory
 costs its stage alone. All processes start at once and import torch while earlier stages run; each waits for its turn.

@@ -353,7 +353,7 @@ def prepare(stage: Stage) -> None:
     """Random weights for `rl` and `rl8b`, which find them in the cache."""
     from nanosafe.plan.random_weights import random_checkpoint
 
-    for alias in ("qwen3-0.6b", REWARD_MODEL, "qwen3-8b") if stage.is_large() else ("qwen3-0.6b", REWARD_MODEL):
+    for alias in ("qwen3-0.6b", REWARD_MODEL, "qwen3-8b"):
         start = time.monotonic()
         random_checkpoint(stage.model_name(alias))
         stage.say(model=alias, seconds=round(time.monotonic() - start, 1))
@@ -366,11 +366,11 @@ def rl(stage: Stage) -> None:
 
 
 def rl8b(stage: Stage) -> None:
-    if stage.is_large():
-        run_rl(stage, "qwen3-8b", ["--offload", "--prompts-per-step", "32", "--max-response-tokens", "512",
-                                   "--reward-model", "rule:refusal"])  # fmt: skip
-    else:
-        stage.say(skipped="for a card of more than 120 GB")
+    """All parameters where the card has 120 GB, else adapters."""
+    prompts, tokens = ("4", "16") if stage.smoke else ("32", "512")
+    trained = ["--offload"] if stage.is_large() else ["--lora-rank", "32"]
+    run_rl(stage, "qwen3-8b", [*trained, "--prompts-per-step", prompts, "--max-response-tokens", tokens,
+                               "--reward-model", "rule:refusal"])  # fmt: skip
 
 
 def run_rl(stage: Stage, alias: str, flags: list[str]) -> None:
