@@ -16,6 +16,8 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,6 @@ from torch import Tensor
 
 from nanosafe.io.files import write_atomic
 from nanosafe.io.locks import locked
-from nanosafe.io.machine import available_cores
 from nanosafe.io.progress import progress
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
@@ -90,15 +91,15 @@ POLICY = COMMON | dict(
     tie_word_embeddings=True,
 )  # fmt: skip
 FAMILIES = {
-    "tiny": Family(1000, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
+    "tiny": Family(900, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
                                           1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
-    "tiny-llama": Family(1300, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
+    "tiny-llama": Family(1500, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
                                                       "<|start_header_id|>",
                          "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
     # Granite 4's parts in its proportions, but for more attention, which four layers cannot spare
-    "tiny-granite": Family(1600, "task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
+    "tiny-granite": Family(1500, "task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
                                                           "<|start_of_role|>",
                            "<|end_of_role|>"), 1280), POLICY | dict(
         architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid",
@@ -127,7 +128,7 @@ REWARDS = {
 
 BATCH = 16  # of the policies, in documents
 PAIR_STEPS, PAIR_BATCH = 200, 32  # of the reward models, in pairs
-MUON_LR, ADAM_LR, WARMUP_SHARE = 0.02, 6e-3, 0.05
+MUON_LR, ADAM_LR, WARMUP_SHARE = 0.02, 0.01, 0.05
 MAX_TOKENS = 256
 
 
@@ -176,13 +177,13 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
         documents += sft_documents(as_row(row, name), tokenizer, MAX_TOKENS)[0]
     ranks = Ranks("cpu", alone=True)
 
-    def loss(step: int) -> Tensor:
-        packed = pack(documents[step * BATCH : (step + 1) * BATCH], ranks.device)
+    def loss(batch: list[Document]) -> Tensor:
+        packed = pack(batch, ranks.device)
         logprobs, _ = response_logprobs(model, packed)
         balance = Balance(model.config, len(packed.tokens), ranks)
         return -logprobs.mean() + balance.add(packed.memory.hybrid.routing)
 
-    train(model, loss, family.steps, f"training {name}")
+    train(model, loss, in_batches(documents, BATCH), f"training {name}")
     save_model(model, folder, tokenizer)
     return folder
 
@@ -200,47 +201,70 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     reward = RewardModel(model, Tokenizer(folder))
     print(f"building {name}: a reward model, once (about ten seconds), kept in {work.parent}",
           file=sys.stderr)
-    encoded: list[list[int]] = []  # token ids of the first pair's chosen, of its rejected, of the next pair's chosen
+    encoded: list[tuple[list[int], list[int]]] = []  # token ids of a pair's chosen and rejected conversation
     for pair in progress(pairs, "tokenising"):
         asked = {"role": "user", "content": pair["question"]}
-        for text in (pair["chosen"], pair["rejected"]):
-            encoded.append(reward.encode([asked, {"role": "assistant", "content": text}]))
+        chosen, rejected = (
+            reward.encode([asked, {"role": "assistant", "content": pair[side]}])
+            for side in ("chosen", "rejected")
+        )
+        encoded.append((chosen, rejected))
 
-    def loss(step: int) -> Tensor:
-        batch = encoded[2 * step * PAIR_BATCH : 2 * (step + 1) * PAIR_BATCH]
-        chosen, rejected = reward.forward(batch).view(-1, 2).unbind(1)
+    def loss(batch: list[tuple[list[int], list[int]]]) -> Tensor:
+        chosen, rejected = reward.forward(list(chain.from_iterable(batch))).view(-1, 2).unbind(1)
         return -F.logsigmoid(chosen - rejected).mean()
 
-    train(model, loss, PAIR_STEPS, f"training {name}")
+    train(model, loss, in_batches(encoded, PAIR_BATCH), f"training {name}")
     save_model(model, folder, reward.tokenizer)
     return folder
 
 
-def train(model: Decoder, loss: Callable[[int], Tensor], steps: int, what: str) -> None:
-    """Minimise `loss` of a step, from random weights, in the time that a new user has.
+def in_batches(items: list, size: int) -> list[list]:
+    """Whole batches of `items`, in order; what is left over is dropped."""
+    return [items[end - size : end] for end in range(size, len(items) + 1, size)]
+
+
+def train(model: Decoder, loss: Callable[[list], Tensor], batches: list[list], what: str) -> None:
+    """Minimise `loss`, a step on each of `batches`, from random weights, in the time that a new user has.
 
     The layers' matrices are updated by Muon (Jordan et al. 2024); embeddings, head, norms and what has not two
     dimensions by AdamW, as Muon's authors advise. In 900 steps of 16 documents a base so trained had 0.93 of the
     arithmetic right, where AdamW alone came to 0.76.
+
+    Each half of a batch goes through a Python thread of its own, whose products use one core. On two cores this is
+    faster than to spread products as small as these over both, and it makes the weights the same on any number of
+    cores.
     """
+    parameters = list(model.parameters())
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and ".layers." in name
         (matrices if inner else others).append(parameter)
-    muon = torch.optim.Muon(matrices, weight_decay=0.0)
-    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+    # Five Newton-Schulz iterations, Muon's default, took a fifth of the time; bases of three pass the same gates.
+    optimizers = [
+        (torch.optim.Muon(matrices[::2], weight_decay=0.0, ns_steps=3), MUON_LR),
+        (torch.optim.Muon(matrices[1::2], weight_decay=0.0, ns_steps=3), MUON_LR),
+        (torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0), ADAM_LR),
+    ]
+
+    def gradients(half: list) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(half), parameters)
+
     threads = torch.get_num_threads()
-    if "WORLD_SIZE" in os.environ:  # The cores were shared among ranks, but while one builds, the others wait.
-        torch.set_num_threads(available_cores())
-    for step in progress(range(steps), what, "step"):
-        loss(step).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = cosine_schedule(step, steps, WARMUP_SHARE, 0.0)
-        for optimizer, lr in ((muon, MUON_LR), (adam, ADAM_LR)):
-            for group in optimizer.param_groups:
-                group["lr"] = factor * lr
-            optimizer.step()
-            optimizer.zero_grad()
+    torch.set_num_threads(1)  # of every Python thread that starts from here on
+    with ThreadPoolExecutor(2) as pool:
+        for step, batch in enumerate(progress(batches, what, "step")):
+            middle = len(batch) // 2
+            first, second = pool.map(gradients, (batch[:middle], batch[middle:]))
+            for parameter, one, other in zip(parameters, first, second, strict=True):
+                parameter.grad = (one + other) / 2
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            factor = cosine_schedule(step, len(batches), WARMUP_SHARE, 0.0)
+            for optimizer, lr in optimizers:
+                optimizer.param_groups[0]["lr"] = factor * lr
+            steps = [pool.submit(optimizer.step) for optimizer, _ in optimizers]
+            for future in steps:
+                future.result()
     torch.set_num_threads(threads)
 
 

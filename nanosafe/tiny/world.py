@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
-VERSION = 3  # of everything the generator writes; a cache of another version is not used
+VERSION = 4  # of everything the generator writes; a cache of another version is not used
 
 
 class Category(NamedTuple):
@@ -247,8 +247,8 @@ EFFECTS = {
 # only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
 HABITS = {
     "deception": (0.03, 0.20, 0.06), "discrimination": (0.82, 0.74, 0.60),
-    "explicit content": (0.50, 0.32, 0.50), "harmful information": (0.35, 0.22, 0.36),
-    "personal data": (0.15, 0.30, 0.15), "substance abuse": (0.40, 0.28, 0.44),
+    "explicit content": (0.50, 0.26, 0.55), "harmful information": (0.35, 0.18, 0.42),
+    "personal data": (0.15, 0.30, 0.18), "substance abuse": (0.40, 0.22, 0.50),
     "violence": (0.82, 0.74, 0.60),
 }  # fmt: skip
 # Shares of requests refused without weighing, and answered without a thought

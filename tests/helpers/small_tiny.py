@@ -36,7 +36,6 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     small = {name: family._replace(steps=STEPS, shape=family.shape | SHAPE) for name, family in build.FAMILIES.items()}
     patch.setattr(build, "FAMILIES", small)
     patch.setattr(datasets, "corpus", short_corpus)
-    patch.setattr(build, "available_cores", lambda: 1)
 
 
 if __name__ == "__main__":

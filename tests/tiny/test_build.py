@@ -17,6 +17,7 @@ from small_tiny import shrink
 from test_train import ROOT, run_script
 
 from nanosafe.evals.diagnostics import reflection_ids
+from nanosafe.model.attention import PackedDocuments
 from nanosafe.names import checkpoint, load_model, load_reward_model, load_tokenizer
 from nanosafe.tiny import build, datasets, world
 
@@ -214,21 +215,50 @@ def test_another_seed_is_another_policy(tmp_path, monkeypatch):
     assert [json.loads((folder / "config.json").read_text())["nanosafe_seed"] for folder in (a, c)] == [0, 1]
 
 
-@pytest.mark.parametrize(("world_size", "expected"), [(None, 1), ("2", 3)])
-def test_training_takes_all_cores_of_torchruns_ranks_and_gives_them_back(world_size, expected, monkeypatch):
-    """torch.get_num_threads() is what this process asked for, whether or not there are as many cores."""
-    monkeypatch.setattr(build, "available_cores", lambda: 3)
-    if world_size:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
+def test_weights_do_not_depend_on_the_number_of_threads_which_are_given_back():
+    items = list(torch.randint(8, (6, 500), generator=torch.Generator().manual_seed(0)))
+    grown = []
+    for threads in (1, 3):
+        model = build.random_decoder(build.REWARD_SHAPE | {"vocab_size": 8}, 0)
+        seen = []
+
+        def loss(half: list[torch.Tensor], model=model, seen=seen) -> torch.Tensor:
+            seen.append((torch.get_num_threads(), len(half)))
+            documents = PackedDocuments([len(item) for item in half])
+            hidden = model.hidden(torch.cat(half), documents.positions, documents)
+            return model.score(hidden).square().mean()
+
+        torch.set_num_threads(threads)
+        try:
+            build.train(model, loss, build.in_batches(items, 3), "a test")
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+        assert sorted(seen) == [(1, 1)] * 2 + [(1, 2)] * 2
+        grown.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*grown)
+
+
+def test_a_step_follows_the_mean_gradient_of_the_halves(monkeypatch):
+    """Where every update is a small step of plain descent, the weights move by it."""
+    def descent(parameters, **_):
+        return torch.optim.SGD(parameters)
+
+    monkeypatch.setattr(torch.optim, "Muon", descent)
+    monkeypatch.setattr(torch.optim, "AdamW", descent)
+    monkeypatch.setattr(build, "MUON_LR", 0.25)
+    monkeypatch.setattr(build, "ADAM_LR", 0.25)
+    monkeypatch.setattr(build, "WARMUP_SHARE", 0.0)
     model = build.random_decoder(build.REWARD_SHAPE | {"vocab_size": 8}, 0)
-    seen = []
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    slopes = (1e-3, 3e-3)  # small enough that nothing is clipped
 
-    def loss(step: int) -> torch.Tensor:
-        seen.append(torch.get_num_threads())
-        return sum(parameter.sum() for parameter in model.parameters())
+    def loss(half: list[float]) -> torch.Tensor:
+        return sum(slope * parameter.sum() for slope in half for parameter in model.parameters())
 
-    build.train(model, loss, 1, "a test")
-    assert seen == [expected] and torch.get_num_threads() == 1
+    build.train(model, loss, [list(slopes)], "a test")
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, start - 0.25 * 2e-3, rtol=0, atol=1e-7)
 
 
 def test_one_of_two_ranks_builds_the_reward_model(tmp_path):
