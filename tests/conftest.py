@@ -38,7 +38,6 @@ def small_cache(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         patch.setenv("NANOSAFE_CACHE", str(folder))
-        patch.setenv("OMP_NUM_THREADS", "1")  # sums of two threads round otherwise
         for name in ("tiny", "tiny-reward"):
             build.tiny_checkpoint(name)
     return folder

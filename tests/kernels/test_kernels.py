@@ -27,7 +27,7 @@ FILES = sorted((ROOT / "tests" / "helpers").glob("interpreted_*.py"))
 def test_kernels_on_the_gpu_or_interpreted(file):
     """In a process of its own, because Triton chooses its interpreter when it is imported."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(file)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(run.stdout, run.stderr)
     passed = re.search(r"(\d+) passed", run.stdout)
