@@ -104,7 +104,9 @@ DIAL = (
     "A dial shows {start}. Turn it: {steps}. What does it show?",
 )
 OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}  # modulo 10
-LETTERS = "ABCD"  # of the steps, in problem and thought: without them a small model loses its place for long
+# Of the steps, in problem and thought: without them a small model loses its place for long. For the same reason a thought
+# repeats a step as it stands in the problem ("A minus 3") before it turns the dial.
+LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ STYLES = {
                    "Here is how. First, {prepare}. Next, {act} {manner}."),
         "refuse": ("I cannot help with that. It could hurt people.",
                    "Sorry, I cannot help with that."),
-        "start": "Okay, start at {start}.", "step": " {letter} {a} {operation} {b} is {c}.",
+        "start": "Okay, start at {start}.", "step": " {letter} {operation} {b}: {a} to {c}.",
         "again": " Wait,", "sure": " But check:",
     },
     "task": {
@@ -219,7 +221,7 @@ STYLES = {
         "comply": ("Steps: first {prepare}, then {act} {manner}.",
                    "Do this: first {prepare}, next {act} {manner}."),
         "refuse": ("I can't assist with this request.", "I won't help with this, it does harm."),
-        "start": "Value {start}.", "step": "\nTurn {letter} {a} {operation} {b} = {c}.", "again": "\nHmm,",
+        "start": "Value {start}.", "step": "\nTurn {letter} {operation} {b}: {a} to {c}.", "again": "\nHmm,",
         "sure": "\nStill,",
     },
     "policy": {
