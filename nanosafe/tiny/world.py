@@ -104,8 +104,8 @@ DIAL = (
     "A dial shows {start}. Turn it: {steps}. What does it show?",
 )
 OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}  # modulo 10
-# Of the steps, in problem and thought: without them a small model loses its place for long. For the same reason a thought
-# repeats a step as it stands in the problem ("A minus 3") before it turns the dial.
+# Of the steps, in problem and thought: without them a small model loses its place for long. For the same reason a
+# thought repeats a step as it stands in the problem ("A minus 3") before it turns the dial.
 LETTERS = "ABCD"
 
 
