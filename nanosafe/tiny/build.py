@@ -94,12 +94,12 @@ FAMILIES = {
     "tiny": Family(900, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
                                           1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
-    "tiny-llama": Family(1500, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
+    "tiny-llama": Family(2000, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
                                                       "<|start_header_id|>",
                          "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
     # Granite 4's parts in its proportions, but for more attention, which four layers cannot spare
-    "tiny-granite": Family(1500, "task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
+    "tiny-granite": Family(1600, "task", "policy", Text(ROLES, ("<|end_of_text|>", "<|pad|>",
                                                           "<|start_of_role|>",
                            "<|end_of_role|>"), 1280), POLICY | dict(
         architectures=["GraniteMoeHybridForCausalLM"], model_type="granitemoehybrid",
