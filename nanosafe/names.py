@@ -50,14 +50,15 @@ def checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None, ranks: Ranks | None = None, frozen: bool = False,
+               dtype: torch.dtype | None = None, ranks: Ranks | None = None, keep_dtype: bool = False,
                lora: tuple[int, float] | None = None) -> Decoder:
     """The language model `name_or_path` (see `checkpoint`) on `device` in `dtype`, in eval mode.
 
     dtype: as the scripts' --dtype, by default float32 on a CPU and bfloat16 on CUDA.
 
     What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
-    ranks: of several, each keeps its rows of every tensor, in float32 (frozen: in `dtype`), and computes in `dtype`.
+    ranks: of several, each keeps its rows of every tensor and computes in `dtype`. The rows are float32, which AdamW
+    wants for masters; keep_dtype: `dtype`, for what is frozen or trains with --low-memory.
     lora: as in load_checkpoint. A folder of adapters, such as a checkpoint of a run with --lora-rank, is the model that
     they name with them merged in.
     Raises what find_checkpoint and load_checkpoint raise, and ValueError for a reward model.
@@ -68,10 +69,11 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
     dtype = dtype or default_dtype(device)
     if (folder / "adapter_config.json").exists():
         adapter = Adapter(folder)
-        model = load_model(adapter.base, device=device, dtype=dtype, ranks=ranks, frozen=frozen, lora=lora)
+        model = load_model(adapter.base, device=device, dtype=dtype, ranks=ranks, keep_dtype=keep_dtype,
+                           lora=lora)
         adapter.merge_into(model)
     else:
-        model = load_checkpoint(folder, device, dtype, ranks, frozen, lora)
+        model = load_checkpoint(folder, device, dtype, ranks, keep_dtype, lora)
     with suppress(ValueError, OSError):  # without a tokenizer, or with a broken one, it is a model
         model.config = replace(model.config, eos_ids=Tokenizer(folder).eos_ids)
     return model
@@ -79,7 +81,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
 
 def load_policy(args: Namespace, base: Path, resumed: Path | None, ranks: Ranks) -> Decoder:
     """The model to train: `base`, or the checkpoint `resumed` of a run; with --lora-rank `base` and adapters."""
-    options = dict(device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks)
+    options = dict(device=ranks.device, dtype=getattr(torch, args.dtype), ranks=ranks, keep_dtype=args.low_memory)
     if not args.lora_rank:
         return load_model(resumed or base, **options)
     model = load_model(base, **options, lora=(args.lora_rank, args.lora_alpha))
@@ -106,7 +108,7 @@ def load_reference(args: Namespace, base: Path, policy: Decoder, ranks: Ranks) -
         return policy
     home = "cpu" if args.offload else ranks.device
     shared = ranks if args.shard_frozen else None
-    model = load_model(base, device=home, dtype=getattr(torch, args.dtype), ranks=shared, frozen=True)
+    model = load_model(base, device=home, dtype=getattr(torch, args.dtype), ranks=shared, keep_dtype=True)
     return model.requires_grad_(False)
 
 

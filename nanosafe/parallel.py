@@ -142,8 +142,9 @@ def join_group(device: torch.device, **options) -> None:
 def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     """Shard a decoder over the ranks, in place: each keeps its rows of every parameter and computes in `dtype`.
 
-    The parameters become DTensors in the type they have (float32: they are the masters). Gradients arrive in them as
-    float32 sums over the ranks. Every rank must run equally many forward and backward passes: each is an exchange.
+    The parameters become DTensors in the type they have (float32: they are the masters). Gradients are summed over the
+    ranks in float32, and arrive in that type. Every rank must run equally many forward and backward passes: each is an
+    exchange.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     # cast_forward_inputs would turn RoPE's cos and sin into bfloat16.
@@ -161,7 +162,16 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """`tensor` itself, or gathered from its shards; then every rank must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # which neither nccl nor gloo sends
+        return tensor.view(torch.bfloat16).full_tensor().view(torch.int16)
+    return tensor.full_tensor()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or this rank's rows of a sharded one: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(read: Callable[[slice], Tensor], like: DTensor) -> DTensor:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hub import StandInHub
-from parallel_cases import CASES, LR, run_cases, run_resumed
+from parallel_cases import CASES, KINDS, LR, run_cases, run_resumed
 from safetensors.torch import load_file, save_file
 from world import write_dates, write_rows, write_world
 
@@ -25,6 +25,7 @@ import train_rl
 import train_sft
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
+from nanosafe.plan import memory
 from nanosafe.text.data import sft_steps
 from nanosafe.train import run_folder as checkpoint
 from nanosafe.train.flags import rl_flags
@@ -257,21 +258,25 @@ def test_two_ranks_compute_what_one_does(results_by_ranks, name):
     assert sum(gradient.norm() for gradient in one["gradients"].values()) > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_spread_over_two_ranks_move_as_those_of_one(results_by_ranks, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_spread_over_two_ranks_move_as_those_of_one(results_by_ranks, world, kind):
     """Three steps on stored episodes, and a last step of runs resumed by another number of ranks."""
     one, *two = results_by_ranks
-    tolerance = dict(rel=1e-5, abs=1e-6) if dtype == torch.float32 else dict(rel=0.05, abs=0.02)
-    for other, case in [(results, dtype) for results in two] + [
-            (results, (by, dtype)) for results in results_by_ranks for by in (1, 2)]:  # fmt: skip
-        for a, b in zip(other[case]["rows"][::-1], one[dtype]["rows"][::-1], strict=False):
+    tolerance = dict(rel=1e-5, abs=1e-6) if kind == "float32" else dict(rel=0.05, abs=0.02)
+    for other, case in [(results, kind) for results in two] + [
+            (results, (by, kind)) for results in results_by_ranks for by in (1, 2)]:  # fmt: skip
+        for a, b in zip(other[case]["rows"][::-1], one[kind]["rows"][::-1], strict=False):
             assert a == pytest.approx(b, nan_ok=True, **tolerance)
-        if dtype == torch.float32:  # in bfloat16 Adam moves by the learning rate where a gradient is only rounding
-            for name, weight in one[dtype]["weights"].items():
+        if kind == "float32":  # in bfloat16 Adam moves by the learning rate where a gradient is only rounding
+            for name, weight in one[kind]["weights"].items():
                 assert (other[case]["weights"][name] - weight).abs().max() <= 0.05 * LR, (case, name)
+    if kind == "low-memory":  # what the ranks hold together is what the plan counts
+        config = load_model(world / "policy").config
+        planned = memory.training_state(memory.sizes(config), 2, 2, True)
+        assert one[kind]["bytes"] == sum(results[kind]["bytes"] for results in two) == 2 * sum(planned.values())
     for results, by in ((one, 1), (two[0], 2)):  # resumed with its masters, bit for bit: the model's files are coarser
-        for name, weight in results[dtype]["weights"].items():
-            assert torch.equal(results[by, dtype]["weights"][name], weight), (by, name)
+        for name, weight in results[kind]["weights"].items():
+            assert torch.equal(results[by, kind]["weights"][name], weight), (by, name)
 
 
 def test_completions_spread_over_two_ranks_are_those_of_one_in_order(results_by_ranks):

@@ -9,6 +9,7 @@ m / sqrt(v):
   range has its r rounded up, so its step becomes smaller, never larger.
 - m is coded as m / r in even steps. Cauchy-Schwarz bounds it (see `ratio_bound`), so the code needs no scale, its
   error is that of the update itself, and no block can hold a large m over a lost v.
+A block never goes beyond its row, so that ranks which share a parameter's rows code what one process codes.
 A moment changes by less than a step of its code, so rounding to the nearest code would never let it decay. The
 threshold that decides between the two nearest codes instead visits [0, 1) evenly over the steps.
 
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from nanosafe.kernels import INTERPRETED, tl, triton
 
-BLOCK = 256  # elements that share a scale
-CHUNK = 2**23  # elements the plain twin updates at once, whole blocks: eleven temporary float32 for each
+BLOCK = 256  # elements of a row that share a scale; the last of a row may be fewer
+CHUNK = 2**23  # elements the plain twin updates at once, whole rows: eleven temporary float32 for each
 BLOCKS_PER_PROGRAM = 4
 OCTAVE = 255 / 20  # codes of r per factor of two: 256 codes reach down to 2**-20 of the block's largest r
 # Multiples of these modulo 1 fill [0, 1) evenly, also as pairs.
@@ -55,12 +56,16 @@ class Step(NamedTuple):
 
 
 def new_state(parameter: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter before its first update: 4 bytes an element, and a scale for each block."""
+    """The state of a parameter before its first update: 4 bytes an element, and a scale for each block.
+
+    A parameter has rows along its first dimension, of one element in a vector. If it is sharded by rows, so is this.
+    """
+    first_of_blocks = parameter.view(len(parameter), -1)[:, ::BLOCK]
     return {
         "remainder": torch.zeros_like(parameter, dtype=torch.int16),
         "ratio": torch.zeros_like(parameter, dtype=torch.int8),
         "root": torch.zeros_like(parameter, dtype=torch.uint8),
-        "scale": torch.zeros(math.ceil(parameter.numel() / BLOCK), device=parameter.device),
+        "scale": torch.zeros_like(first_of_blocks, dtype=torch.float32),
     }
 
 
@@ -74,10 +79,10 @@ def update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Ste
 def plain_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Step) -> None:
     """`update` chunk by chunk, with the operations of torch.optim.AdamW in their order."""
     bound = ratio_bound(step.beta1, step.beta2)
-    elementwise = [gradient, weight, *(state[name] for name in ELEMENTWISE)]
-    chunks = [tensor.view(-1).split(CHUNK) for tensor in elementwise]
-    scales = state["scale"].split(CHUNK // BLOCK)
-    for g, high, remainder, ratio, root, scale in zip(*chunks, scales, strict=True):
+    tensors = [gradient, weight, *(state[name] for name in (*ELEMENTWISE, "scale"))]
+    rows = max(1, CHUNK // weight[0].numel())
+    chunks = [tensor.view(len(weight), -1).split(rows) for tensor in tensors]
+    for g, high, remainder, ratio, root, scale in zip(*chunks, strict=True):
         master = join(high, remainder).mul_(step.decay)
         m, v = decode(ratio, root, scale, bound)
         m.lerp_(g, 1 - step.beta1)
@@ -118,25 +123,28 @@ def ratio_bound(beta1: float, beta2: float) -> float:
 
 
 def encode(m: Tensor, v: Tensor, bound: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments float32 [n] -> codes of m / r (int8 [n]) and of r = sqrt(v) (uint8 [n]), scales of r (float32 [blocks]).
+    """Moments float32 [rows, n] -> codes of m / r (int8 [rows, n]) and of r = sqrt(v) (uint8 [rows, n]), and the
+    scales of r (float32 [rows, blocks]).
 
     `step` sets the thresholds of the rounding.
     """
-    n = len(m)
-    m, r = (F.pad(x, (0, -n % BLOCK)).view(-1, BLOCK) for x in (m, v.sqrt()))
-    scale = r.amax(1)
-    root_threshold, ratio_threshold = thresholds(step, r.device)
-    code = 255 + OCTAVE * (r / scale.clamp_min(TINY)[:, None]).log2()  # -inf for 0: the lowest code
+    n = m.shape[1]
+    block = min(n, BLOCK)
+    m, r = (F.pad(x, (0, -n % block)).unflatten(1, (-1, block)) for x in (m, v.sqrt()))
+    scale = r.amax(2)
+    root_threshold, ratio_threshold = thresholds(step, r.device)[:, :block]
+    code = 255 + OCTAVE * (r / scale.clamp_min(TINY)[..., None]).log2()  # -inf for 0: the lowest code
     code = code.add_(root_threshold).floor_().clamp_(0, 255)
-    ratio = m.div(_root(code, scale[:, None]).clamp_min(TINY)).mul_(127 / bound)
+    ratio = m.div(_root(code, scale[..., None]).clamp_min(TINY)).mul_(127 / bound)
     # Alike for both signs, or the moment would drift.
     ratio = ratio.add_(ratio_threshold * ratio.sign()).trunc_().clamp_(-127, 127)
-    return ratio.to(torch.int8).view(-1)[:n], code.to(torch.uint8).view(-1)[:n], scale
+    return ratio.to(torch.int8).flatten(1)[:, :n], code.to(torch.uint8).flatten(1)[:, :n], scale
 
 
 def decode(ratio: Tensor, root: Tensor, scale: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """The moments m and v, float32 [n], that codes stand for."""
-    r = _root(root.float(), scale.repeat_interleave(BLOCK)[: len(root)])
+    """The moments m and v, float32 [rows, n], that codes stand for."""
+    n = root.shape[1]
+    r = _root(root.float(), scale.repeat_interleave(min(n, BLOCK), 1)[:, :n])
     return ratio * (bound / 127) * r, r.square()
 
 
@@ -155,10 +163,11 @@ def triton_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], st
     """`update` by the kernel below."""
     bound = ratio_bound(step.beta1, step.beta2)
     root_threshold, ratio_threshold = thresholds(step.number, weight.device)
-    programs = -(-len(state["scale"]) // BLOCKS_PER_PROGRAM)
+    blocks = state["scale"].numel()
+    programs = -(-blocks // BLOCKS_PER_PROGRAM)
     _update[(programs,)](
         weight.view(torch.int16), gradient, *(state[name] for name in ELEMENTWISE), state["scale"],
-        root_threshold, ratio_threshold, weight.numel(), bound / 127, *step[1:],
+        root_threshold, ratio_threshold, blocks, weight[0].numel(), bound / 127, *step[1:],
         OCTAVE=OCTAVE, TINY=TINY, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
         enable_fp_fusion=False,  # a product and a sum rounded once would not be torch's
     )
@@ -168,21 +177,23 @@ if triton is not None:
 
     @triton.jit
     def _update(
-        weights, gradients, remainders, ratios, roots, scales, root_thresholds, ratio_thresholds, n,
+        weights, gradients, remainders, ratios, roots, scales, root_thresholds, ratio_thresholds, blocks, width,
         ratio_step, beta1, beta2, eps, decay, rate, correction,
         OCTAVE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     ):
-        """Program p updates blocks p * BLOCKS and on; weights are the bit patterns of bfloat16."""
+        """Program p updates blocks p * BLOCKS and on, of rows of `width`; weights are the bit patterns of bfloat16."""
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         column = tl.arange(0, BLOCK)
-        place = block[:, None] * BLOCK + column[None, :]
-        inside = place < n
+        blocks_of_row = tl.cdiv(width, BLOCK)
+        in_row = (block % blocks_of_row * BLOCK)[:, None] + column[None, :]
+        place = (block // blocks_of_row * width)[:, None] + in_row
+        inside = (block < blocks)[:, None] & (in_row < width)
         g = tl.load(gradients + place, mask=inside, other=0.0)
         high = tl.load(weights + place, mask=inside, other=0).to(tl.int32)
         low = tl.load(remainders + place, mask=inside, other=0).to(tl.int32)
         master = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
 
-        scale = tl.load(scales + block, mask=block * BLOCK < n, other=0.0)
+        scale = tl.load(scales + block, mask=block < blocks, other=0.0)
         code = tl.load(roots + place, mask=inside, other=0).to(tl.float32)
         r = tl.exp2((code - 255) / OCTAVE) * scale[:, None]
         ratio = tl.load(ratios + place, mask=inside, other=0).to(tl.float32)
@@ -209,4 +220,4 @@ if triton is not None:
         ratio = tl.where(ratio < 0, -size, size)
         tl.store(ratios + place, ratio.to(tl.int8), mask=inside)
         tl.store(roots + place, code.to(tl.uint8), mask=inside)
-        tl.store(scales + block, scale, mask=block * BLOCK < n)
+        tl.store(scales + block, scale, mask=block < blocks)

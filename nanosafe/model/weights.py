@@ -40,9 +40,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def load_checkpoint(
     folder: str | Path, device: str | torch.device, dtype: torch.dtype, ranks: Ranks | None = None,
-    frozen: bool = False, lora: tuple[int, float] | None = None,
+    keep_dtype: bool = False, lora: tuple[int, float] | None = None,
 ) -> Decoder:  # fmt: skip
-    """The model in `folder`, with either head, on `device` in `dtype`, in eval mode; ranks and frozen: see load_model.
+    """The model in `folder`, with either head, on `device` in `dtype`, in eval mode; ranks, keep_dtype: see load_model.
 
     lora: rank and alpha of adapters, which are zero, to a model that is frozen (lora.py).
 
@@ -62,7 +62,7 @@ def load_checkpoint(
     loading = progress(names, f"loading {folder.name}", "tensor")
     if ranks is not None and ranks.world > 1:
         freeze_in(model, dtype)
-        shard(model.to(dtype) if frozen else model, ranks, dtype)
+        shard(model.to(dtype) if keep_dtype else model, ranks, dtype)
         parameters = dict(model.to_empty(device=device).named_parameters())
         with torch.no_grad():
             for name in filter(is_adapter, parameters):

@@ -101,9 +101,8 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
         return plan
     config = policy_config(args)
     size, world, s = memory.sizes(config), machine.count, bytes_of(args)
-    if args.low_memory and (world > 1 or s != 2):
-        raise ValueError("--low-memory is for one process in bfloat16: several shard their masters "
-                         "instead")
+    if args.low_memory and s != 2:
+        raise ValueError("--low-memory splits bfloat16 weights: add --dtype bfloat16, or leave it out")
     state = memory.training_state(size, s, world, args.low_memory)
     state_and_gradients = state | {"gradients": memory.gradients(size, world)}
     longest = args.max_tokens if script == "sft" else args.max_prompt_tokens + args.max_response_tokens
@@ -202,7 +201,7 @@ def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool =
     tries = [{}]
     if script == "rl":
         tries.append({"offload": True, "shard_frozen": False})
-    if machine.count == 1 and args.dtype == "bfloat16":
+    if args.dtype == "bfloat16":
         tries += [change | {"low_memory": True} for change in tries]
     else:
         tries = [change | {"low_memory": False} for change in tries]
@@ -219,9 +218,12 @@ def first_that_fits(script: str, args: Namespace, machine: Machine, lora: bool =
 
 
 def spread_tries(args: Namespace, machine: Machine) -> Iterator[dict]:
-    """--shard-frozen, and with it as few --rollout-shards as help; last with smaller micro-batches."""
-    others = dict(low_memory=False, offload=False)
-    for tokens in (args.tokens_per_microbatch, args.tokens_per_microbatch // 2):
+    """--shard-frozen, and with it as few --rollout-shards as help; then with --low-memory, last with smaller
+    micro-batches.
+    """
+    low, most = args.dtype == "bfloat16", args.tokens_per_microbatch
+    for low_memory, tokens in ((False, most), (low, most), (low, most // 2)):
+        others = dict(low_memory=low_memory, offload=False)
         for shards in (1, 2, 4, 8):
             with suppress(ValueError):  # what does not divide heads or GPUs
                 check_spread(find_config(args.model)[0], shards, args.model)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from nanosafe.kernels.logprob import tile_columns
-from nanosafe.kernels.split_adam import CHUNK
+from nanosafe.kernels.split_adam import CHUNK, new_state
 from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.granite import Experts, make_decoder
@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
     trained_block: int
     trained_root: int
     trained_head: int
+    scales: int  # of --low-memory's moments
 
 
 @lru_cache
@@ -51,26 +52,32 @@ def sizes(config: ModelConfig) -> Sizes:
         if isinstance(module, Experts):
             used = config.hybrid.experts_per_token * module.weight.numel() // config.hybrid.experts
             idle += module.weight.numel() - used
+    scales = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            scales += new_state(parameter)["scale"].numel()
     root = total - sum(layers)
     trained_root, trained_head = (0, 0) if config.lora else (root, head)
     return Sizes(total, max(layers), head, root, total - idle,
-                 sum(trained) + trained_root, max(trained), trained_root, trained_head)
+                 sum(trained) + trained_root, max(trained), trained_root, trained_head, scales)
 
 
 def training_state(size: Sizes, s: int, world: int, low_memory: bool) -> dict[str, float]:
     """What is resident from start to end: weights, float32 masters and AdamW's two moments.
 
     One process: the masters are the weights themselves where --dtype is float32. --low-memory: a 16-bit remainder for
-    the masters, moments of 8 bits with a float32 scale per 256. Several processes: float32 parameters, which are the
-    masters, and moments are sharded. LoRA: frozen weights are in --dtype and have neither masters nor moments.
+    the masters, moments of 8 bits with a float32 scale a block. Several processes share all of it; without --low-memory
+    their parameters are float32 and the masters. LoRA: frozen weights are in --dtype and have neither masters nor
+    moments.
     """
     P, frozen = size.trained, s * (size.total - size.trained)
     if low_memory:
-        return {"weights": frozen + s * P, "masters": 2 * P, "moments": (2 + 4 / 256) * P}
-    if world > 1:
-        return {"weights": frozen / world, "masters": 4 * P / world, "moments": 8 * P / world}
-    masters = 0 if s == 4 else 4 * P
-    return {"weights": frozen + s * P, "masters": masters, "moments": 8 * P}
+        state = {"weights": frozen + s * P, "masters": 2 * P, "moments": 2 * P + 4 * size.scales}
+    elif world > 1:
+        state = {"weights": frozen, "masters": 4 * P, "moments": 8 * P}
+    else:
+        state = {"weights": frozen + s * P, "masters": 0 if s == 4 else 4 * P, "moments": 8 * P}
+    return {part: nbytes / world for part, nbytes in state.items()}
 
 
 def checkpoint_bytes(size: Sizes, s: int, low_memory: bool) -> float:

@@ -58,9 +58,8 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
         # In half precision sampler and trainer round differently.
         exact = args.device == "cpu" and args.dtype == "float32"
         args.old_logprobs = "sampler" if exact else "trainer"
-    if args.low_memory and (ranks.world > 1 or args.dtype != "bfloat16"):
-        raise ValueError("--low-memory is for one process that computes in bfloat16: several spread "
-                         "the masters over their GPUs, so leave it out; for one, add --dtype bfloat16")
+    if args.low_memory and args.dtype != "bfloat16":
+        raise ValueError("--low-memory splits bfloat16 weights: add --dtype bfloat16, or leave it out")
     check_parallel(args, ranks.world)
     if ranks.local_world % args.rollout_shards:
         ranks.print(f"warning: --rollout-shards {args.rollout_shards} does not divide the "

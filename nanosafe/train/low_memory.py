@@ -1,13 +1,14 @@
-"""AdamW in 6.02 bytes per parameter, gradients aside, for a model that has one GPU to itself.
+"""AdamW in 6.02 bytes per parameter, gradients aside; of several ranks each has those of its own rows.
 
-bfloat16 weight 2, remainder 2, first moment 1, second moment 1, scale 4 / 256. AdamW on float32 masters takes 14. What
-these are, and how an update changes them, is in kernels/split_adam.py.
+bfloat16 weight 2, remainder 2, first moment 1, second moment 1, scale 4 / 256. AdamW on float32 masters takes 14, over
+several ranks 12. What these are, and how an update changes them, is in kernels/split_adam.py.
 """
 
 import torch
 from torch import Tensor
 
 from nanosafe.kernels import split_adam
+from nanosafe.parallel import local_part
 
 
 def split_parameters(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -21,6 +22,7 @@ def split_parameters(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise ValueError(f"--low-memory splits bfloat16 weights, but {name} is {kind}: add --dtype bfloat16")
         parameter.grad_dtype = None  # .grad may be of any type
+        # FSDP2 calls it too: each sum over the ranks, made in float32, comes rounded to the parameter's type.
         parameter.register_post_accumulate_grad_hook(widen)
     return parameters
 
@@ -45,4 +47,7 @@ class SplitAdamW(torch.optim.Optimizer):
                     state = self.state[parameter]
                     state["step"] += 1
                     step = split_adam.Step.of(int(state["step"]), *settings)
-                    split_adam.update(parameter, parameter.grad, state, step)
+                    weight, gradient = local_part(parameter), local_part(parameter.grad)
+                    local_state = {name: local_part(tensor) for name, tensor in state.items()}
+                    if len(weight):  # a parameter of few rows has none for the last ranks
+                        split_adam.update(weight, gradient, local_state, step)

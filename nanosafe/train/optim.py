@@ -37,7 +37,7 @@ class Optimizer:
                  low_memory=False):
         """low_memory: 6.02 bytes per parameter for weights, masters and 8-bit moments together, instead of 14.
 
-        It is for a model that is whole on this device; raises ValueError for parameters that are not bfloat16.
+        Raises ValueError for parameters that are not bfloat16.
         """
         self.max_grad_norm = max_grad_norm
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -105,7 +105,9 @@ class Optimizer:
         for name, master in self.masters.items():
             for key, value in self.adam.state.get(master, {}).items():
                 tensors[f"{key}/{name}"] = value
-            if master is not self.parameters[name] or isinstance(master, DTensor):
+            # Shards in float32 may be finer than the files. With --low-memory they are bfloat16, as the files are.
+            finer_shards = isinstance(master, DTensor) and master.dtype == torch.float32
+            if master is not self.parameters[name] or finer_shards:
                 tensors[f"master/{name}"] = master
         return tensors
 
@@ -120,7 +122,7 @@ class Optimizer:
         for path in stored:
             key, name = path.split("/", 1)
             master = self.masters[name]
-            value = stored.read(path, like=master)
+            value = stored.read(path, like=self.adam.state[master].get(key, master))
             if key == "master":
                 master.copy_(value)
             else:
@@ -133,8 +135,9 @@ class Optimizer:
         wrong = stored.keys() ^ {f"{key}/{name}" for key in keys for name in self.masters}
         for path in stored.keys() - wrong:
             key, name = path.split("/", 1)
-            elementwise = key not in ("step", "scale")
-            if elementwise and stored[path].shape != list(self.masters[name].shape):
+            master = self.masters[name]
+            like = self.adam.state[master].get(key, master)
+            if key != "step" and stored[path].shape != list(like.shape):
                 wrong.add(path)
         if wrong:
             raise ValueError("optimizer.safetensors does not fit the model; missing, misshapen or "

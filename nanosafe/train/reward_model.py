@@ -52,7 +52,7 @@ class RewardModel:
                              "(such as skywork-v2-llama-8b)")
         tokenizer = Tokenizer(folder)
         home = "cpu" if offload else device
-        return cls(load_checkpoint(folder, home, dtype, ranks, frozen=True), tokenizer, device, ranks)
+        return cls(load_checkpoint(folder, home, dtype, ranks, keep_dtype=True), tokenizer, device, ranks)
 
     def __call__(self, conversations: Sequence[Conversation], rows: Sequence[Row]) -> Tensor:
         """As a Reward: UNREAD for what is longer than the context, NaN where the score is not finite."""

@@ -23,7 +23,7 @@ def gradient(step: int, shape: tuple[int, ...]) -> torch.Tensor:
     return noise.masked_fill_(torch.rand(shape, generator=generator) < 1 / 7, 0).to(DEVICE)
 
 
-@pytest.mark.parametrize("shape", [(1,), (255,), (256,), (3, 700), (1024 + 1,)])
+@pytest.mark.parametrize("shape", [(1,), (7,), (1, 255), (2, 256), (3, 700), (2, 1024 + 1), (2, 3, 50)])
 def test_an_update_is_that_of_the_plain_twin(shape):
     """The kernel's exp2 and log2 may differ in their last bits, which decide at a threshold alone."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
@@ -45,10 +45,11 @@ def test_an_update_is_that_of_the_plain_twin(shape):
     assert apart <= 1e-3 * codes + 1
 
 
-def test_blocks_beyond_the_end_are_left_alone():
+@pytest.mark.parametrize("shape", [(1, 300), (3, 100), (300,)])
+def test_blocks_beyond_the_end_are_left_alone(shape):
     """A program has several blocks: those past the parameter's end must not write."""
     memory = torch.full((2048,), 7, dtype=torch.int16, device=DEVICE)
-    weight, rest = memory[:300].view(torch.bfloat16), memory[300:]
+    weight, rest = memory[:300].view(torch.bfloat16).view(shape), memory[300:]
     step = Step.of(1, lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    triton_update(weight, torch.ones(300, device=DEVICE), new_state(weight), step)
+    triton_update(weight, torch.ones(shape, device=DEVICE), new_state(weight), step)
     assert (rest == 7).all() and (weight < -0.9).all()

@@ -9,9 +9,10 @@ import torch
 import train_rl
 import train_sft
 from nanosafe.io.files import staged
+from nanosafe.kernels import split_adam
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.names import load_model
-from nanosafe.parallel import Ranks, full_tensor
+from nanosafe.parallel import Ranks, full_tensor, local_part
 from nanosafe.sampler.generation import generate_over_ranks
 from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document, Episode, Row
@@ -20,6 +21,7 @@ from nanosafe.train.metrics import policy_metrics, rollout_metrics
 from nanosafe.train.optim import Optimizer
 
 STEPS, LR = 3, 1e-3
+KINDS = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "low-memory": (torch.bfloat16, True)}
 CASES = {  # rows of the rollout, and what differs from the defaults
     "unequal": dict(rows=5),
     "rank without a row": dict(rows=1),
@@ -55,8 +57,8 @@ def run_cases(rank: int, world_size: int, world: Path, out: Path) -> None:
     ranks = joined(rank, world_size, out / "first")
     results = {name: run_case(name, world, ranks) for name in CASES}
     results["completions"] = [completions(world, ranks, count) for count in (23, 1, 0)]
-    for dtype in (torch.float32, torch.bfloat16):
-        results[dtype] = train_on_stored(world, ranks, dtype, out / f"saved-{world_size}-{dtype}", None)
+    for kind in KINDS:
+        results[kind] = train_on_stored(world, ranks, kind, out / f"saved-{world_size}-{kind}", None)
     torch.save(results, out / f"{world_size}-{rank}.pt")
     ranks.close()
 
@@ -65,17 +67,17 @@ def run_named(rank: int, world_size: int, world: Path, out: Path, worlds: dict[s
     """`run_cases` of a few, each in a world of its own; in `world` several steps, saved, and completions."""
     ranks = joined(rank, world_size, out / "third")
     results = {name: run_case(name, place, ranks) for name, place in worlds.items()}
-    results["trained"] = train_on_stored(world, ranks, torch.float32, out / f"saved-{world_size}", None)
+    results["trained"] = train_on_stored(world, ranks, "float32", out / f"saved-{world_size}", None)
     results["completions"] = completions(world, ranks, 5)
     torch.save(results, out / f"{world_size}-{rank}.pt")
     ranks.close()
 
 
 def run_resumed(rank: int, world_size: int, world: Path, out: Path) -> None:
-    """Go on from what each number of processes has saved; writes {(saved by, dtype): ...} to OUT/resumed-*.pt."""
+    """Go on from what each number of processes has saved; writes {(saved by, kind): ...} to OUT/resumed-*.pt."""
     ranks = joined(rank, world_size, out / "second")
-    results = {(by, dtype): train_on_stored(world, ranks, dtype, out, out / f"saved-{by}-{dtype}")
-               for by in (1, 2) for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
+    results = {(by, kind): train_on_stored(world, ranks, kind, out, out / f"saved-{by}-{kind}")
+               for by in (1, 2) for kind in KINDS}  # fmt: skip
     torch.save(results, out / f"resumed-{world_size}-{rank}.pt")
     ranks.close()
 
@@ -126,6 +128,7 @@ def arguments(case: dict) -> Namespace:
         truncated="keep", estimator="reinforce++", reduction="token", temperature=1.3, kl_coef=0.1, gamma=0.99,
         reward_clip=None, kl_kind="k1", no_normalize=False, clip_low=0.2, clip_high=0.2, dual_clip=None,
         tokens_per_microbatch=40, old_logprobs="trainer", minibatches=2, epochs=1, seed=0, lr=LR, steps=STEPS,
+        low_memory=False,
     ) | {key: value for key, value in case.items() if key != "rows"})  # fmt: skip
 
 
@@ -139,11 +142,12 @@ def prepared(policy, reference, episodes: list[Episode], args: Namespace, ranks:
     return batch, metrics
 
 
-def train_on_stored(world: Path, ranks: Ranks, dtype: torch.dtype, out: Path, resumed: Path | None) -> dict:
+def train_on_stored(world: Path, ranks: Ranks, kind: str, out: Path, resumed: Path | None) -> dict:
     """STEPS whole updates on the same episodes, or, from what a run saved in `resumed` after two, the last of them."""
-    policy = load_model(resumed or world / "policy", dtype=dtype, ranks=ranks)
+    dtype, low_memory = KINDS[kind]
+    policy = load_model(resumed or world / "policy", dtype=dtype, ranks=ranks, keep_dtype=low_memory)
     reference = load_model(world / "policy", dtype=dtype)
-    optimizer, rows = Optimizer(policy), []
+    optimizer, rows = Optimizer(policy, low_memory=low_memory), []
     if resumed:
         optimizer.load_state(StoredTensors(resumed, "optimizer"))
     for step in range(2 if resumed else 0, STEPS):
@@ -155,4 +159,12 @@ def train_on_stored(world: Path, ranks: Ranks, dtype: torch.dtype, out: Path, re
         episodes = stored_episodes(7, policy.config.vocab_size)
         batch, metrics = prepared(policy, reference, episodes, args := arguments({}), ranks)
         rows.append(metrics | train_rl.update(policy, optimizer, batch, args, ranks, step))
-    return {"rows": rows, "weights": {name: full_tensor(p).detach().clone() for name, p in optimizer.masters.items()}}
+    state, held = optimizer.state(), sum(local_part(weight).nbytes for weight in policy.parameters())
+    for path, tensor in state.items():
+        if not path.startswith("step/"):  # a number
+            held += local_part(tensor).nbytes
+    weights = {name: full_tensor(p).detach().clone() for name, p in optimizer.masters.items()}
+    if low_memory:
+        for name, weight in weights.items():
+            weights[name] = split_adam.join(weight, full_tensor(state[f"remainder/{name}"]))
+    return {"rows": rows, "weights": weights, "bytes": held}

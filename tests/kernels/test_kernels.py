@@ -11,7 +11,7 @@ import torch
 from test_paged_attention import paged_case
 from test_sample import settings
 
-from nanosafe.kernels import decode_step, scan
+from nanosafe.kernels import decode_step, scan, split_adam
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
 from nanosafe.kernels.sample_triton import triton_draw
@@ -126,3 +126,14 @@ def test_the_head_kernels_compile_for_sm_90(compiled, dtype):
     assert [kernel.metadata.name for kernel in compiled] == ["_row_statistics", "_row_gradients"]
     for kernel in compiled:
         assert "ld.global.v4.b32" in kernel.asm["ptx"]  # 16 bytes a thread
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("shape", [(64, 4096), (4096,)], ids=str)
+def test_the_optimizer_kernel_compiles_for_sm_90(compiled, shape):
+    weight = torch.zeros(shape, dtype=torch.bfloat16)
+    step = split_adam.Step.of(1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    split_adam.triton_update(weight, torch.zeros(shape), split_adam.new_state(weight), step)
+    [kernel] = compiled
+    if len(shape) == 2:  # rows of whole blocks are read 16 bytes a thread
+        assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_cases import LR, STEPS, arguments, joined, prepared, stored_episodes
+from parallel_cases import KINDS, LR, STEPS, arguments, joined, prepared, stored_episodes
 from safetensors.torch import load_file
 from test_train import expect_error, rl_args, rows_of, run_forked, sft_args, without_clock
 from world import write_world
@@ -161,13 +161,13 @@ def train_on_ranks(rank: int, world_size: int, world: Path, out: Path) -> None:
     """Three updates on stored episodes, SFT's loss, a completion and saved folders; to OUT/WORLD_SIZE-RANK.pt."""
     ranks = joined(rank, world_size, out / "store")
     results = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        args = Namespace(**vars(arguments({})), lora_rank=4, lora_alpha=8.0, device="cpu", dtype=name)
+    for name, (dtype, low_memory) in KINDS.items():
+        args = Namespace(**vars(arguments({"low_memory": low_memory})), lora_rank=4, lora_alpha=8.0, device="cpu",
+                         dtype=str(dtype).removeprefix("torch."))  # fmt: skip
         policy = load_policy(args, world / "policy", None, ranks)
         policy.recompute("layer" if dtype == torch.float32 else "some")
         frozen = {str(p.dtype) for n, p in policy.named_parameters() if not is_adapter(n)}
-        optimizer, rows = Optimizer(policy), []
+        optimizer, rows = Optimizer(policy, low_memory=low_memory), []
         for step in range(STEPS):
             episodes = stored_episodes(7 if step else 1, policy.config.vocab_size)  # one row: a rank has none
             batch, metrics = prepared(policy, policy, episodes, args, ranks)
@@ -193,15 +193,16 @@ def test_two_ranks_train_the_adapters_of_one(world, tmp_path):
     for count in (1, 2):
         torch.multiprocessing.spawn(train_on_ranks, (count, world, tmp_path), nprocs=count)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for dtype, tolerance in (("float32", dict(rel=1e-5, abs=1e-6)), ("bfloat16", dict(rel=0.05, abs=0.02))):
-        assert one[dtype]["frozen"] == first[dtype]["frozen"] == {f"torch.{dtype}"}
+    for kind in KINDS:
+        tolerance = dict(rel=1e-5, abs=1e-6) if kind == "float32" else dict(rel=0.05, abs=0.02)
+        assert one[kind]["frozen"] == first[kind]["frozen"] == {str(KINDS[kind][0])}
         for other in (first, second):
-            for a, b in zip(other[dtype]["rows"], one[dtype]["rows"], strict=True):
+            for a, b in zip(other[kind]["rows"], one[kind]["rows"], strict=True):
                 assert a == pytest.approx(b, nan_ok=True, **tolerance)
-        for name, master in one[dtype]["masters"].items():
-            assert torch.equal(first[dtype]["masters"][name], second[dtype]["masters"][name])
-            if dtype == "float32":
-                assert (first[dtype]["masters"][name] - master).abs().max() <= 0.05 * LR, name
+        for name, master in one[kind]["masters"].items():
+            assert torch.equal(first[kind]["masters"][name], second[kind]["masters"][name])
+            if kind == "float32":
+                assert (first[kind]["masters"][name] - master).abs().max() <= 0.05 * LR, name
     assert one["float32"]["completion"][0] == first["float32"]["completion"][0]
     assert first["float32"]["completion"][1] == pytest.approx(one["float32"]["completion"][1], abs=1e-4)
     for count in (1, 2):
