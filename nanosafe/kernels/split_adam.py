@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanosafe.kernels import INTERPRETED, tl, triton
 
-BLOCK = 256  # elements of a row that share a scale; the last of a row may be fewer
+BLOCK = 256  # elements of a row that share a scale; the last block of a row may have fewer
 CHUNK = 2**23  # elements the plain twin updates at once, whole rows: eleven temporary float32 for each
 BLOCKS_PER_PROGRAM = 4
 OCTAVE = 255 / 20  # codes of r per factor of two: 256 codes reach down to 2**-20 of the block's largest r

@@ -58,7 +58,7 @@ def new_parser(description: str) -> ArgumentParser:
         help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
     add("--low-memory", action="store_true",
         help="in bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 bits; a "
-        "parameter then takes 6 bytes instead of 14 (over several GPUs 12), which they share")
+        "parameter then takes 6 bytes instead of 14, or of the 12 that several GPUs share")
     add("--lora-rank", type=positive_int, metavar="R",
         help="LoRA: train two matrices of this rank beside every linear layer of attention and MLP and "
         "nothing else, at ten times the recipe's learning rate; the model without them is the reference "

@@ -1,7 +1,8 @@
 """AdamW in 6.02 bytes per parameter, gradients aside; of several ranks each has those of its own rows.
 
-bfloat16 weight 2, remainder 2, first moment 1, second moment 1, scale 4 / 256. AdamW on float32 masters takes 14, over
-several ranks 12. What these are, and how an update changes them, is in kernels/split_adam.py.
+bfloat16 weight 2, remainder 2, first moment 1, second moment 1, scale 4 / 256; more where rows are short, as those of
+norms and of LoRA's B are. AdamW on float32 masters takes 14, over several ranks 12. What these are, and how an update
+changes them, is in kernels/split_adam.py.
 """
 
 import torch
