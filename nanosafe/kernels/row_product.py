@@ -76,10 +76,10 @@ def triton_row_product(
     tile = triton.next_power_of_2(IN)
     width = tile if up is None else 2 * tile  # weights for one number of the result
     rows = max(1, min(16, WEIGHTS // width))
+    warps = max(1, min(16, rows * width // (32 * 128)))  # 128 weights a thread fit into its registers
     _row_product[(triton.cdiv(OUT, rows),)](
-        x, *layer, up_weight, up_bias, norm_weight, old, out, eps, alpha, OUT,
-        IN=IN, ROWS=rows, TILE=tile, EARLY=DEPENDENT_LAUNCH,
-        num_warps=max(1, min(16, rows * width // 4096)), launch_pdl=DEPENDENT_LAUNCH,
+        x, *layer, up_weight, up_bias, norm_weight, old, out, eps, alpha, OUT, IN=IN, ROWS=rows, TILE=tile,
+        EARLY=DEPENDENT_LAUNCH, num_warps=warps, launch_pdl=DEPENDENT_LAUNCH,
     )  # fmt: skip
     return out
 
