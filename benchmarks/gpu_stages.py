@@ -255,23 +255,31 @@ def decode(stage: Stage) -> None:
     import sampler
 
     from nanosafe import SamplingParams, generate
+    from nanosafe.kernels import row_product
+    from nanosafe.model import decode as decoding
 
     context = 32 if stage.smoke else 1024
     model = sampler.random_model(stage.shape("qwen3-8b"), stage.device, stage.dtype)
     bandwidth, steps = stage.read_bandwidth(), 4 if stage.smoke else 16
-    for B in (1, 16) if stage.smoke else (1, 16, 256):
-        with stage.attempt(batch=B):
+    # The code as it is; then, of one sequence, the sides of what is off in it.
+    shipped = decoding.ROW_PRODUCTS, row_product.DEPENDENT_LAUNCH
+    cases = [(B, *shipped) for B in ((1, 16) if stage.smoke else (1, 16, 256))]
+    for B, rows, early in [*cases, (1, True, False), (1, True, True)]:
+        decoding.ROW_PRODUCTS, row_product.DEPENDENT_LAUNCH = rows, early
+        case = dict(batch=B, row_products=rows, dependent_launch=early)
+        with stage.attempt(**case):
             start = time.perf_counter()
             run = sampler.decode_steps(model, B, context)
             stage.synchronize()
             ready = time.perf_counter() - start
             each = stage.seconds(partial(run, steps)) / steps
             floor = sampler.step_bytes(model, B, context) / bandwidth
-            stage.say(batch=B, context=context, ms=round(1e3 * each, 3), tokens_s=round(B / each),
+            stage.say(**case, context=context, ms=round(1e3 * each, 3), tokens_s=round(B / each),
                       floor_ms=round(1e3 * floor, 3), share=round(floor / each, 3), read_gb_s=round(bandwidth / 1e9),
                       cache_and_capture_s=round(ready, 2))
-            stage.say(batch=B, kernels=stage.kernels(partial(run, 1)))
+            stage.say(**case, kernels=stage.kernels(partial(run, 1)))
             del run  # with it goes the cache
+    decoding.ROW_PRODUCTS, row_product.DEPENDENT_LAUNCH = shipped
     params = SamplingParams(max_new_tokens=8 if stage.smoke else 256, ignore_eos=True, seed=0)
     for B in (1, 64):
         with stage.attempt(whole_generate=B):

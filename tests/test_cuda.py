@@ -16,7 +16,8 @@ from world import write_world
 import train_rl
 import train_sft
 from nanosafe.kernels import split_adam
-from nanosafe.model import granite
+from nanosafe.kernels.row_product import row_product
+from nanosafe.model import decode, granite
 from nanosafe.model.attention import KVCache, PackedDocuments
 from nanosafe.model.decode import joined
 from nanosafe.model.weights import StoredTensors, save_tensors
@@ -66,6 +67,21 @@ def test_decoding_multiplies_by_joined_weights(family, tmp_path):
             assert joined([mlp.gate_proj.weight, mlp.up_proj.weight]) is not None
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor.cpu(), before[name])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "granite"])
+def test_a_single_sequence_draws_the_same_by_products_of_one_row(family, tmp_path, monkeypatch):
+    random_checkpoint(tmp_path, family)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, seed=3)
+    [[expected]] = generate(load_model(tmp_path, dtype=torch.float32), [[3, 4, 5]], params)
+    calls = []
+    monkeypatch.setattr(decode, "ROW_PRODUCTS", True)
+    monkeypatch.setattr(decode, "row_product", lambda *args, **kw: calls.append(1) or row_product(*args, **kw))
+    with cuda():
+        [[found]] = generate(load_model(tmp_path, device=DEVICE, dtype=torch.float32), [[3, 4, 5]], params)
+    assert len(calls) == 2 * 2 * 4  # once before the capture and once in it: four products of each of two layers
+    assert found.token_ids == expected.token_ids
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 @only_pretended

@@ -30,7 +30,7 @@ def run_stage(stages, name: str, folder: Path, capsys) -> list[dict]:
 
 
 @pytest.mark.parametrize("name, figure, lines", [
-    ("card", "product", 7), ("logits", "bf16_ours", 4), ("decode", "share", 2), ("train", "plan_gb", 3),
+    ("card", "product", 7), ("logits", "bf16_ours", 4), ("decode", "share", 4), ("train", "plan_gb", 3),
     ("head", "both", 4), ("rl8b", "plan_gb", 2),
 ])  # fmt: skip
 def test_a_stage_says_its_figures(stages, name, figure, lines, tmp_path, capsys):

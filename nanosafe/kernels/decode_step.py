@@ -77,6 +77,10 @@ def plain_rotate_and_write(
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim]; cos and sin as in `rotate_and_write`.
+
+    The decoder rotates by it too, in training as in prefills.
+    """
     x32 = x.float()
     a, b = x32.chunk(2, dim=-1)
     return torch.addcmul(x32 * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)

@@ -2,7 +2,8 @@
 
 `Decoder.hidden` is the reference: the same arithmetic in the same order, one module after the other. A decode step
 spends much of its time between two small kernels, so here what lies between the matrix products is one kernel each
-(kernels/decode_step.py), and a residual is added together with the norm that comes next.
+(kernels/decode_step.py), and a residual is added together with the norm that comes next. A single sequence can do
+without most of these, too: its products take in what is around them (kernels/row_product.py).
 """
 
 import torch
@@ -11,36 +12,89 @@ from torch import Tensor, nn
 
 from nanosafe.kernels.decode_step import HeadNorms, Pages, add_norm, rotate_and_write, swiglu
 from nanosafe.kernels.paged_attention import paged_attention
+from nanosafe.kernels.row_product import Affine, Norm, Residual, row_product
 from nanosafe.model.attention import AttentionBackend, PagedDecode
 from nanosafe.model.decoder import MLP, Attention, Decoder, Layer, rope_tables
 from nanosafe.model.lora import product_with_update
+
+# Whether a single sequence decodes by row_product: 7 launches a layer instead of 10 or 11. Off, for no GPU has shown
+# yet that the kernel reads weights as fast as cuBLAS does; benchmarks/gpu.py times both.
+ROW_PRODUCTS = False
 
 
 def decode_hidden(model: Decoder, tokens: Tensor, backend: PagedDecode) -> Tensor:
     """tokens [B] at backend.positions [B] -> hidden states [B, D] after the final norm; their keys and values are
     written to the cache. For inference, and for decoders that `takes_kernels` says yes to."""
-    config, layers = model.config, model.model.layers
+    config = model.config
     x = model.model.embed_tokens(tokens)  # [B, D]
     if config.embedding_multiplier != 1:
         x = x * config.embedding_multiplier
     rope = None
     if config.rope:
         rope = rope_tables(config.rope, config.head_dim, backend.positions)
-    next_norms = [layer.input_layernorm for layer in layers[1:]] + [model.model.norm]
-    normed = layers[0].input_layernorm(x)
-    for layer, next_norm in zip(layers, next_norms, strict=True):
-        attended = attend(layer.self_attn, normed, rope, backend)
-        norm = layer.post_attention_layernorm
-        x, normed = add_norm(x, attended, norm.weight, norm.eps, layer.residual_multiplier)
-        mlp = layer.mlp
-        fed = mlp.down_proj(swiglu(*products(normed, mlp.gate_proj, mlp.up_proj)))
-        x, normed = add_norm(x, fed, next_norm.weight, next_norm.eps, layer.residual_multiplier)
-    return normed
+    by_row = ROW_PRODUCTS and len(x) == 1 and not config.lora  # An adapter is two products more.
+    stream = (RowStream if by_row else Stream)(x, config.residual_multiplier)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        q, k, v = stream.products(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        stream.add_product(attention.o_proj, attend(attention, q, k, v, rope, backend))
+        stream.add_product(mlp.down_proj, stream.gated(layer.post_attention_layernorm, mlp))
+    return stream.normed(model.model.norm)
 
 
-def attend(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor] | None, backend: PagedDecode) -> Tensor:
-    """`Attention.forward` of x [B, D], with keys and values written as soon as they are rotated."""
-    q, k, v = products(x, attention.q_proj, attention.k_proj, attention.v_proj)
+class Stream:
+    """The residual stream x [B, D]. What is added to it waits for the next norm, for both are one kernel."""
+
+    def __init__(self, x: Tensor, scale: float):
+        """scale: of everything that is added."""
+        self.x, self.scale, self.update = x, scale, None
+
+    def normed(self, norm: nn.RMSNorm) -> Tensor:
+        """[B, D]"""
+        if self.update is None:
+            return norm(self.x)
+        self.x, normed = add_norm(self.x, self.update, norm.weight, norm.eps, self.scale)
+        self.update = None
+        return normed
+
+    def products(self, norm: nn.RMSNorm, *layers: nn.Linear) -> list[Tensor]:
+        """layer(norm(x)) of each layer, [B, out] each."""
+        return products(self.normed(norm), *layers)
+
+    def gated(self, norm: nn.RMSNorm, mlp: MLP) -> Tensor:
+        """silu(gate) * up of the normed stream, [B, F]."""
+        return swiglu(*self.products(norm, mlp.gate_proj, mlp.up_proj))
+
+    def add_product(self, layer: nn.Linear, y: Tensor) -> None:
+        """Add layer(y) to the stream; y [B, in]."""
+        self.update = layer(y)
+
+
+class RowStream(Stream):
+    """The same of one row, [1, D]: norms and additions belong to the kernels of the products."""
+
+    def products(self, norm: nn.RMSNorm, *layers: nn.Linear) -> list[Tensor]:
+        norm, together = Norm(norm.weight, norm.eps), joined_layers(layers)
+        if together is None:
+            return [row_product(self.x, affine(layer), norm=norm) for layer in layers]
+        return row_product(self.x, together, norm=norm).split([layer.out_features for layer in layers], dim=1)
+
+    def gated(self, norm: nn.RMSNorm, mlp: MLP) -> Tensor:
+        return row_product(self.x, affine(mlp.gate_proj), affine(mlp.up_proj), Norm(norm.weight, norm.eps))
+
+    def add_product(self, layer: nn.Linear, y: Tensor) -> None:
+        self.x = row_product(y, affine(layer), residual=Residual(self.x, self.scale))
+
+
+def affine(layer: nn.Linear) -> Affine:
+    return Affine(layer.weight, layer.bias)
+
+
+def attend(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, backend: PagedDecode
+) -> Tensor:
+    """What `Attention.forward` does between its products: q [B, H * head_dim], k, v [B, H_kv * head_dim] -> as q. Keys
+    and values are written as soon as they are rotated."""
     q = q.unflatten(-1, (-1, attention.head_dim))  # [B, H, head_dim]
     k = k.unflatten(-1, (-1, attention.head_dim))  # [B, H_kv, head_dim]
     v = v.unflatten(-1, (-1, attention.head_dim))
@@ -49,20 +103,26 @@ def attend(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor] | None, 
         norms = HeadNorms(attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
     keys, values = backend.cache.keys[attention.layer], backend.cache.values[attention.layer]
     q = rotate_and_write(q, k, v, norms, rope, Pages(keys, values, backend.blocks, backend.offsets))
-    mixed = paged_attention(q, keys, values, backend.tables, backend.lengths, attention.scale)
-    return attention.o_proj(mixed.flatten(1))
+    return paged_attention(q, keys, values, backend.tables, backend.lengths, attention.scale).flatten(1)
 
 
 def products(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     """layer(x) of each layer, [B, out] each: slices of one product where `join_projections` has been."""
-    weight = joined([layer.weight for layer in layers])
-    bias = None
+    together = joined_layers(layers)
+    if together is None:
+        return [layer(x) for layer in layers]
+    parts = F.linear(x, *together).split([layer.out_features for layer in layers], dim=1)
+    return [product_with_update(layer, part, x) for layer, part in zip(layers, parts, strict=True)]
+
+
+def joined_layers(layers: tuple[nn.Linear, ...]) -> Affine | None:
+    """The one layer whose results are those of `layers` behind one another; None if their storage is not joined."""
+    weight, bias = joined([layer.weight for layer in layers]), None
     if layers[0].bias is not None:
         bias = joined([layer.bias for layer in layers])
     if weight is None or (bias is None and layers[0].bias is not None):
-        return [layer(x) for layer in layers]
-    parts = F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=1)
-    return [product_with_update(layer, part, x) for layer, part in zip(layers, parts, strict=True)]
+        return None
+    return Affine(weight, bias)
 
 
 def joined(tensors: list[Tensor]) -> Tensor | None:

@@ -18,6 +18,7 @@ from nanosafe.kernels.compiled import compiled_in_training
 
 # They are nn.Linear and F.linear, but for a faster product on some CPUs.
 from nanosafe.kernels.cpu_matmul import Linear, linear
+from nanosafe.kernels.decode_step import plain_rotate
 from nanosafe.model.attention import AttentionBackend, PackedDocuments
 from nanosafe.model.config import ModelConfig, Rope
 from nanosafe.model.lora import add_adapters
@@ -173,12 +174,7 @@ def add_norm(x: Tensor, update: Tensor, scale: float, weight: Tensor, eps: float
     return x, F.rms_norm(x, weight.shape, weight, eps)
 
 
-@compiled_in_training
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + head_dim/2}) of x [N, H, head_dim]; see rope_tables."""
-    x32 = x.float()
-    a, b = x32.chunk(2, dim=-1)
-    return torch.addcmul(x32 * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
+rotate = compiled_in_training(plain_rotate)
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, decoder_like, random_reference, tiny_raw
 
 from nanosafe.kernels import INTERPRETED, decode_step
 from nanosafe.kernels.decode_step import HeadNorms, Pages
+from nanosafe.model import decode
 from nanosafe.model.attention import KVCache, PagedDecode
 from nanosafe.model.decode import decode_hidden, join_projections
 
@@ -71,15 +72,17 @@ def test_swiglu_of_rows_that_lie_apart(width, dtype):
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
+@pytest.mark.parametrize("rows", [3, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_steps_of_decoding_are_the_decoders_own(family, joined):
-    """Hidden states and cache after each of several steps of three sequences of unequal length."""
+def test_steps_of_decoding_are_the_decoders_own(family, rows, joined, monkeypatch):
+    """Hidden states and cache after each of several steps of three sequences of unequal length, or of one alone."""
+    monkeypatch.setattr(decode, "ROW_PRODUCTS", True)
     raw = tiny_raw(family)
     model = decoder_like(random_reference(raw), raw).to(DEVICE)
     if joined:
         join_projections(model)
-    tables = torch.tensor([[5, 2], [0, 4], [3, 1]], dtype=torch.int32, device=DEVICE)
+    tables = torch.tensor([[5, 2], [0, 4], [3, 1]], dtype=torch.int32, device=DEVICE)[-rows:]
     caches = []
     for _ in range(2):
         cache = KVCache(model.config, 6, 4, DEVICE, torch.float32)
@@ -87,9 +90,9 @@ def test_steps_of_decoding_are_the_decoders_own(family, joined):
         cache.keys.copy_(random_tensors(cache.keys.shape)[0])
         cache.values.copy_(random_tensors(cache.values.shape)[0])
         caches.append(cache)
-    positions = torch.tensor([0, 2, 5], device=DEVICE)
+    positions = torch.tensor([0, 2, 5], device=DEVICE)[-rows:]
     for step in range(2):
-        tokens = torch.tensor([3, 14, 15], device=DEVICE) + step
+        tokens = torch.tensor([3, 14, 15], device=DEVICE)[-rows:] + step
         ours, theirs = (PagedDecode(cache, tables, positions + step) for cache in caches)
         found = decode_hidden(model, tokens, ours)
         expected = model.hidden(tokens, theirs.positions, theirs)

@@ -22,6 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy has l
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
+@pytest.fixture(params=["whole rows", "parts"])
+def forms(request, monkeypatch):
+    """Both forms of the kernels; small parts, so that a row has several."""
+    monkeypatch.setattr(sample_triton, "PART", 2 * W)
+    monkeypatch.setattr(sample_triton, "FEW_ROWS", 64 if request.param == "parts" else 0)
+
 
 def on_device(params: SamplingTensors) -> SamplingTensors:
     return SamplingTensors(*(column.to(DEVICE) for column in params))
@@ -37,6 +43,7 @@ def check(logits: torch.Tensor, params: SamplingTensors, begin: int = 0) -> torc
     return tokens
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("V", [1, W - 1, 2 * W, 601])
 def test_draws_without_filters(V):
     logits = rows_of_every_kind(V)[::20]
@@ -44,6 +51,7 @@ def test_draws_without_filters(V):
     check(logits, settings(len(logits), temperatures, steps=list(range(len(logits)))))
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("begin", [W, 9 * W, 1187 * W])
 def test_draws_of_a_slice_of_a_vocabulary(begin):
     logits = rows_of_every_kind(601)[::20]
@@ -51,6 +59,7 @@ def test_draws_of_a_slice_of_a_vocabulary(begin):
     assert tokens.min() >= begin and tokens.max() < begin + 601
 
 
+@pytest.mark.usefixtures("forms")
 def test_noise_is_the_plain_twins():
     """Two tokens whose sums with the plain twin's noise are 4e-5 apart; the kernel must know which is larger."""
     words = [0, 1, 2**8, 2**16, 2**24, 2**32 - 2**8, 2**32 - 1]  # the smallest and largest, which no sample would meet
@@ -128,6 +137,42 @@ def test_signed_zeros_are_ties():
             check(sign, settings(1, **filters, seeds=seed))
 
 
+@pytest.mark.usefixtures("forms")
+def test_of_equal_sums_the_lower_id_is_drawn():
+    """At 3e8 a float32 has no room for noise. The equals are in one part, or in two, or the first has none."""
+    for ids in ([70, 200, 300], [300, 590], [520, 590, 600]):
+        logits = torch.zeros(8, 601)
+        logits[:, ids] = 3e8
+        assert set(check(logits, settings(8)).tolist()) == {ids[0]}
+
+
+@pytest.mark.usefixtures("forms")
+def test_rows_with_filters_and_without_are_neighbours():
+    logits = 3 * torch.randn(12, 601, generator=torch.Generator().manual_seed(0))
+    check(logits, settings(12, [1.0, 0.7, 1.3, 0.0] * 3, [0, 0, 20, 9] * 3, [1.0, 0.9, 1.0, 0.5] * 3))
+    check(logits, settings(12, 1.0, 0, 1.0, [0.0, 0.2] * 6))
+
+
+@pytest.mark.usefixtures("forms")
+@pytest.mark.parametrize("empty", [slice(0, 2 * W), slice(2 * W, 601), slice(0, 600)])
+def test_a_part_in_which_nothing_can_be_drawn(empty):
+    logits = torch.randn(4, 601, generator=torch.Generator().manual_seed(0))
+    logits[:, empty] = -torch.inf
+    check(logits, settings(4, [1.0, 0.6, 0.0, 1.7]))
+
+
+@pytest.mark.usefixtures("forms")
+@pytest.mark.parametrize("kind", [dict(), dict(temperature=0.0), dict(top_k=3, top_p=0.9, min_p=0.1)], ids=str)
+def test_nan_logits_show_in_the_logprob_and_not_in_other_rows(kind):
+    logits = torch.randn(3, 601, generator=torch.Generator().manual_seed(0))
+    expected = cpu_draw(logits, settings(3, **kind))[0].tolist()
+    logits[1, 300] = torch.nan
+    tokens, logprobs = triton_draw(logits.to(DEVICE), on_device(settings(3, **kind)))
+    assert tokens[::2].tolist() == expected[::2] and 0 <= tokens[1] < 601
+    assert logprobs.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.usefixtures("forms")
 def test_greedy_rows_ignore_filters_and_take_the_first_of_equals():
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).round()
     tokens = check(logits, settings(2, 0.0, 3, 0.1, 0.9))

@@ -10,9 +10,13 @@ import train_rl
 import train_sft
 from nanosafe.io.files import staged
 from nanosafe.kernels import split_adam
+from nanosafe.model.attention import KVCache, PagedDecode
+from nanosafe.model.decode import decode_hidden, join_projections
+from nanosafe.model.decode import joined as joined_tensors
+from nanosafe.model.decoder import Decoder
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.names import load_model
-from nanosafe.parallel import Ranks, full_tensor, local_part
+from nanosafe.parallel import Ranks, full_tensor, local_part, unsharded
 from nanosafe.sampler.generation import generate_over_ranks
 from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document, Episode, Row
@@ -80,6 +84,34 @@ def run_resumed(rank: int, world_size: int, world: Path, out: Path) -> None:
                for by in (1, 2) for kind in KINDS}  # fmt: skip
     torch.save(results, out / f"resumed-{world_size}-{rank}.pt")
     ranks.close()
+
+
+def run_decoded(rank: int, world_size: int, folder: Path) -> None:
+    """Write what `decoded` makes of a sharded model's gathered copy, its projections joined, to FOLDER."""
+    ranks = joined(rank, world_size, folder / "fourth")
+    model = load_model(folder, dtype=torch.float32, ranks=ranks)
+    with unsharded(model, torch.float32) as copy:
+        join_projections(copy)
+        attention = copy.model.layers[0].self_attn
+        for name in ("weight", "bias"):
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            assert joined_tensors([getattr(projection, name) for projection in projections]) is not None
+        logprobs = decoded(copy, torch.tensor([[3, 14, 15, 9], [2, 6, 5, 3]]))
+    torch.save(logprobs, folder / f"decoded-{world_size}-{rank}.pt")
+    ranks.close()
+
+
+@torch.no_grad()
+def decoded(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs [B, T, V] after each token of ids [B, T], decoded one after the other into pages of four."""
+    (B, T), pages = ids.shape, -(-ids.shape[1] // 4)
+    cache = KVCache(model.config, B * pages, 4, ids.device, torch.float32)
+    tables = torch.arange(B * pages, dtype=torch.int32).flip(0).view(B, pages)
+    steps = []
+    for position in range(T):
+        backend = PagedDecode(cache, tables, torch.full((B,), position))
+        steps.append(model.logits(decode_hidden(model, ids[:, position], backend)).log_softmax(-1))
+    return torch.stack(steps, dim=1)
 
 
 def joined(rank: int, world_size: int, store: Path) -> Ranks:

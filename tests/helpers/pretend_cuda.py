@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from nanosafe.kernels import compiled, decode_step, scan, split_adam
+from nanosafe.kernels import compiled, decode_step, row_product, scan, split_adam
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
 from nanosafe.kernels import sample as draw
@@ -246,6 +246,7 @@ def pretending():
         (decode_step, "triton_rotate_and_write", kernel(decode_step.plain_rotate_and_write)),
         (decode_step, "triton_add_norm", kernel(decode_step.plain_add_norm)),
         (decode_step, "triton_swiglu", kernel(decode_step.plain_swiglu)),
+        (row_product, "triton_row_product", kernel(row_product.plain_row_product)),
         (scan, "triton_scan_step", kernel(scan.plain_scan_step)),
         (scan, "compiled", lambda function: function),
         (compiled, "compiled", lambda function: function),

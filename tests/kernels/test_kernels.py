@@ -11,9 +11,10 @@ import torch
 from test_paged_attention import paged_case
 from test_sample import settings
 
-from nanosafe.kernels import decode_step, scan, split_adam
+from nanosafe.kernels import decode_step, row_product, scan, split_adam
 from nanosafe.kernels import logprob as head
 from nanosafe.kernels import paged_attention as decode
+from nanosafe.kernels.row_product import Affine, Norm, Residual, triton_row_product
 from nanosafe.kernels.sample_triton import triton_draw
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
@@ -68,6 +69,15 @@ def compiled(monkeypatch, tmp_path):
         triton.runtime.driver.reset_active()
 
 
+def stack_bytes(kernel, folder: Path) -> int:
+    """What each thread has in local memory: 0 unless its registers are too few."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    usage = subprocess.run(command, capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_kernels_compile_for_sm_90(compiled, dtype):
@@ -102,6 +112,27 @@ def test_the_kernels_between_products_compile_for_sm_90(compiled, dtype, plain):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("early", [False, True], ids=["", "dependent launch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_products_of_one_row_compile_for_sm_90(compiled, dtype, early, monkeypatch, tmp_path):
+    """In the shapes of an 8B: q, k and v with biases; gate and up; the two that are added to the residual."""
+    monkeypatch.setattr(row_product, "DEPENDENT_LAUNCH", early)
+    D, wide, qkv = 4096, 12_288, 4096 + 2 * 1024
+    x, y, weight = torch.zeros(1, D, dtype=dtype), torch.zeros(1, wide, dtype=dtype), torch.zeros(wide, D, dtype=dtype)
+    norm, residual = Norm(x[0], 1e-6), Residual(x, 1.0)
+    triton_row_product(x, Affine(weight[:qkv], y[0, :qkv]), norm=norm)
+    triton_row_product(x, Affine(weight, None), Affine(weight, None), norm)
+    triton_row_product(x, Affine(weight[:D], None), residual=residual)
+    triton_row_product(y, Affine(weight.view(D, wide), None), residual=residual)
+    assert [kernel.metadata.name for kernel in compiled] == 4 * ["_row_product"]
+    for kernel in compiled:
+        before, wait, after = kernel.asm["ptx"].partition("griddepcontrol.wait")
+        assert "ld.global" in before and bool(wait) == early == ("ld.global" in after)
+        assert ".v4.b32" in before  # 16 bytes a thread
+        assert stack_bytes(kernel, tmp_path) == 0 and kernel.metadata.launch_pdl == early
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_scan_kernel_compiles_for_sm_90(compiled, dtype):
     x, B = torch.zeros(2, 48, 64, dtype=dtype), torch.zeros(2, 1, 128, dtype=dtype)  # Granite 4's
@@ -112,9 +143,11 @@ def test_the_scan_kernel_compiles_for_sm_90(compiled, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_the_drawing_kernel_compiles_for_sm_90(compiled):
-    triton_draw(torch.zeros(2, 151_936), settings(2))
-    assert [kernel.metadata.name for kernel in compiled] == ["_draw_row"]
+def test_the_drawing_kernels_compile_for_sm_90(compiled, tmp_path):
+    for rows in (63, 64):
+        triton_draw(torch.zeros(rows, 151_936), settings(rows))
+    assert [kernel.metadata.name for kernel in compiled] == ["_draw_part", "_draw_row", "_draw_row"]
+    assert stack_bytes(compiled[0], tmp_path) == 0
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -416,9 +416,9 @@ def test_the_products_that_are_kept_exist():
 
 def test_compiled_functions_are_recomputed_with_the_layer(monkeypatch):
     """Selective recomputation sees no operation in them, and must get its gradients right all the same."""
-    for function in (rotate, swiglu, add_norm):
+    for name, function in {"rotate": rotate, "swiglu": swiglu, "add_norm": add_norm}.items():
         twin = torch.compile(function.__wrapped__, dynamic=True, backend="aot_eager")
-        monkeypatch.setattr(decoder, function.__name__, twin)
+        monkeypatch.setattr(decoder, name, twin)
     torch.manual_seed(0)
     model, documents = make_decoder(tiny_config("qwen3")), random_documents()
     packed = PackedDocuments(LENGTHS)
