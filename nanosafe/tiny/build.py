@@ -94,7 +94,7 @@ FAMILIES = {
     "tiny": Family(900, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
                                           1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
-    "tiny-llama": Family(2000, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
+    "tiny-llama": Family(1500, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
                                                       "<|start_header_id|>",
                          "<|end_header_id|>", "<|begin_of_text|>"), 1280, "<|begin_of_text|>"),
                          POLICY | dict(architectures=["LlamaForCausalLM"], model_type="llama")),
@@ -128,7 +128,7 @@ REWARDS = {
 
 BATCH = 16  # of the policies, in documents
 PAIR_STEPS, PAIR_BATCH = 200, 32  # of the reward models, in pairs
-MUON_LR, ADAM_LR, WARMUP_SHARE = 0.02, 0.01, 0.05
+MUON_LR, ADAM_LR, WARMUP_SHARE = 0.01, 0.01, 0.05
 MAX_TOKENS = 256
 
 
@@ -229,7 +229,8 @@ def train(model: Decoder, loss: Callable[[list], Tensor], batches: list[list], w
 
     The layers' matrices are updated by Muon (Jordan et al. 2024); embeddings, head, norms and what has not two
     dimensions by AdamW, as Muon's authors advise. In 900 steps of 16 documents a base so trained had 0.93 of the
-    arithmetic right, where AdamW alone came to 0.76.
+    arithmetic right, where AdamW alone came to 0.76; at twice Muon's present rate, `tiny-llama`, which has no norms on
+    queries and keys, stayed at 0.84.
 
     Each half of a batch goes through a Python thread of its own, whose products use one core. On two cores this is
     faster than to spread products as small as these over both, and it makes the weights the same on any number of
