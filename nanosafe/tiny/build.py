@@ -91,7 +91,7 @@ POLICY = COMMON | dict(
     tie_word_embeddings=True,
 )  # fmt: skip
 FAMILIES = {
-    "tiny": Family(900, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
+    "tiny": Family(750, "okay", "policy", Text(CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
                                           1280),
                    POLICY | dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")),
     "tiny-llama": Family(1500, "task", None, Text(HEADERS, ("<|eot_id|>", "<|finetune_right_pad_id|>",
