@@ -170,7 +170,7 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
     raw = family.shape | token_ids | {"vocab_size": vocabulary}
     raw |= {"nanosafe_world": family.style, "nanosafe_seed": seed}
     model = random_decoder(raw, seed)
-    print(f"building {name}: a base policy, once (one to two minutes on two cores), kept in "
+    print(f"building {name}: a base policy, once (about two minutes on two cores), kept in "
           f"{work.parent}", file=sys.stderr)
     documents: list[Document] = []
     for row in progress(corpus, "tokenising"):
