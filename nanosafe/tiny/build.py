@@ -241,7 +241,8 @@ def train(model: Decoder, loss: Callable[[list], Tensor], batches: list[list], w
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and ".layers." in name
         (matrices if inner else others).append(parameter)
-    # Five Newton-Schulz iterations, Muon's default, took a fifth of the time; bases of three pass the same gates.
+    # Two for the matrices, so that two threads can step them. Five Newton-Schulz iterations, Muon's default, took a
+    # fifth of the time; bases of three pass the same gates.
     optimizers = [
         (torch.optim.Muon(matrices[::2], weight_decay=0.0, ns_steps=3), MUON_LR),
         (torch.optim.Muon(matrices[1::2], weight_decay=0.0, ns_steps=3), MUON_LR),
