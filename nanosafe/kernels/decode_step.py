@@ -172,8 +172,7 @@ if triton is not None:
         x = tl.load(start + column, mask=inside, other=0.0)
         y = tl.load(start + partner, mask=inside, other=0.0)
         if weight is not None:
-            wide = x.to(tl.float32)
-            scale = 1 / tl.sqrt(tl.sum(wide * wide, 0) / (2 * HALF) + eps)
+            wide, scale = x.to(tl.float32), norm_scale(x, 2 * HALF, eps)
             x_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
             y_weight = tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32)
             x = (wide * scale * x_weight).to(x.dtype)
@@ -194,10 +193,9 @@ if triton is not None:
         more = tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)
         value = (value.to(tl.float32) + alpha * more).to(value.dtype)
         tl.store(total + place, value, mask=inside)
-        wide = value.to(tl.float32)  # The norm is of the rounded sum, which the next layer adds to.
-        scale = 1 / tl.sqrt(tl.sum(wide * wide, 0) / D + eps)
         w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + place, (wide * scale * w).to(value.dtype), mask=inside)
+        # The norm is of the rounded sum, which the next layer adds to.
+        tl.store(out + place, (value.to(tl.float32) * norm_scale(value, D, eps) * w).to(value.dtype), mask=inside)
 
     @triton.jit
     def _swiglu(gate, up, out, gate_stride, up_stride, width, TILE: tl.constexpr):
@@ -206,6 +204,17 @@ if triton is not None:
         inside = column < width
         g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
         u = tl.load(up + row * up_stride + column, mask=inside, other=0.0)
-        wide = g.to(tl.float32)
-        silu = (wide / (1 + tl.exp(-wide))).to(g.dtype)
-        tl.store(out + row * width + column, (silu.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=inside)
+        tl.store(out + row * width + column, gated(g, u), mask=inside)
+
+    @triton.jit
+    def norm_scale(x, width, eps):
+        """What RMSNorm multiplies the `width` numbers of x with, before its weight; x is 0 beyond them."""
+        wide = x.to(tl.float32)
+        return 1 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
+
+    @triton.jit
+    def gated(gate, up):
+        """silu(gate), rounded, times up."""
+        wide = gate.to(tl.float32)
+        silu = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+        return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

@@ -85,6 +85,7 @@ def triton_row_product(
 
 
 if triton is not None:
+    from nanosafe.kernels.decode_step import gated, norm_scale
 
     @triton.jit
     def _row_product(
@@ -103,15 +104,11 @@ if triton is not None:
             tl.extra.cuda.gdc_wait()
         value = tl.load(x + column, mask=column < IN, other=0.0)
         if norm_weight is not None:
-            wide = value.to(tl.float32)
-            scale = 1 / tl.sqrt(tl.sum(wide * wide, 0) / IN + eps)
             norm = tl.load(norm_weight + column, mask=column < IN, other=0.0).to(tl.float32)
-            value = (wide * scale * norm).to(value.dtype)
+            value = (value.to(tl.float32) * norm_scale(value, IN, eps) * norm).to(value.dtype)
         y = _product(w, value, bias, row, OUT)
         if up_weight is not None:
-            gate = y.to(tl.float32)
-            silu = (gate / (1 + tl.exp(-gate))).to(y.dtype)
-            y = (silu.to(tl.float32) * _product(up_w, value, up_bias, row, OUT).to(tl.float32)).to(y.dtype)
+            y = gated(y, _product(up_w, value, up_bias, row, OUT))
         if residual is not None:
             old = tl.load(residual + row, mask=row < OUT, other=0.0).to(tl.float32)
             y = (old + alpha * y.to(tl.float32)).to(y.dtype)
