@@ -199,7 +199,7 @@ def _build_reward(name: str, seed: int, work: Path) -> Path:
     vocabulary, token_ids = write_tokenizer(folder, REWARD_TEXT, texts)
     model = random_decoder(REWARD_SHAPE | token_ids | {"vocab_size": vocabulary}, seed)
     reward = RewardModel(model, Tokenizer(folder))
-    print(f"building {name}: a reward model, once (about ten seconds), kept in {work.parent}",
+    print(f"building {name}: a reward model, once (about twenty seconds), kept in {work.parent}",
           file=sys.stderr)
     encoded: list[tuple[list[int], list[int]]] = []  # token ids of a pair's chosen and rejected conversation
     for pair in progress(pairs, "tokenising"):
