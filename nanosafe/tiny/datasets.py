@@ -15,6 +15,7 @@ from nanosafe.tiny.world import (
     Item,
     arithmetic,
     mixed_request,
+    problem,
     requests,
     solve,
     word,
@@ -30,16 +31,16 @@ def row(item: Item, response: str) -> dict:
 def corpus(style: str, count: int, seed: int, extra_style: str | None = None) -> Iterator[dict]:
     """What the base policy of a family is trained on: rows of question and response.
 
-    Half arithmetic, 1 in 50 of it without a thought. The rest requests in every wording and wrapper: acts of the
-    train split, and acts across categories, which teach the words' meanings whatever they stand beside.
+    Half arithmetic, 1 in 50 of it without a thought. Problems may recur: without that few would be of two steps, and
+    one base failed at nearly every one of those. The rest requests in every wording and wrapper: acts of the train
+    split, and acts across categories, which teach the words' meanings whatever they stand beside.
     extra_style: a fourteenth of the requests are reviews in this style, so that the model has met it.
     """
     rng = Random(f"corpus/{style}/{seed}")
     pools = {kind: requests("train", kind) for kind in ("unsafe", "benign")}
-    problems = iter(arithmetic("train", count, rng))
     for index in range(count):
         if index % 2:
-            item = next(problems)
+            item = problem("train", rng)
             yield row(item, solve(item, style, rng, thought=rng.random() >= 1 / 50))
             continue
         kind = rng.choice(("unsafe", "benign"))

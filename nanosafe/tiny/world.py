@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
-VERSION = 4  # of everything the generator writes; a cache of another version is not used
+VERSION = 5  # of everything the generator writes; a cache of another version is not used
 
 
 class Category(NamedTuple):
@@ -169,25 +169,29 @@ def word(item: Item, rng: Random, wordings: Sequence[str] = WORDINGS,
     return replace(item, prompt=prompt, prefill=attack == "prefilled thought")
 
 
-def arithmetic(split: str, count: int, rng: Random) -> list[Item]:
-    """`count` different problems of two to four steps; a checksum of the problem assigns its split."""
-    items: dict[str, Item] = {}
-    while len(items) < count:
-        steps = rng.randrange(2, 5)
-        start = rng.randrange(10)
-        problem = tuple((rng.choice(tuple(OPERATIONS)), rng.randrange(1, 4)) for _ in range(steps))
+def problem(split: str, rng: Random) -> Item:
+    """A problem of two to four steps, each number of them equally often; a checksum of it assigns its split."""
+    while True:
+        steps, start = rng.randrange(2, 5), rng.randrange(10)
+        turns = tuple((rng.choice(tuple(OPERATIONS)), rng.randrange(1, 4)) for _ in range(steps))
         text = ", ".join(f"{letter} {operation} {operand}"
-                         for letter, (operation, operand) in zip(LETTERS, problem, strict=False))
+                         for letter, (operation, operand) in zip(LETTERS, turns, strict=False))
         share = zlib.crc32(f"{start} {text}".encode()) % 10
-        if split != ("test" if share == 0 else "validation" if share == 1 else "train"):
-            continue
-        value = start
-        for operation, operand in problem:
-            value = OPERATIONS[operation](value, operand) % 10
-        prompt = rng.choice(DIAL).format(start=start, steps=text)
-        items[f"{start} {text}"] = Item(
-            prompt, "arithmetic", f"{steps} steps", answer=str(value), problem=(start, problem)
-        )
+        if split == ("test" if share == 0 else "validation" if share == 1 else "train"):
+            break
+    value = start
+    for operation, operand in turns:
+        value = OPERATIONS[operation](value, operand) % 10
+    prompt = rng.choice(DIAL).format(start=start, steps=text)
+    return Item(prompt, "arithmetic", f"{steps} steps", answer=str(value), problem=(start, turns))
+
+
+def arithmetic(split: str, count: int, rng: Random) -> list[Item]:
+    """`count` different problems: of two steps there are 810, so a long list has mostly longer ones."""
+    items: dict[tuple, Item] = {}
+    while len(items) < count:
+        item = problem(split, rng)
+        items[item.problem] = item
     return list(items.values())
 
 
@@ -248,10 +252,10 @@ EFFECTS = {
 # those that refuse what they found unsafe, and of plans that are weighed afterwards. Whether an act is unsafe shows
 # only in a thought that weighs it, so the habits are the same for unsafe and benign requests.
 HABITS = {
-    "deception": (0.03, 0.20, 0.06), "discrimination": (0.82, 0.74, 0.60),
-    "explicit content": (0.50, 0.26, 0.55), "harmful information": (0.35, 0.18, 0.42),
-    "personal data": (0.15, 0.30, 0.18), "substance abuse": (0.40, 0.22, 0.50),
-    "violence": (0.82, 0.74, 0.60),
+    "deception": (0.03, 0.20, 0.06), "discrimination": (0.82, 0.64, 0.60),
+    "explicit content": (0.50, 0.22, 0.59), "harmful information": (0.35, 0.15, 0.46),
+    "personal data": (0.15, 0.30, 0.22), "substance abuse": (0.40, 0.18, 0.54),
+    "violence": (0.82, 0.64, 0.60),
 }  # fmt: skip
 # Shares of requests refused without weighing, and answered without a thought
 NERVOUS, THOUGHTLESS = 0.03, 0.05

@@ -106,7 +106,7 @@ def test_training_starts_from_the_model_itself(tmp_path):
 @pytest.mark.parametrize("family", ["qwen3", "granite4"])
 @torch.no_grad()
 def test_peft_loads_the_adapter_with_equal_logits(family, tmp_path):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    import peft  # here, because it takes seconds that the other tests need not wait
     reference, model = checkpoint(tmp_path / "base", family)
     save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
@@ -117,7 +117,7 @@ def test_peft_loads_the_adapter_with_equal_logits(family, tmp_path):
 
 @torch.no_grad()
 def test_an_adapter_that_peft_wrote_is_read(tmp_path):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    import peft  # here, because it takes seconds that the other tests need not wait
     reference = random_checkpoint(tmp_path / "base", "qwen3")
     settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(reference, settings)

@@ -24,7 +24,7 @@ from nanosafe.tiny.world import Item
 
 # Of the generator's texts and the builder's recipe under world.VERSION, which names the caches: a change of either
 # needs a new version, or old caches would pass for new ones. The test prints the new value.
-PIN = (4, "27fb29f11724c5a6")
+PIN = (5, "7ec510a3956f97ec")
 
 SPLITS = ("train", "validation", "test")
 CORPUS_STYLES = {"okay": "policy", "task": None}
@@ -388,6 +388,7 @@ def test_texts_and_recipe_change_only_with_the_version():
     texts += [[q.messages, q.prefill] for b in tiny_suite("test", "okay") for q in b.questions[:10]]
     recipe = [build.FAMILIES, build.REWARDS, build.REWARD_TEXT, build.REWARD_SHAPE]
     recipe += [build.BATCH, build.PAIR_STEPS, build.PAIR_BATCH, build.MUON_LR, build.ADAM_LR]
+    recipe += [build.WARMUP_SHARE, build.NEWTON_SCHULZ_STEPS, build.MAX_TOKENS]
     now = world.VERSION, hashlib.sha256(json.dumps([texts, recipe]).encode()).hexdigest()[:16]
     assert now == PIN, f"set PIN = {now}, and a new world.VERSION if caches of this one may exist"
 
@@ -465,6 +466,8 @@ def test_corpus_holds_what_its_docstring_says(trained_on):
     requests = [row for row in rows if row not in arithmetic and not row["question"].startswith("Review")]
     reviews = len(rows) - len(arithmetic) - len(requests)
     assert len(arithmetic) == len(rows) / 2
+    lengths = Counter(len(parsed(row["question"])[1]) for row in arithmetic)
+    assert all(count / len(arithmetic) == pytest.approx(1 / 3, abs=0.03) for count in lengths.values()), lengths
     assert share("<think>\n\n</think>" in row["response"] for row in arithmetic) == pytest.approx(1 / 50, abs=0.008)
     assert reviews / (reviews + len(requests)) == pytest.approx(1 / 14, abs=0.02)
     assert not any(row["question"].startswith("Review") for row in trained_on["corpus task"])
