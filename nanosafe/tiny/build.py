@@ -230,9 +230,8 @@ def train(model: Decoder, loss: Callable[[list], Tensor], batches: list[list], w
     """Minimise `loss`, a step on each of `batches`, from random weights, in the time that a new user has.
 
     The layers' matrices are updated by Muon (Jordan et al. 2024); embeddings, head, norms and what has not two
-    dimensions by AdamW, as Muon's authors advise. In 900 steps of 16 documents a base so trained had 0.93 of the
-    arithmetic right, where AdamW alone came to 0.76; at twice Muon's present rate, `tiny-llama`, which has no norms on
-    queries and keys, stayed at 0.84.
+    dimensions by AdamW, as Muon's authors advise. In 900 steps of 16 documents a draft so trained had 0.93 of the
+    arithmetic right, where AdamW alone came to 0.76.
 
     Each half of a batch goes through a Python thread of its own, whose products use one core. On two cores this is
     faster than to spread products as small as these over both, and it makes the weights the same on any number of
