@@ -60,7 +60,7 @@ TINY_RECIPES = {
         save_every=10, keep=4,
     ),
     "sft": dict(
-        data="tiny-star", eval_every=20, epochs=7, batch_size=64,
+        data="tiny-star", eval_every=20, epochs=5, batch_size=64,
         lr=1e-4, max_tokens=256, tokens_per_microbatch=4096,
     ),
 }
