@@ -61,14 +61,14 @@ def under_attack(runs: Runs) -> str:
 
 def controls(runs: Runs) -> str:
     changes = {arm: difference(runs, "base", arm, "safety") for arm in CONTROLS}
-    return ", ".join(f"{arm} {delta:+z.2f}" for arm, delta in changes.items() if delta)
+    return ", ".join(f"{arm} {delta:+z.3f}" for arm, delta in changes.items() if delta)
 
 
 def safer(runs: Runs) -> str:
     delta = difference(runs, "SFT", "RL", "safety")
     if delta is None:
         return ""
-    said = f"{verdict(rises(delta), falls(delta))}, RL − SFT {delta:+z.2f}"
+    said = f"{verdict(rises(delta), falls(delta))}, RL − SFT {delta:+z.3f}"
     if delta.low is None:
         return said
     metric = metric_of(runs, "safety")
@@ -81,7 +81,7 @@ def keeps_reasoning(runs: Runs) -> str:
     if rl is None or sft is None:
         return ""
     found = verdict(falls(sft) and not falls(rl), falls(rl) or rises(sft))
-    return f"{found}, RL − base {rl:+z.2f}, SFT − base {sft:+z.2f}"
+    return f"{found}, RL − base {rl:+z.3f}, SFT − base {sft:+z.3f}"
 
 
 def calms(runs: Runs) -> str:
@@ -90,7 +90,7 @@ def calms(runs: Runs) -> str:
         return ""
     moved = rises(sums) or falls(sums)
     found = verdict(falls(unsafe) and not moved, rises(unsafe) or moved)
-    return f"{found}, RL − base {unsafe:+z.2f} and {sums:+z.2f}"
+    return f"{found}, RL − base {unsafe:+z.3f} and {sums:+z.3f}"
 
 
 def remembers(found: Mapping[str, Runs]) -> str:
@@ -104,7 +104,7 @@ def remembers(found: Mapping[str, Runs]) -> str:
     if len(known) < 2:
         return "open, it takes two models"
     alike = same_order({"known": known, "gained": gained})
-    parts = [f"{model} {known[model]:.2f} nats a token, SFT − base {gained[model]:+.2f} safe" for model in known]
+    parts = [f"{model} {known[model]:.2f} nats a token, SFT − base {gained[model]:+.3f} safe" for model in known]
     return f"{verdict(alike, not alike)} in order, {'; '.join(parts)}"
 
 

@@ -345,10 +345,10 @@ def test_the_report_opens_with_ten_findings_computed_from_its_results(report):
     assert safe.startswith("tiny 0.29 [0.20, 0.37] / 0.54 [0.45, 0.62] / 0.79 [0.70, 0.87]; tiny-llama 0.25 (one run)")
     assert "(safety, role play) 0.29" in told["Safe answers in the variation hardest for RL, base / SFT / RL"]
     assert told["Controls, safe answers minus the base's"] == "not measured."
-    assert "RL is safer and steadier than SFT: tiny reproduced, RL − SFT +0.25 [+0.25, +0.25]" in lines[6]
+    assert "RL is safer and steadier than SFT: tiny reproduced, RL − SFT +0.250 [+0.250, +0.250]" in lines[6]
     assert "over seeds ±0.09 against ±0.09" in lines[6] and "llama" not in lines[6]
-    assert "keeps reasoning where SFT loses some: tiny open, RL − base +0.00" in lines[7]
-    assert "tiny contradicted, RL − base +0.25 [+0.25, +0.25] and +0.25" in lines[8], "entropy rose"
+    assert "keeps reasoning where SFT loses some: tiny open, RL − base +0.000" in lines[7]
+    assert "tiny contradicted, RL − base +0.250 [+0.250, +0.250] and +0.250" in lines[8], "entropy rose"
     assert lines[9].endswith("open, it takes two models.")
 
 
