@@ -53,8 +53,11 @@ def panel_of(metric: Metric, data: Mapping) -> Panel:
     return Panel(label(metric), data, BETTER.get(metric.name, ""), bounds)
 
 
-def plot_dots(title: str, panels: Sequence[Panel], path: Path) -> bool:
-    """A dot with its interval for every row and arm; -> whether any panel has two, else nothing is drawn."""
+def plot_dots(title: str, panels: Sequence[Panel], path: Path, one_scale: bool = False) -> bool:
+    """A dot with its interval for every row and arm; -> whether any panel has two, else nothing is drawn.
+
+    one_scale: the axes of all panels are equally long, where their numbers are to be compared.
+    """
     shown = [panel for panel in panels if len(_dots(panel.data)) > 1]
     if not shown:
         return False
@@ -62,6 +65,7 @@ def plot_dots(title: str, panels: Sequence[Panel], path: Path) -> bool:
     styles, gap = _styles(arms), len(arms) > 1  # between rows of several dots
     pitch, edge = len(arms) + gap, 1.0 if gap else 0.5  # in dots; a row begins `edge` above its first
     rows = max(len(panel.data) for panel in shown)
+    everything = [value for panel in shown for _, value in _dots(panel.data)]
     figure, all_axes = _figure(title, len(shown), 0.8 + (0.15 if gap else 0.25) * pitch * rows)
     for i, (axes, panel) in enumerate(zip(all_axes, shown, strict=True)):
         for row, values in enumerate(panel.data.values()):
@@ -77,7 +81,8 @@ def plot_dots(title: str, panels: Sequence[Panel], path: Path) -> bool:
         axes.set_yticks([row * pitch + (len(arms) - 1) / 2 for row in range(len(panel.data))],
                         panel.data if is_named else [""] * len(panel.data))
         values = [value for _, value in _dots(panel.data)]
-        axes.set(xlim=_limits(panel, values), ylim=(len(panel.data) * pitch - edge, -edge),
+        of_scale = everything if one_scale else values
+        axes.set(xlim=_limits(panel, of_scale), ylim=(len(panel.data) * pitch - edge, -edge),
                  xlabel=panel.describe(_counted(values)))
         axes.grid(axis="x", alpha=0.3)
     _save(figure, all_axes, path)

@@ -5,6 +5,7 @@ Each function draws to `path` and returns the markdown lines that show it: none 
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -78,7 +79,7 @@ def categories_picture(runs: Runs, metrics: Sequence[Metric], path: Path) -> lis
 
 
 def entropies_picture(runs: Runs, metrics: Sequence[Metric], path: Path) -> list[str]:
-    """At reflection words; metrics: of safety and reasoning."""
+    """At reflection words; metrics: of safety and reasoning, on one scale, for one may have a tenth of the other's."""
     panels, said = [], []
     for metric in metrics:
         rows = {}
@@ -88,7 +89,8 @@ def entropies_picture(runs: Runs, metrics: Sequence[Metric], path: Path) -> list
                 rows[arm] = {"": value}
         panels.append(Panel(f"{metric.benchmark}: nats at reflection words", rows, bounds=(0, None)))
         said.append(message(metric.benchmark, {arm: rows[arm][""].mean for arm in MAIN if arm in rows}))
-    return draw(plot_dots, f"Entropy at reflection words, {'; '.join(said)}", panels, path)
+    plot = partial(plot_dots, one_scale=True)
+    return draw(plot, f"Entropy at reflection words, {'; '.join(said)}", panels, path)
 
 
 def draw(plot: Callable, title: str, panels: Sequence[Panel], path: Path) -> list[str]:

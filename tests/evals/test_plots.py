@@ -81,6 +81,17 @@ def test_the_axis_of_a_share_runs_from_0_to_1_and_every_other_holds_0(kept, tmp_
     assert kept[3].axes[1].get_ylim()[0] == 0
 
 
+def test_panels_whose_numbers_are_compared_have_one_scale(kept, tmp_path):
+    def panel(mean: float) -> Panel:
+        return Panel("nats", {arm: {"": Estimate(mean, mean / 2, mean * 2, 3, "runs")} for arm in ("base", "RL")})
+
+    plot_dots("", [panel(0.3), panel(0.01)], tmp_path / "a.png", one_scale=True)
+    left, right = kept[0].axes
+    assert left.get_xlim() == right.get_xlim() and right.get_xlim()[1] >= 0.6
+    plot_dots("", [panel(0.3), panel(0.01)], tmp_path / "b.png")
+    assert kept[1].axes[1].get_xlim()[1] < 0.1
+
+
 def test_fourteen_arms_differ_in_colour_and_marker_together(kept, tmp_path):
     arms = [f"arm {i}" for i in range(14)]
     plot_dots("", [panel_of(SAFE, {"x": dict.fromkeys(arms, SHARE)})], tmp_path / "a.png")
