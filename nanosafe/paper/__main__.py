@@ -124,15 +124,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.tune or args.ablations:
         kind = "tuning" if args.tune else "ablations"
     out, failed = Path(args.out), {}
-    lock = hold(out)
+    lock, sessions = hold(out), out / f"{kind}.jsonl"
+    only_report = sessions.exists() and all(job.is_done(out) for job in jobs.values())
     try:
         failed = run_jobs(list(jobs.values()), out, workers)
     finally:
-        command = shlex.join(["python", "-m", "nanosafe.paper",
-                              *(sys.argv[1:] if argv is None else argv)])
-        session = {"command": command, "began": began, "seconds": time.time() - began}
-        with open(out / f"{kind}.jsonl", "a") as file:
-            file.write(json.dumps(session) + "\n")
+        if not only_report:  # Written anew, a report says how its numbers came about, which has not changed.
+            command = shlex.join(["python", "-m", "nanosafe.paper",
+                                  *(sys.argv[1:] if argv is None else argv)])
+            session = {"command": command, "commit": paper_report.commit(), "began": began,
+                       "seconds": time.time() - began}
+            with open(sessions, "a") as file:
+                file.write(json.dumps(session) + "\n")
         print("wrote", paper_report.write(kind, out, arms, seeds, failed))
         lock.close()
     if failed:

@@ -311,20 +311,25 @@ def tuning(runs: Runs) -> list[str]:
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
     rows = read_rows(sessions)
-    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commits = dict.fromkeys(row["commit"] for row in rows)
     minutes = sum(row["seconds"] for row in rows) / 60
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = list(dict.fromkeys(f"- `{row['command']}`" for row in rows))
     lines += [
         f"- {minutes:.1f} minutes in {len(rows)} session(s); seeds {', '.join(map(str, seeds))}",
-        f"- nanosafe at commit {commit or 'not known'}, tiny world version {world.VERSION}, "
+        f"- nanosafe at commit {', '.join(commits)}, tiny world version {world.VERSION}, "
         f"PyTorch {torch.__version__}, Python {platform.python_version()}",
         f"- {cpu_name()}, {gpu}, {platform.system()}",
     ]
     for name, why in failed.items():
         lines.append(f"- failed: {name}: {why.splitlines()[0]}")
     return lines
+
+
+def commit() -> str:
+    """Of this code, "-dirty" where files differ from it."""
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "not known"
 
 
 def cpu_name() -> str:

@@ -325,7 +325,7 @@ def report(tmp_path_factory):
         put(out, f"tiny-{seed}/sft", result("SFT", seed, 0.5 + seed / 28, 0.5 + (seed - 1) / 14))
         put(out, f"tiny-{seed}/rl", result("RL", seed, 0.75 + seed / 28, 0.5, 0.1, shift=0.25), (0.25, 0.5, 1.0))
     put(out, "tiny-llama-0/base", result("base", 0, 0.25, 0.5))
-    (out / "report.jsonl").write_text(json.dumps({"command": "THE COMMAND", "seconds": 90}) + "\n")
+    (out / "report.jsonl").write_text(json.dumps({"command": "THE COMMAND", "commit": "abc1234", "seconds": 90}) + "\n")
     arms = {model: (paper.BASE, paper.SFT, paper.RL, *paper.CONTROLS) for model in ("tiny", "tiny-llama")}
     path = paper_report.write("report", out, arms, [0, 1, 2], {"tiny-0/rl-exact-judge": "exit code 1; log\n  more"})
     return path.read_text(), out
@@ -427,7 +427,8 @@ def test_published_figures_stand_apart(report):
 def test_partial_results_failures_and_origin_are_told(report):
     text, out = report
     assert "failed: tiny-0/rl-exact-judge: exit code 1; log\n" in text and "`THE COMMAND`" in text
-    assert "1.5 minutes in 1 session(s)" in text and "What a toy cannot show" in text and "PyTorch" in text
+    assert "1.5 minutes in 1 session(s)" in text and "at commit abc1234," in text
+    assert "What a toy cannot show" in text and "PyTorch" in text
     assert "base (1)" in section(text, "tiny-llama")
     for name in ("arms", "tiny-training", "tiny-categories", "tiny-entropies"):
         assert (out / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -572,6 +573,7 @@ def test_the_whole_command_runs_resumes_and_reports(tmp_path, monkeypatch, capfd
     assert (work / "out" / "tiny-0" / "rl-exact-judge" / "log.txt").exists()
     paper.main(command)
     assert (work / "ran.txt").read_text().splitlines() == ran
+    assert (work / "out" / "report.md").read_text() == text, "how it was made has not changed"
     (work / "train_rl.py").write_text("raise SystemExit('no luck')")
     with pytest.raises(SystemExit):
         paper.main([*command, "--ablations"])
