@@ -230,7 +230,7 @@ def test_weights_do_not_depend_on_the_number_of_threads_which_are_given_back():
 
         torch.set_num_threads(threads)
         try:
-            build.train(model, loss, build.in_batches(items, 3), "a test")
+            build.train(model, loss, build.in_batches(items, 3), "a test", muon_lr=0.01)
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
@@ -246,7 +246,6 @@ def test_a_step_follows_the_mean_gradient_of_the_halves(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Muon", descent)
     monkeypatch.setattr(torch.optim, "AdamW", descent)
-    monkeypatch.setattr(build, "MUON_LR", 0.25)
     monkeypatch.setattr(build, "ADAM_LR", 0.25)
     monkeypatch.setattr(build, "WARMUP_SHARE", 0.0)
     model = build.random_decoder(build.REWARD_SHAPE | {"vocab_size": 8}, 0)
@@ -256,7 +255,7 @@ def test_a_step_follows_the_mean_gradient_of_the_halves(monkeypatch):
     def loss(half: list[float]) -> torch.Tensor:
         return sum(slope * parameter.sum() for slope in half for parameter in model.parameters())
 
-    build.train(model, loss, [list(slopes)], "a test")
+    build.train(model, loss, [list(slopes)], "a test", muon_lr=0.25)
     for parameter, start in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, start - 0.25 * 2e-3, rtol=0, atol=1e-7)
 
