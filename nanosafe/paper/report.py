@@ -211,12 +211,13 @@ def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
 
 def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:
     """A sentence for every difference whose interval over seeds excludes zero, one for all the others."""
-    lines, open_ones = [], []
+    lines, open_ones, has_interval = [], [], False
     for a, b in comparisons(runs):
         for metric in metrics:
             delta = change(runs, a, b, metric)
             if delta is None:
                 continue
+            has_interval = has_interval or delta.low is not None
             if delta.excludes_zero:
                 lines.append(f"- {b} − {a}, {label(metric)}: {delta:+z.3f}")
             else:
@@ -224,6 +225,8 @@ def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:
     count = len(lines) + len(open_ones)
     if not count:
         return ["- There is nothing to compare yet."]
+    if not has_interval:
+        return ["- There is one seed: by one, no difference can be told apart from another training's."]
     if open_ones:
         lines.append(f"- Not told apart from zero: {'; '.join(open_ones)}.")
     lines.append(f"- These are {count} differences, not corrected for their number: by chance, one "
