@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         kind = "tuning" if args.tune else "ablations"
     out, failed = Path(args.out), {}
     lock, sessions = hold(out), out / f"{kind}.jsonl"
+    commit = paper_report.commit()  # Now: who works on the files while jobs run may commit.
     only_report = sessions.exists() and all(job.is_done(out) for job in jobs.values())
     try:
         failed = run_jobs(list(jobs.values()), out, workers)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         if not only_report:  # Written anew, a report says how its numbers came about, which has not changed.
             command = shlex.join(["python", "-m", "nanosafe.paper",
                                   *(sys.argv[1:] if argv is None else argv)])
-            session = {"command": command, "commit": paper_report.commit(), "began": began,
+            session = {"command": command, "commit": commit, "began": began,
                        "seconds": time.time() - began}
             with open(sessions, "a") as file:
                 file.write(json.dumps(session) + "\n")

@@ -314,7 +314,7 @@ def tuning(runs: Runs) -> list[str]:
 
 def provenance(sessions: Path, seeds: Sequence[int], failed: Mapping[str, str]) -> list[str]:
     rows = read_rows(sessions)
-    commits = dict.fromkeys(row["commit"] for row in rows)
+    commits = dict.fromkeys(row.get("commit", "not known") for row in rows)
     minutes = sum(row["seconds"] for row in rows) / 60
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = list(dict.fromkeys(f"- `{row['command']}`" for row in rows))
