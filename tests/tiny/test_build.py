@@ -230,7 +230,7 @@ def test_weights_do_not_depend_on_the_number_of_threads_which_are_given_back():
 
         torch.set_num_threads(threads)
         try:
-            build.train(model, loss, build.in_batches(items, 3), "a test", muon_lr=0.01)
+            build.train(model, loss, build.in_batches(items, 3), "a test")
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
@@ -239,25 +239,32 @@ def test_weights_do_not_depend_on_the_number_of_threads_which_are_given_back():
     assert torch.equal(*grown)
 
 
-def test_a_step_follows_the_mean_gradient_of_the_halves(monkeypatch):
-    """Where every update is a small step of plain descent, the weights move by it."""
+@pytest.mark.parametrize("shape", [build.REWARD_SHAPE, build.FAMILIES["tiny-granite"].shape], ids=["llama", "granite"])
+def test_a_step_follows_the_mean_gradient_of_the_halves(shape, monkeypatch):
+    """Where every update is a small step of plain descent, the weights move by it: matrices, also those of the experts,
+    by Muon's rate, all others by AdamW's."""
     def descent(parameters, **_):
+        assert all(parameter.is_leaf for parameter in parameters)
         return torch.optim.SGD(parameters)
 
     monkeypatch.setattr(torch.optim, "Muon", descent)
     monkeypatch.setattr(torch.optim, "AdamW", descent)
-    monkeypatch.setattr(build, "ADAM_LR", 0.25)
+    monkeypatch.setattr(build, "MUON_LR", 0.25)
+    monkeypatch.setattr(build, "ADAM_LR", 0.5)
     monkeypatch.setattr(build, "WARMUP_SHARE", 0.0)
-    model = build.random_decoder(build.REWARD_SHAPE | {"vocab_size": 8}, 0)
+    model = build.random_decoder(shape | {"vocab_size": 8}, 0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    slopes = (1e-3, 3e-3)  # small enough that nothing is clipped
+    slopes = (1e-4, 3e-4)  # small enough that nothing is clipped
 
     def loss(half: list[float]) -> torch.Tensor:
         return sum(slope * parameter.sum() for slope in half for parameter in model.parameters())
 
-    build.train(model, loss, [list(slopes)], "a test", muon_lr=0.25)
-    for parameter, start in zip(model.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter, start - 0.25 * 2e-3, rtol=0, atol=1e-7)
+    build.train(model, loss, [list(slopes)], "a test")
+    for (name, parameter), start in zip(model.named_parameters(), before, strict=True):
+        expert = re.search(r"block_sparse_moe\.(input|output)_linear\.weight$", name)
+        matrix = re.search(r"layers\.\d+\..*(proj|router\.layer|shared_mlp\..*)\.weight$", name)
+        rate = 0.25 if expert or matrix else 0.5
+        torch.testing.assert_close(parameter, start - rate * 2e-4, rtol=0, atol=1e-7, msg=name)
 
 
 def test_one_of_two_ranks_builds_the_reward_model(tmp_path):
