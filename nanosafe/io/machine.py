@@ -12,10 +12,6 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # of
 # then it sleeps. libgomp's own 300,000 (8 ms) suit a machine that does nothing else: where another process holds the
 # core of one thread, the others wait awake through its turns, and keep it from theirs, at every single product.
 SPINS = 2000
-# How many compiled matrix products oneDNN keeps on a CPU, and PyTorch above it for each thread. Each is for one shape,
-# and texts of all lengths never stop bringing new ones. With the libraries' own 1,024 a growth of the tiny world came to
-# 1.7 GB, with these to 0.8, in the same time.
-KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 # The two layouts of cgroups, by the controllers that /proc/self/cgroup names: where they are mounted,
 # the files of limit and use, and the line of memory.stat that counts files the kernel can drop.
 LAYOUTS = {
@@ -33,8 +29,6 @@ def prepare_torch() -> None:
     # To wait by another policy than to change the number of threads: on that, the order of sums may depend.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    for name, count in KEPT_PRODUCTS.items():
-        os.environ.setdefault(name, count)
 
 
 def thread_settings() -> str:
