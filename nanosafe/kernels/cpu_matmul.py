@@ -6,6 +6,7 @@ multiplies by weights that were packed into blocks beforehand, at nearly the who
 functions in torch are private, so they are tried once; wherever they do not pay, this is `F.linear` and `torch.mm`.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**21  # multiplications; below, a call into oneDNN costs more than it saves
+ROWS = 64  # of whose multiples products have as many rows, if they have more: see `filled_up`
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -28,26 +30,26 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., in] @ weight.T + bias -> [..., out], for weight [out, in], which may be packed."""
     if weight.is_mkldnn:
-        return onednn_linear(x, weight, bias)
+        return filled_linear(x, weight, bias)
     if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else filled_linear(x, weight, bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias)
+        return filled_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad_rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)  # [N, out], [N, in]
+        grad_rows, x_rows = filled_up(grad), filled_up(x)  # [N, out], [N, in]
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = onednn_linear(grad, weight.T)
+            grad_x = onednn_linear(grad_rows, weight.T).flatten()[: x.numel()].view(x.shape)
         if ctx.needs_input_grad[1]:
             # oneDNN is faster with the narrower of the two factors as the left one.
             if grad_rows.shape[1] <= x_rows.shape[1]:
@@ -55,8 +57,28 @@ class _OneDnnLinear(torch.autograd.Function):
             else:
                 grad_weight = onednn_linear(x_rows.T, grad_rows.T).T
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_rows.sum(0)
+            grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, grad_weight, grad_bias
+
+
+def filled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`onednn_linear` of rows that are filled up."""
+    if x.numel() <= ROWS * x.shape[-1]:
+        return onednn_linear(x, weight, bias)
+    y = onednn_linear(filled_up(x), weight, bias)
+    shape = *x.shape[:-1], y.shape[-1]
+    return y.flatten()[: math.prod(shape)].view(shape)
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """x [..., in] as rows [N, in], with rows of zeros up to a multiple of ROWS where N is above ROWS.
+
+    oneDNN compiles a product for each number of rows that it meets, in about a millisecond, and keeps it, in half a
+    megabyte. Packed texts have another number of tokens nearly every time; filled up, most of them share products.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    spare = -len(rows) % ROWS
+    return F.pad(rows, (0, 0, 0, spare)) if spare and len(rows) > ROWS else rows
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -64,6 +64,27 @@ def test_linear_and_its_gradients_equal_float64(rows, inputs, outputs, bias, for
         assert torch.equal(products.linear(x, weight, offset if bias else None), results[0][0])
 
 
+def test_numbers_of_rows_share_products(forced, monkeypatch):
+    """oneDNN compiles a product for each shape of its factors: 65 to 128 rows need one each for the result and for both
+    gradients. Fewer rows, as sampling has them, are computed as they are."""
+    factors, real = set(), products.onednn_linear
+
+    def record(x, weight, bias=None):
+        factors.add((*x.shape, *weight.shape))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(products, "onednn_linear", record)
+    weight = random(5, 8).requires_grad_()
+    for rows in (65, 100, 127, 128):
+        x = random(rows, 8).requires_grad_()
+        products.linear(x, weight).sum().backward()
+        assert x.grad.shape == (rows, 8)
+    assert factors == {(128, 8, 5, 8), (128, 5, 8, 5), (5, 128, 8, 128)}
+    factors.clear()
+    products.linear(random(63, 8), weight.detach())
+    assert factors == {(63, 8, 5, 8)}
+
+
 def test_a_gradient_nobody_wants_is_not_computed(forced):
     x, weight = random(30, 8).requires_grad_(), random(6, 8)
     products.linear(x, weight).sum().backward()
@@ -102,8 +123,8 @@ def test_the_head_equals_float64(forced):
         leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
         logprobs, entropies = token_logprob_entropy(*leaves, targets, columns=70)
         results.append([logprobs, entropies, *torch.autograd.grad((logprobs + 0.3 * entropies).sum(), leaves)])
-    # The logits of both tiles, and in backward before the hidden states' gradient once more.
-    assert forced == [(210, 70), (210, 30), (210, 70), (210, 24), (210, 30), (210, 24)]
+    # The logits of both tiles, and in backward before the hidden states' gradient once more; 210 rows filled up to 256.
+    assert forced == [(256, 70), (256, 30), (256, 70), (256, 24), (256, 30), (256, 24)]
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
 
