@@ -18,6 +18,7 @@ import torch
 from nanosafe.evals.diagnostics import same_order
 from nanosafe.evals.results import POOLED, SUBJECTS, Metric, Result, check_comparable, estimate, headlines, read_result
 from nanosafe.evals.scores import summarize
+from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import label, markdown, sections, show
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
@@ -204,9 +205,16 @@ def levels(runs: Runs, titled: Mapping[str, Sequence[Metric]],
     rows = []
     for metric in metrics:
         spec = "z.1f" if metric.name == "count_per_1000_tokens" else "z.3f"
-        rows.append([label(metric), *(show(level(runs, arm, metric), spec) for arm in runs)])
+        rows.append([label(metric), *(cell(level(runs, arm, metric), spec) for arm in runs)])
     header = ["", *(f"{arm} ({len(by_seed)})" for arm, by_seed in runs.items())]
     return markdown(header, rows)
+
+
+def cell(value: Estimate | None, spec: str = "z.3f") -> str:
+    """`show` where the number of runs is in the heading: a single one is not said in every cell again."""
+    if value is not None and value.low is None:
+        return format(value.mean, spec)
+    return show(value, spec)
 
 
 def facts(runs: Runs, metrics: Sequence[Metric]) -> list[str]:
@@ -260,7 +268,7 @@ def reward_table(runs: Runs, safety: Metric) -> list[str]:
             over_known(areas),
             over_known(gaps),
         ]
-        rows.append([arm, *map(show, cells)])
+        rows.append([arm, *map(cell, cells)])
     if not rows:
         return []
     return ["", REWARD_NOTE.format(benchmark=safety.benchmark), "", *markdown(header, rows)]

@@ -571,6 +571,7 @@ def test_the_whole_command_runs_resumes_and_reports(tmp_path, monkeypatch, capfd
     assert "`python -m nanosafe.paper --model tiny --seeds 1 --jobs 4 --out out`" in text
     assert "RL, exact judge (1)" in text
     assert "There is one seed" in text and "Not told apart" not in text
+    assert "(one run)" not in section(text, "tiny")  # the heading says it
     assert (work / "out" / "tiny-0" / "rl-exact-judge" / "log.txt").exists()
     paper.main(command)
     assert (work / "ran.txt").read_text().splitlines() == ran
