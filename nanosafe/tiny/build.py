@@ -180,7 +180,7 @@ def _build_policy(name: str, seed: int, work: Path) -> Path:
     raw |= {"nanosafe_world": family.style, "nanosafe_seed": seed}
     model = random_decoder(raw, seed)
     print(f"building {name}: a base policy, once (minutes on two cores: tiny 1.5, tiny-llama 3, "
-          f"tiny-granite 3.5), kept in {work.parent}", file=sys.stderr)
+          f"tiny-granite 3), kept in {work.parent}", file=sys.stderr)
     documents: list[Document] = []
     for row in progress(corpus, "tokenising"):
         documents += sft_documents(as_row(row, name), tokenizer, MAX_TOKENS)[0]
