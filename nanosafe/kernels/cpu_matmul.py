@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., in] @ weight.T + bias -> [..., out], for weight [out, in], which may be packed."""
     if weight.is_mkldnn:
-        return filled_linear(x, weight, bias)
+        return onednn_linear(x, weight, bias)
     if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else filled_linear(x, weight, bias)
@@ -74,7 +74,8 @@ def filled_up(x: Tensor) -> Tensor:
     """x [..., in] as rows [N, in], with rows of zeros up to a multiple of ROWS where N is above ROWS.
 
     oneDNN compiles a product for each number of rows that it meets, in about a millisecond, and keeps it, in half a
-    megabyte. Packed texts have another number of tokens nearly every time; filled up, most of them share products.
+    megabyte. Packed texts have another number of tokens nearly every time; filled up, most of them share products. Not
+    so with packed weights: a prefill was slower by what the copy of its rows takes.
     """
     rows = x.reshape(-1, x.shape[-1])
     spare = -len(rows) % ROWS
