@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., in] @ weight.T + bias -> [..., out], for weight [out, in], which may be packed."""
     if weight.is_mkldnn:
-        return onednn_linear(x, weight, bias)
+        return onednn_linear(x, weight, bias)  # not filled up: a prefill would lose more by the copy of its rows
     if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else filled_linear(x, weight, bias)
@@ -49,7 +49,7 @@ class _OneDnnLinear(torch.autograd.Function):
         grad_rows, x_rows = filled_up(grad), filled_up(x)  # [N, out], [N, in]
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = onednn_linear(grad_rows, weight.T).flatten()[: x.numel()].view(x.shape)
+            grad_x = without_filling(onednn_linear(grad_rows, weight.T), x)
         if ctx.needs_input_grad[1]:
             # oneDNN is faster with the narrower of the two factors as the left one.
             if grad_rows.shape[1] <= x_rows.shape[1]:
@@ -63,9 +63,11 @@ class _OneDnnLinear(torch.autograd.Function):
 
 def filled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`onednn_linear` of rows that are filled up."""
-    if x.numel() <= ROWS * x.shape[-1]:
-        return onednn_linear(x, weight, bias)
-    y = onednn_linear(filled_up(x), weight, bias)
+    return without_filling(onednn_linear(filled_up(x), weight, bias), x)
+
+
+def without_filling(y: Tensor, x: Tensor) -> Tensor:
+    """The rows of y [N', out] that come from x [..., in] and not from filling it up -> [..., out]."""
     shape = *x.shape[:-1], y.shape[-1]
     return y.flatten()[: math.prod(shape)].view(shape)
 
@@ -74,8 +76,7 @@ def filled_up(x: Tensor) -> Tensor:
     """x [..., in] as rows [N, in], with rows of zeros up to a multiple of ROWS where N is above ROWS.
 
     oneDNN compiles a product for each number of rows that it meets, in about a millisecond, and keeps it, in half a
-    megabyte. Packed texts have another number of tokens nearly every time; filled up, most of them share products. Not
-    so with packed weights: a prefill was slower by what the copy of its rows takes.
+    megabyte. Packed texts have another number of tokens nearly every time; filled up, most of them share products.
     """
     rows = x.reshape(-1, x.shape[-1])
     spare = -len(rows) % ROWS
