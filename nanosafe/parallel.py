@@ -25,6 +25,7 @@ from nanosafe.io.parent import end_with_parent
 
 TIMEOUT = timedelta(hours=2)  # of an exchange: longer than any rank waits for another's rollout
 OBJECT_TIMEOUT = timedelta(days=1)  # for what only rank 0 does and everyone needs, such as a download
+OLDEST_GPU = (8, 0)  # compute capability: Triton and attention over packed documents want it, and bfloat16
 
 
 class Ranks:
@@ -118,16 +119,29 @@ class Ranks:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device cpu or cuda, or for None the better one that is there; plain cuda is the GPU of this local rank."""
+    """The device cpu or cuda, or for None the better one that is there; plain cuda is the GPU of this local rank.
+
+    Raises ValueError for one that is not there, or whose kernels could not be compiled.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise ValueError(f"--device {name}: it must be cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is visible to PyTorch; use --device cpu")
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise ValueError(f"there is no {device}, for PyTorch sees {count} GPU{'s' * (count > 1)} here (cuda:0 is the "
+                         "first): start at most one process for each, torchrun --nproc_per_node")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_GPU:
+        raise ValueError(f"{device} is a {torch.cuda.get_device_name(device)} of compute capability {major}.{minor}, "
+                         "without bfloat16, and the kernels want 8.0 (A100, RTX 30) or newer: use --device cpu, or "
+                         "hide it from PyTorch by CUDA_VISIBLE_DEVICES")
+    return device
 
 
 def join_group(device: torch.device, **options) -> None:

@@ -22,7 +22,7 @@ from nanosafe.model.attention import KVCache, PackedDocuments
 from nanosafe.model.decode import joined
 from nanosafe.model.weights import StoredTensors, save_tensors
 from nanosafe.names import load_model
-from nanosafe.parallel import Ranks, join_group, shard, unsharded
+from nanosafe.parallel import Ranks, choose_device, join_group, shard, unsharded
 from nanosafe.sampler.generation import generate
 from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document
@@ -272,13 +272,35 @@ def test_a_model_without_a_multiplier_multiplies_nothing(tmp_path):
 
 
 @only_pretended
-def test_on_blackwell_experts_train_one_by_one(monkeypatch):
-    """Its grouped product gives experts without a token a gradient."""
+@pytest.mark.parametrize("capability, samples, trains", [
+    ((8, 0), False, False),
+    ((9, 0), True, True),
+    ((10, 0), True, False),  # It gives experts without a token a gradient.
+    ((12, 0), False, False),  # It reads the experts' numbers of rows on the host.
+])  # fmt: skip
+def test_where_one_product_is_of_all_experts(capability, samples, trains, monkeypatch):
     with pretending():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         weight = torch.zeros(2, 4, 4, device=DEVICE, dtype=torch.bfloat16)
-        assert granite.grouped_kernel_works(weight, training=False)
-        assert not granite.grouped_kernel_works(weight, training=True)
+        assert granite.grouped_kernel_works(weight, training=False) == samples
+        assert granite.grouped_kernel_works(weight, training=True) == trains
+
+
+@only_pretended
+@pytest.mark.parametrize("device, capability, problem", [
+    (None, (7, 5), "a Tesla T4 of compute capability 7.5.* use --device cpu"),
+    ("cuda:0", (7, 0), "capability 7.0"),
+    ("cuda:1", (9, 0), "no cuda:1, for PyTorch sees 1 GPU here"),
+    ("cuda", (9, 0), "no cuda:3, .* --nproc_per_node"),  # of the fourth process on this node
+])  # fmt: skip
+def test_a_gpu_that_is_missing_or_too_old_is_refused(device, capability, problem, monkeypatch):
+    with pretending():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        monkeypatch.setenv("LOCAL_RANK", "3" if device == "cuda" else "0")
+        with pytest.raises(ValueError, match=problem):
+            choose_device(device)
+        assert choose_device("cpu").type == "cpu"
 
 
 @only_pretended

@@ -151,12 +151,13 @@ class MixtureOfExperts(nn.Module):
 def grouped_kernel_works(weight: Tensor, *, training: bool) -> bool:
     """Whether PyTorch has one kernel for all experts; without it their numbers of rows are read on the host.
 
-    On Blackwell it has, but gives experts without a token a gradient that is not zero (pytorch issue 172439).
+    It has for 9.x, Hopper, and 10.x, Blackwell, but on the latter gives experts without a token a gradient that is not
+    zero (pytorch issue 172439). For all others, 12.x too, the same function reads their numbers on the host.
     """
     if not weight.is_cuda or weight.dtype != torch.bfloat16:
         return False
     generation = torch.cuda.get_device_capability(weight.device)[0]
-    return generation == 9 or generation > 9 and not training
+    return generation == 9 or generation == 10 and not training
 
 
 def groups_on_host(model: nn.Module) -> bool:

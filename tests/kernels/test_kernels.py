@@ -88,7 +88,8 @@ def test_decode_kernels_compile_for_sm_90(compiled, dtype):
     for attend in compiled[:2]:
         assert "cp.async" in attend.asm["ptx"]  # the next tiles are read while one is used
         assert ("mma.sync" in attend.asm["ptx"]) == (dtype == torch.bfloat16)  # tensor cores
-        assert 3 * attend.metadata.shared <= 227 * 1024  # bytes of a processor: three programs fit
+        # Bytes of a processor: three programs fit. One fits the 99 KiB of small cards, from RTX 30 to 50.
+        assert 3 * attend.metadata.shared <= 227 * 1024
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
