@@ -12,7 +12,6 @@ for the true shape of granite-4.0-tiny. The last line is one JSON object.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nanosafe.io.machine import cpu_name
 from nanosafe.model.attention import KVCache, PagedDecode, SlotDecode  # noqa: E402
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.granite import make_decoder  # noqa: E402
@@ -121,7 +121,7 @@ def main() -> None:
     true = ModelConfig.from_dict(SHAPES["granite-4.0-tiny"])
     attention = replace(true, hybrid=replace(true.hybrid, layer_types=("attention",) * true.num_hidden_layers))
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(), "dtype": str(dtype), **vars(args), "models": {},
         "true_shape_mb": {"granite-4.0-tiny": memory_of(true, torch.bfloat16),
                           "all attention": memory_of(attention, torch.bfloat16)},

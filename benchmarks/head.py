@@ -24,7 +24,6 @@ run here is left out, with the reason. The last line is one JSON object.
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanosafe import token_logprob_entropy
+from nanosafe.io.machine import cpu_name
 from nanosafe.kernels.logprob import tile_columns
 
 SIDES = ("nanosafe", "chunked", "full", "compiled", "torch_ce", "liger", "products")
@@ -195,7 +195,7 @@ def main() -> None:
     half = case.weight.dtype != torch.float32
     logits = args.tokens * case.columns * (4 if args.device == "cuda" else case.weight.itemsize)
     bound = logits + case.hidden.nbytes + case.weight.nbytes + (4 * case.hidden.numel() if half else 0)
-    cpu = platform.processor() or platform.machine()
+    cpu = cpu_name()
     result = {"benchmark": "head", "device": args.device, "dtype": args.dtype, "N": args.tokens, "D": args.dim,
               "V": args.vocab, "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
               "threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": args.repeats,

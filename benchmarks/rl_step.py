@@ -25,7 +25,6 @@ Peak memory is that of the whole process (VmHWM; Linux).
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ import tokenizers
 import torch
 
 from nanosafe import load_model, save_model
+from nanosafe.io.machine import cpu_name
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 
@@ -218,7 +218,7 @@ def main() -> None:
         assert result["tokens"] == [tokens] * (1 + args.steps), f"{result['tokens']} tokens, not {tokens} in every step"
     print(f"{parameters / 1e6:.1f}M parameters, {args.dtype}; in every step of both, {args.rollouts} prompts of "
           f"{len(prompts[0])} tokens and {tokens} tokens of responses")
-    summary = {"benchmark": "rl_step", "machine": platform.processor() or platform.machine(),
+    summary = {"benchmark": "rl_step", "machine": cpu_name(),
                "threads": torch.get_num_threads(), **versions, "parameters": parameters, "dtype": args.dtype,
                "rollouts": args.rollouts, "prompt_tokens": len(prompts[0]), "new_tokens": args.new_tokens,
                "response_tokens": tokens, "stored": args.stored, "steps": args.rounds * args.steps}

@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import re
 import statistics
@@ -40,6 +39,7 @@ from pathlib import Path
 import torch
 
 from nanosafe import SamplingParams, generate, load_model, save_model
+from nanosafe.io.machine import cpu_name
 from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
@@ -284,7 +284,7 @@ def main() -> None:
     model = models["nanosafe"]
     weights, bandwidth = step_bytes(model, 0, 0), read_gb_per_s(device)
     result = {"benchmark": "sampler", "shape": args.shape, "dtype": args.dtype, "device": args.device,
-              "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+              "machine": cpu_name(), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "transformers": transformers.__version__, "weight_bytes": weights,
               "read_gb_per_s": round(bandwidth, 1), "repeats": args.repeats}
     if device.type == "cuda":

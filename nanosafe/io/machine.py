@@ -4,6 +4,8 @@ And what it tells PyTorch by the environment.
 """
 
 import os
+import platform
+import re
 from pathlib import Path
 
 MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
@@ -39,6 +41,18 @@ def thread_settings() -> str:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The machine's processor, with what tells its generations apart: virtual machines name all of them alike."""
+    found = []
+    for field in ("model name", "cpu family", "model"):  # as Linux has them of x86-64
+        found.append(re.findall(rf"^{field}\s*:\s*(.*\S)", "\n".join(_lines(root / "proc/cpuinfo")), re.M))
+    names, families, models = found
+    if not names:
+        return platform.processor() or platform.machine()
+    generation = f" (family {families[0]}, model {models[0]})" if families and models else ""
+    return f"{len(names)} cores of {names[0]}{generation}"
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:

@@ -6,7 +6,6 @@ seed, and of the settings that are tried: these are over questions (would other 
 """
 
 import platform
-import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from nanosafe.evals.statistics import Estimate
 from nanosafe.evals.tables import label, markdown, sections, show
 from nanosafe.evals.tiny_suite import tiny_suite
 from nanosafe.io.files import write_atomic
+from nanosafe.io.machine import cpu_name
 from nanosafe.names import tiny_seed
 from nanosafe.paper.findings import ENTROPY, NOTE, findings
 from nanosafe.paper.pictures import arms_picture, categories_picture, entropies_picture, training_picture
@@ -341,11 +341,3 @@ def commit() -> str:
     """Of this code, "-dirty" where files differ from it."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "not known"
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.*\S)", path.read_text() if path.exists() else "", re.M)
-    if names:
-        return f"{len(names)} cores of {names[0]}"
-    return platform.processor() or platform.machine()

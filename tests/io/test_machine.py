@@ -1,12 +1,13 @@
 """Free memory, against /proc and cgroup files written by hand; what PyTorch finds in the environment."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nanosafe.io.machine import host_memory
+from nanosafe.io.machine import cpu_name, host_memory
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -37,6 +38,13 @@ def write(root: Path, files: dict[str, str | int]) -> Path:
 ])  # fmt: skip
 def test_free_memory_is_what_the_kernel_gives_within_the_limits_of_the_cgroups(cgroups, total, free, tmp_path):
     assert host_memory(write(tmp_path, KERNEL | cgroups)) == (total * GIB, free * GIB)
+
+
+def test_a_processor_is_named_with_its_generation(tmp_path):
+    core = "processor : {}\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    info = write(tmp_path, {"proc/cpuinfo": core.format(0) + "\n" + core.format(1)})
+    assert cpu_name(info) == "2 cores of AMD EPYC (family 25, model 17)"
+    assert cpu_name(tmp_path / "elsewhere") in (platform.processor(), platform.machine())
 
 
 def test_without_proc_all_memory_counts(tmp_path):
