@@ -1,9 +1,9 @@
 """A view of a model for sampling on a CPU: fewer, wider products by packed weights.
 
 A decode step reads every weight once for a handful of rows. From a plain row-major matrix a CPU reaches only half of
-its memory bandwidth doing so, from a packed one (kernels/cpu_matmul.py) three quarters. Packing costs a second copy of the
-weights and about as much time as a few decode steps. Matrices that multiply the same input are joined on the way, for
-in a small model every operation costs as much as what it computes. LoRA's adapters are merged into the copies.
+its memory bandwidth doing so, from a packed one (kernels/cpu_matmul.py) three quarters. Packing costs a second copy of
+the weights and about as much time as a few decode steps. Matrices that multiply the same input are joined on the way,
+for in a small model every operation costs as much as what it computes. LoRA's adapters are merged into the copies.
 """
 
 import copy
