@@ -160,7 +160,7 @@ def tests(stage: Stage) -> None:
         command += [str(files[-1]), "-k", "refuses or nccl"]
     else:
         command += ["-n", "8", *map(str, files)]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"NANOSAFE_TEST_GPU": "1", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, file=sys.stderr)
     lines = done.stdout.splitlines()

@@ -1,6 +1,6 @@
 """What runs only on CUDA: decoding by graphs, products and attention in bfloat16, training.
 
-On a GPU where there is one, else on a pretended device.
+With NANOSAFE_TEST_GPU=1 on the GPU, where there is one; else on a pretended device.
 """
 
 from contextlib import nullcontext

@@ -127,3 +127,9 @@ def test_lines_are_not_dense():
     assert 100 * comprehensions <= 4.5 * len(lines), 100 * comprehensions / len(lines)
     wide = sum(len(line) > 100 for line in lines)
     assert wide <= 0.06 * len(lines), wide / len(lines)
+
+
+def test_only_tests_in_a_process_of_their_own_compile():
+    """Where torch's CUDA build has compiled a function, no fork can do a backward pass, and many tests fork."""
+    compiling = [file.name for file in (ROOT / "tests").rglob("*.py") if "torch." + "compile(" in file.read_text()]
+    assert compiling == ["compiled_functions.py"]

@@ -251,6 +251,8 @@ def pretending():
         (scan, "compiled", lambda function: function),
         (compiled, "compiled", lambda function: function),
         (split_adam, "triton_update", kernel(split_adam.plain_update)),
+        # What torch's CUDA builds would ask, and CPU builds do not.
+        (torch.accelerator, "current_accelerator", lambda check_available=False: None),
         # Even where it is missing.
         *((module, "triton", object()) for module in (decode, draw, head, scan, split_adam, engine)),
         (memory, "causal_lower_right", causal_lower_right),

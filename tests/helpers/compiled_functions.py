@@ -1,15 +1,25 @@
-"""The functions that CUDA compiles in training: when they are, how often, and that compiling rounds as before."""
+"""What CUDA compiles in training: when it is compiled, how often, and that compiled code computes what plain code does.
+
+Run by tests/kernels/test_kernels.py.
+"""
 
 import shutil
 
 import pytest
 import torch
 from pretend_cuda import DEVICE, pretending
+from test_decoder import LENGTHS, random_documents
+from tiny_models import tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from nanosafe.kernels import compiled
+from nanosafe.kernels.scan import within
+from nanosafe.model import decoder
+from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.decoder import add_norm, rotate, swiglu
+from nanosafe.model.granite import make_decoder
+from nanosafe.model.recompute import RECOMPUTE
 
 FUNCTIONS = {"rotate": rotate, "swiglu": swiglu, "add_norm": add_norm}
 WEIGHT = torch.nn.Parameter(torch.linspace(-2, 2, 48).bfloat16())
@@ -85,3 +95,37 @@ def test_only_training_on_cuda_compiles(monkeypatch):
     with torch.enable_grad():
         swiglu(torch.ones(5, 4), torch.ones(5, 4))
     assert made == [swiglu.__wrapped__]
+
+
+def test_compiled_functions_are_recomputed_with_the_layer(monkeypatch):
+    """Selective recomputation sees no operation in them, and must get its gradients right all the same."""
+    for name, function in FUNCTIONS.items():
+        twin = torch.compile(function.__wrapped__, dynamic=True, backend="aot_eager")
+        monkeypatch.setattr(decoder, name, twin)
+    torch.manual_seed(0)
+    model, documents = make_decoder(tiny_config("qwen3")), random_documents()
+    packed = PackedDocuments(LENGTHS)
+    gradients = []
+    for recompute in RECOMPUTE:
+        model.recompute(recompute)
+        model.hidden(torch.cat(documents), packed.positions, packed).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    for found in gradients[1:]:
+        assert all(map(torch.equal, found, gradients[0]))
+
+
+def test_the_work_of_a_chunk_compiles_as_a_whole_for_any_shape():
+    """Traced as on CUDA, forward and backward; the compiler's own code generation is left out, which takes a minute."""
+    compiled = torch.compile(within, dynamic=True, fullgraph=True, backend="aot_eager")
+    for c, L, H, P, G, S in ((5, 16, 4, 8, 2, 4), (3, 7, 4, 8, 1, 6)):
+        torch.manual_seed(c)
+        given = [torch.randn(c, L, H, P), torch.rand(c, L, H), -3 * torch.rand(H), *torch.randn(2, c, L, G, S)]
+        found = []
+        for way in (within, compiled):
+            inputs = [tensor.clone().requires_grad_() for tensor in given]
+            outputs = way(*inputs)
+            sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs).backward()
+            found.append([*outputs, *(tensor.grad for tensor in inputs)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
