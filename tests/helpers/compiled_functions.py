@@ -1,6 +1,6 @@
 """What CUDA compiles in training: when it is compiled, how often, and that compiled code computes what plain code does.
 
-Run by tests/kernels/test_kernels.py.
+Run by tests/kernels/test_compiled.py.
 """
 
 import shutil

@@ -1,13 +1,12 @@
 """Runs the Triton kernels' tests in the interpreter (NANOSAFE_TEST_GPU=1: on the GPU), and compiles them for sm_90."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from own_process import ROOT, check_passes
 from test_paged_attention import paged_case
 from test_sample import settings
 
@@ -18,21 +17,13 @@ from nanosafe.kernels.row_product import Affine, Norm, Residual, triton_row_prod
 from nanosafe.kernels.sample_triton import triton_draw
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton; only their plain twins are tested")
-ROOT = Path(__file__).parents[2]
-HELPERS = ROOT / "tests" / "helpers"
+FILES = sorted((ROOT / "tests" / "helpers").glob("interpreted_*.py"))
 
 
-@pytest.mark.parametrize("file", [*sorted(HELPERS.glob("interpreted_*.py")), HELPERS / "compiled_functions.py"],
-                         ids=lambda file: file.stem)  # fmt: skip
-def test_kernels_on_the_gpu_or_interpreted_and_compiled_functions(file):
-    """Each file in a process of its own. Triton chooses its interpreter when it is imported; and where torch's CUDA
-    build has compiled a function, no fork can do a backward pass, which forks of other tests do."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(file)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(run.stdout, run.stderr)
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert run.returncode == 0 and passed, f"{file.name} failed or ran no test"
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_on_the_gpu_or_interpreted(file):
+    """In a process of its own, because Triton chooses its interpreter when it is imported."""
+    check_passes(file, TRITON_INTERPRET="0" if torch.cuda.is_available() else "1")
 
 
 class Hopper:
