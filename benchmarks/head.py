@@ -195,9 +195,8 @@ def main() -> None:
     half = case.weight.dtype != torch.float32
     logits = args.tokens * case.columns * (4 if args.device == "cuda" else case.weight.itemsize)
     bound = logits + case.hidden.nbytes + case.weight.nbytes + (4 * case.hidden.numel() if half else 0)
-    cpu = cpu_name()
     result = {"benchmark": "head", "device": args.device, "dtype": args.dtype, "N": args.tokens, "D": args.dim,
-              "V": args.vocab, "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+              "V": args.vocab, "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
               "threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": args.repeats,
               "columns": case.columns, "peak_bound_gb": round(bound / 1e9, 3), **rows}
     print(json.dumps(result))

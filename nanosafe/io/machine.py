@@ -5,7 +5,6 @@ And what it tells PyTorch by the environment.
 
 import os
 import platform
-import re
 from pathlib import Path
 
 MAIN_RANK = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the other ranks show no progress bars
@@ -45,14 +44,17 @@ def available_cores() -> int:
 
 def cpu_name(root: Path = Path("/")) -> str:
     """The machine's processor, with what tells its generations apart: virtual machines name all of them alike."""
-    found = []
-    for field in ("model name", "cpu family", "model"):  # as Linux has them of x86-64
-        found.append(re.findall(rf"^{field}\s*:\s*(.*\S)", "\n".join(_lines(root / "proc/cpuinfo")), re.M))
-    names, families, models = found
-    if not names:
+    cores, fields = 0, {}  # the fields of the last core
+    for line in _lines(root / "proc/cpuinfo"):
+        field, _, value = line.partition(":")
+        fields[field.strip()] = value.strip()
+        cores += field.strip() == "model name"
+    if not cores:
         return platform.processor() or platform.machine()
-    generation = f" (family {families[0]}, model {models[0]})" if families and models else ""
-    return f"{len(names)} cores of {names[0]}{generation}"
+    name = f"{cores} cores of {fields['model name']}"
+    if "cpu family" in fields:  # of x86-64
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
