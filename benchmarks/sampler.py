@@ -264,7 +264,7 @@ def main() -> None:
     import transformers
 
     sides = ["nanosafe", *args.caches]
-    peaks = {name: dict.fromkeys(sides, math.nan) for name in workloads}
+    peaks = {name: dict.fromkeys(sides, math.nan) for name in workloads}  # nan: not measured; None: it failed
     if device.type == "cuda":
         loaded = {"nanosafe": random_model(SHAPES[args.shape], device, dtype)}
         for kind in {KINDS.get(side, side) for side in args.caches}:
@@ -277,6 +277,8 @@ def main() -> None:
             save_model(random_model(SHAPES[args.shape], device, dtype), Path(folder))
             for name in workloads:
                 peaks[name] = {side: peak_gb(side, folder, name) for side in sides}
+                if args.vllm:
+                    peaks[name]["vllm"] = math.nan
             if args.vllm:
                 sides.append("vllm")
             loaded = {kind: load(kind, folder, device, dtype) for kind in {KINDS.get(side, side) for side in sides}}
@@ -290,7 +292,7 @@ def main() -> None:
     if device.type == "cuda":
         result["machine"] = torch.cuda.get_device_name(device)
     for name, (prompts, lengths) in workloads.items():
-        sides = [side for side in models if peaks[name].get(side, math.nan) is not None]
+        sides = [side for side, peak in peaks[name].items() if peak is not None]
         times: dict[tuple[str, bool], list[float]] = {(side, whole): [] for side in sides for whole in (False, True)}
         for repeat in range(args.repeats + 1):
             for (side, whole), measured in times.items():
@@ -313,7 +315,7 @@ def main() -> None:
                     rows[side]["decode_tokens_per_s"] = round(B / step_seconds(model, B, middle), 1)
                 limit = B * bandwidth * 1e9 / step_bytes(model, B, middle)
                 rows[side]["share_of_bandwidth_limit"] = round(rows[side]["decode_tokens_per_s"] / limit, 2)
-            if device.type == "cpu" and side in peaks[name]:
+            if not math.isnan(peaks[name][side]):
                 rows[side]["peak_gb"] = peaks[name][side]
             label = f"transformers {side}" if side in args.caches else side
             print(f"{name:9} {label:21}", ", ".join(f"{key} {value}" for key, value in rows[side].items()))
