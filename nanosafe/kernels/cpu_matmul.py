@@ -1,7 +1,7 @@
 """Matrix products on a CPU: everything that differs there from plain torch, behind the names of plain torch.
 
 MKL gives float32 products on processors of other makers than Intel its AVX2 code, even where they have AVX-512.
-oneDNN, which torch takes for bfloat16 anyway, does not look at the maker and is faster there: 1.15 times on AMD's Zen
+oneDNN, which torch takes for bfloat16 anyway, does not look at the maker and is faster there: 1.2 times on AMD's Zen
 4, twice on Zen 5. It also multiplies by weights that were packed into blocks beforehand, which it reads at three
 quarters of the memory's bandwidth. Its functions in torch are private, so they are tried once; wherever they do not
 pay, this is `F.linear` and `torch.mm`.
