@@ -117,7 +117,10 @@ def measured(folder: Path, ranks: Ranks) -> dict[str, int]:
     """Bytes of a rank's part, of its cache, the most while the part is made, and what is left."""
     policy = load_model(folder, dtype=torch.float32, ranks=ranks)
     with LiveBytes(policy.parameters()) as counted, sampling_model(policy, torch.float32, ranks, ranks.world) as model:
-        time.sleep(0.2)  # Gloo's threads let go of what they have exchanged a moment after it is over.
+        # On a busy machine Gloo's threads let go of what they have exchanged only some time after it is over.
+        weights, deadline = sum(parameter.nbytes for parameter in model.parameters()), time.monotonic() + 10
+        while counted.live > weights and time.monotonic() < deadline:
+            time.sleep(0.01)
         part, most = counted.live, counted.peak
         engine = Engine(model, max_tokens=64, requests=4, pack=False)
         cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
