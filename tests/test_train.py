@@ -169,6 +169,18 @@ def test_bf16_run_resumes_with_its_float32_masters(world, tmp_path):
     assert without_clock(rows_of(tmp_path / "whole")) == without_clock(rows_of(tmp_path / "broken"))
 
 
+def test_a_run_that_ran_out_of_memory_goes_on_with_flags_that_need_less(world, tmp_path):
+    _, writes = run_forked(train_rl, rl_args(world, tmp_path / "whole"))
+    run_forked(train_rl, rl_args(world, tmp_path / "broken"), kill_at=writes // 2)
+    assert list((tmp_path / "broken/checkpoints").glob("step-*")), "killed with something to resume"
+    less = ("--tokens-per-microbatch", "64", "--offload")
+    assert run_forked(train_rl, rl_args(world, tmp_path / "broken", *less))[0] == 0
+    a, b = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "broken"))
+    for name in a:  # The sums of smaller micro-batches are rounded otherwise.
+        assert torch.allclose(a[name], b[name], atol=1e-5), name
+    assert any(not torch.equal(a[name], b[name]) for name in a), "one micro-batch held all"
+
+
 def test_sigkill_and_sigterm_of_the_real_script(world, tmp_path):
     command = [sys.executable, "train_rl.py", *rl_args(world, tmp_path / "run", "--steps", "60")]
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}

@@ -33,9 +33,10 @@ from nanosafe.text.data import Row, digest_rows
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train.optim import Optimizer
 
-# Flags that may differ between a run and its continuation: none of them changes a computed number.
+# Flags that may differ between a run and its continuation: none of them changes what is computed but for rounding, and
+# whoever ran out of memory goes on with other ones.
 FREE_FLAGS = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "device", "recompute",
-              "save_adapter", "rollout_shards", "shard_frozen"}
+              "save_adapter", "rollout_shards", "shard_frozen", "offload", "tokens_per_microbatch"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SKIPPED_STEPS = 5  # steps in a row without an update, after which something is broken rather than unlucky
 # What may lie in a folder before its first run does (the lock, a job's files, a user's log), and in a run's own.
