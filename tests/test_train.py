@@ -26,10 +26,10 @@ import train_sft
 from nanosafe.names import load_model
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
-from nanosafe.text.data import sft_steps
+from nanosafe.text.data import Episode, Row, sft_steps
 from nanosafe.train import run_folder as checkpoint
 from nanosafe.train.flags import rl_flags
-from nanosafe.train.metrics import console_line
+from nanosafe.train.metrics import console_line, sample_rows
 from nanosafe.train.packing import partition
 from nanosafe.train.rewards import UNREAD
 from nanosafe.train.run_folder import RunFolder
@@ -575,6 +575,14 @@ def test_a_response_too_long_for_the_reward_model_is_left_out(world, tmp_path, m
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert ["too long for the reward model" in line for line in lines] == [True, True, False]
     assert "1 too long" in lines[0] and "all rewards equal" in lines[2]
+
+
+def test_samples_hold_no_number_that_json_lacks():
+    episode = Episode([1], [2], row=0, group=0, source=Row([], "row 1"), sampler_logprobs=[0.0], truncated=False,
+                      text="", reward=UNREAD, reward_parts={"rm": UNREAD, "rule:math": 1.0})  # fmt: skip
+    [row] = sample_rows([episode], 0)
+    assert row["reward"] is row["reward/rm"] is None and row["reward/rule:math"] == 1.0
+    json.dumps(row, allow_nan=False)
 
 
 def test_checkpoints_of_steps_that_update_nothing_push_out_no_other(world, tmp_path, monkeypatch):

@@ -178,13 +178,19 @@ class SideBySide(NamedGrader):
     def __call__(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Values]:
         first, *others = self.graders
         graded = first(questions, responses)
-        for grader in others:
-            # The model alone, of "owner/model@commit (how it judges)".
-            model = grader.name.split(" (")[0].split("@")[0].split("/")[-1]
+        for grader, label in zip(others, self.labels[1:], strict=True):
             for values, more in zip(graded, grader(questions, responses), strict=True):
                 for metric, value in more.items():
-                    values[f"{metric} ({model})"] = value
+                    values[f"{metric} ({label})"] = value
         return graded
+
+    @property
+    def labels(self) -> list[str]:
+        """The model alone, of "owner/model@commit (how it judges)" or "model at URL (...)", where that tells all the
+        graders apart; else what stands before the bracket."""
+        whole = [grader.name.split(" (")[0] for grader in self.graders]
+        models = [name.split(" at ")[0].split("@")[0].split("/")[-1] for name in whole]
+        return models if len(set(models)) == len(models) else whole
 
 
 def judge_graders(judge: Judge) -> dict[str, NamedGrader]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanosafe.io.files import digest
-from nanosafe.text.thoughts import REASONING_FIELDS, continue_thought
+from nanosafe.text.thoughts import REASONING_FIELDS, THINK, continue_thought
 from nanosafe.text.tokenizer import Tokenizer
 
 
@@ -150,6 +150,9 @@ def _sft_document(row: Row, turn: int, tokenizer: Tokenizer) -> Document:
         prompt_ids = tokenizer.encode_chat(row.messages[:turn], add_generation_prompt=True)
         if tokenizer.opens_thought(prompt_ids):
             text = continue_thought(text)
+        elif text.lstrip().startswith(THINK) and tokenizer.closes_thought(prompt_ids):
+            raise ValueError("the response has a thought, but the prompt ends with an empty one: leave out "
+                             "--thinking off, or train on responses without thoughts")
         # A rollout ends with the same token, so the model learns to end its turn.
         response_ids = tokenizer.encode(text) + [tokenizer.turn_end]
         tokenizer.check_embeddings(prompt_ids + response_ids)

@@ -15,7 +15,7 @@ from typing import Any
 from nanosafe.io.fields import CONFIG, EOS, check
 from nanosafe.io.files import read_file, read_optional_json, write_atomic
 from nanosafe.io.worker import Worker, WorkerError
-from nanosafe.text.thoughts import THINK
+from nanosafe.text.thoughts import END_THINK, THINK
 from nanosafe.text.tokenizer_files import (
     control_pattern,
     merge_small_files,
@@ -144,12 +144,22 @@ class Tokenizer:
 
     def think(self, on: bool) -> None:
         """Have a template that can do both ask for a thought, or not: Qwen3's (enable_thinking, which it does by
-        itself) and Granite's (thinking, which it does not). Others know neither variable."""
+        itself) and Granite's (thinking, which it does not). Others know neither variable.
+
+        Raises ValueError if it is not to and does all the same, as R1-Distill's.
+        """
         self.template_vars |= {"enable_thinking": on, "thinking": on}
+        if not on and self.opens_thought(self.encode_chat([{"role": "user", "content": "Hi"}],
+                                                          add_generation_prompt=True)):
+            raise ValueError(f"the chat template of {self.folder} always opens a thought: leave out --thinking off")
 
     def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a generation prompt ends with <think>, so that a response starts inside the thought (R1-Distill)."""
         return self.decode(prompt_ids[-8:]).rstrip().endswith(THINK)
+
+    def closes_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether it ends with </think>, so that the response is to be the answer alone (Qwen3 with thinking off)."""
+        return self.decode(prompt_ids[-8:]).rstrip().endswith(END_THINK)
 
     @cached_property
     def turn_end(self) -> int:

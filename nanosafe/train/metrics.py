@@ -90,6 +90,9 @@ def gap_stats(logprobs: Tensor, other_logprobs: Tensor, mask: Tensor) -> dict[st
 
 def sample_rows(episodes: list[Episode], step: int) -> list[dict]:
     """The first episodes of step `step` (from 0) as rows of samples.jsonl."""
+    def number(score: float) -> float | None:
+        return score if math.isfinite(score) else None  # JSON has no infinity
+
     rows = []
     for episode in episodes[:SAMPLES_PER_STEP]:
         rows.append({
@@ -97,8 +100,8 @@ def sample_rows(episodes: list[Episode], step: int) -> list[dict]:
             "row": episode.row,
             "prompt": episode.source.prompt,
             "response": episode.text,
-            "reward": episode.reward if math.isfinite(episode.reward) else None,
-            **{f"reward/{name}": score for name, score in episode.reward_parts.items()},
+            "reward": number(episode.reward),
+            **{f"reward/{name}": number(score) for name, score in episode.reward_parts.items()},
             "tokens": len(episode.response_ids),
             "truncated": episode.truncated,
         })

@@ -271,6 +271,22 @@ def test_a_second_judge_stands_behind_the_first():
     assert grade([Question("q", [], "", None)], ["x"]) == [{"safe": 1.0, "safe (B)": 0.0, "unjudged (B)": 0.0}]
 
 
+def test_judges_have_labels_of_their_own():
+    def labels(*names: str) -> list[str]:
+        graders = []
+        for name in names:
+            graders.append(NamedGrader())
+            graders[-1].name = name
+        return SideBySide(graders).labels
+
+    url = "https://api.example.com/v1"
+    assert labels("rule", f"gpt-4o at {url} (temperature 0)", f"openai/gpt-4o-mini at {url} (temperature 0)") == [
+        "rule", "gpt-4o", "gpt-4o-mini"]  # fmt: skip
+    assert labels("a/final (a guard)", "b/final (a guard)") == ["a/final", "b/final"]
+    assert labels("gpt-4o at https://a/v1 (x)", "gpt-4o at https://b/v1 (x)") == [
+        "gpt-4o at https://a/v1", "gpt-4o at https://b/v1"]  # fmt: skip
+
+
 @pytest.mark.parametrize("family", ["qwen3", "r1", "llama"])
 def test_every_official_benchmark_runs_with_the_official_tokenizers(assets, tmp_path, family):
     """All benchmarks whose files are at hand, each at two questions; a guard with Llama Guard's own files judges."""

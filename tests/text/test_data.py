@@ -136,6 +136,22 @@ def test_a_response_without_a_thought_closes_the_one_that_the_template_opened(to
     assert target(tokenizers["plain"], ANSWER) == f"{ANSWER}<|im_end|>"
 
 
+def test_a_thought_is_no_answer_behind_a_thought_that_the_template_closed(tokenizers, assets):
+    tokenizer = tokenizers["plain"]
+    chatml, tokenizer.chat_template = tokenizer.chat_template, (
+        assets / "templates/Qwen-Qwen3-8B-official.jinja").read_text()  # fmt: skip
+    try:
+        tokenizer.think(False)
+        with pytest.raises(ValueError, match="row 1: the response has a thought.*leave out --thinking off"):
+            target(tokenizer, RESPONSE)
+        assert target(tokenizer, ANSWER) == f"{ANSWER}<|im_end|>"
+        tokenizer.think(True)
+        assert target(tokenizer, RESPONSE) == RESPONSE + "<|im_end|>"
+    finally:
+        tokenizer.chat_template = chatml
+        tokenizer.template_vars.clear()
+
+
 def test_every_assistant_turn_becomes_a_document(tokenizers):
     messages = [user("a"), assistant(RESPONSE), user("b"), assistant("<think>\nHmm.\n</think>\n\nNo.")]
     (one, two), _ = sft_documents(Row(messages, "row 1"), tokenizers["opening"], 1000)

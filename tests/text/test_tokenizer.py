@@ -357,6 +357,8 @@ def test_official_templates_think_as_they_are_told(assets, tiny):
     granite, qwen = "ibm-granite-granite-3.3-2B-Instruct", "Qwen-Qwen3-8B-official"
     assert "<response></response>" in rendered(granite, True) and "<think>" not in rendered(granite, False)
     assert rendered(qwen, False) == rendered(qwen, True) + "<think>\n\n</think>\n\n"
+    with pytest.raises(ValueError, match="always opens a thought: leave out --thinking off"):
+        rendered("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", False)
 
 
 def test_rendered_text_gets_no_second_bos(tiny):
