@@ -27,7 +27,9 @@ from nanosafe import plan
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.evals.during_training import measure_if_due, show_measurement, show_table, start_watch
 from nanosafe.evals.preflight import announce_sampling, try_reward
+from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.io.progress import progress
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_policy, load_reference, load_reward, load_rows, load_tokenizer, recipe
@@ -115,24 +117,26 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
 
+    # Whatever can be known to fail is refused before the policy is loaded, and not after hours.
+    config = ModelConfig.from_folder(base)
+    prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
+    ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
+    check_rows([row for row, _ in prompts], reward, args.reward_model)
+    longest, limit = max(len(ids) for _, ids in prompts), config.max_position_embeddings
+    if longest + args.max_response_tokens > limit:
+        raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} "
+                         f"tokens passes {args.model}'s {limit} positions (max_position_embeddings): lower it")
+    suite = suite_of(config, "validation") if args.eval_every else []
+    announce_sampling(config, args, ranks)
+    try_reward(reward, args, ranks)
+
     # The policy goes on from the newest checkpoint. The reference stays what the policy was at the start.
     policy = load_policy(args, base, run.resumed, ranks)
     policy.recompute(plan.choose_recompute("rl", args, ranks))
     reference = load_reference(args, base, policy, ranks)
     optimizer = Optimizer(policy, low_memory=args.low_memory)
     run.attach(policy, tokenizer, optimizer)
-
-    # Whatever can be known to fail is refused now, and not after hours.
-    prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
-    ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
-    check_rows([row for row, _ in prompts], reward, args.reward_model)
-    longest, limit = max(len(ids) for _, ids in prompts), policy.config.max_position_embeddings
-    if longest + args.max_response_tokens > limit:
-        raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} "
-                         f"tokens passes {args.model}'s {limit} positions (max_position_embeddings): lower it")
-    announce_sampling(policy, args, ranks)
-    try_reward(reward, args, ranks)
-    watch = start_watch(policy, tokenizer, run, reward)
+    watch = start_watch(suite, policy, tokenizer, run, reward)
     reflection = torch.tensor(reflection_ids(tokenizer), dtype=torch.long)
 
     tracker = Tracker(args, ranks)

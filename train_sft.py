@@ -21,7 +21,9 @@ import torch
 
 from nanosafe import plan
 from nanosafe.evals.during_training import measure_if_due, show_measurement, show_table, start_watch
+from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.io.progress import progress
+from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.model.granite import Balance
 from nanosafe.names import checkpoint, load_policy, load_rows, load_tokenizer, recipe
@@ -62,10 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
-    model = load_policy(args, base, run.resumed, ranks)
-    model.recompute(plan.choose_recompute("sft", args, ranks))
-    optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
-    run.attach(model, tokenizer, optimizer)
+    suite = suite_of(ModelConfig.from_folder(base), "validation") if args.eval_every else []
     documents, cut = [], 0
     for row in progress(rows, "tokenising"):
         of_row, cut_of_row = sft_documents(row, tokenizer, args.max_tokens)
@@ -80,7 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     unseen = ", the last of which are never seen" if passes < 1 else ""
     ranks.print(f"{steps} steps of {args.batch_size}: {passes:.2f} passes over the responses{unseen}")
 
-    watch = start_watch(model, tokenizer, run)
+    model = load_policy(args, base, run.resumed, ranks)
+    model.recompute(plan.choose_recompute("sft", args, ranks))
+    optimizer = Optimizer(model, weight_decay=WEIGHT_DECAY, low_memory=args.low_memory)
+    run.attach(model, tokenizer, optimizer)
+    watch = start_watch(suite, model, tokenizer, run)
 
     tracker = Tracker(args, ranks)
     for step in run.steps(steps):

@@ -577,6 +577,24 @@ def test_a_response_too_long_for_the_reward_model_is_left_out(world, tmp_path, m
     assert "1 too long" in lines[0] and "all rewards equal" in lines[2]
 
 
+def test_what_cannot_work_is_refused_before_the_policy_is_loaded(world, tmp_path, monkeypatch):
+    def loaded(*_):
+        raise AssertionError("the policy was loaded")
+
+    monkeypatch.setattr(train_rl, "load_policy", loaded)
+    monkeypatch.setattr(train_sft, "load_policy", loaded)
+    (tmp_path / "mine.py").write_text("def short(rows, responses):\n    return []\n")
+    for flags, message in ((["--eval-every", "5"], "--eval-every asks the tiny world's questions"),
+                           (["--max-response-tokens", "99999"], "passes .* positions"),
+                           (["--reward-model", f"{tmp_path}/mine.py:short"], "mine.py:short")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train_rl.main(rl_args(world, tmp_path / "run", *flags))
+    for flags, message in ((["--eval-every", "5"], "--eval-every asks the tiny world's questions"),
+                           (["--max-tokens", "1"], "no prompt leaves room")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train_sft.main(sft_args(world, tmp_path / "run", *flags))
+
+
 def test_samples_hold_no_number_that_json_lacks():
     episode = Episode([1], [2], row=0, group=0, source=Row([], "row 1"), sampler_logprobs=[0.0], truncated=False,
                       text="", reward=UNREAD, reward_parts={"rm": UNREAD, "rule:math": 1.0})  # fmt: skip

@@ -25,7 +25,6 @@ from nanosafe.evals.results import (
 from nanosafe.evals.run import add_rewards, respond
 from nanosafe.evals.scores import summarize
 from nanosafe.evals.statistics import Estimate, over_items, paired_difference
-from nanosafe.evals.tiny_suite import suite_of
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import Ranks
 from nanosafe.sampler.packed import forget_packed
@@ -127,13 +126,12 @@ class Watch:
         return table(self.base, self.now)
 
 
-def start_watch(policy: Decoder, tokenizer: Tokenizer, run: RunFolder,
+def start_watch(suite: Sequence[Benchmark], policy: Decoder, tokenizer: Tokenizer, run: RunFolder,
                 reward: Reward | None = None) -> Watch | None:
     """The evals of --eval-every: the base is measured, or, if the run is resumed, read from its folder."""
     args, ranks = run.args, run.ranks
-    if not args.eval_every:
+    if not suite:
         return None
-    suite = suite_of(policy.config, "validation")
     specs = [] if reward is None else reward_specs(args.reward_model)
     if any(map(is_function, specs)):
         # It may read fields of the training data, which the questions of an eval do not have.

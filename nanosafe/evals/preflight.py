@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from nanosafe.evals.during_training import GOOD_REWARD_MODEL, reward_accuracy
-from nanosafe.model.decoder import Decoder
+from nanosafe.model.config import ModelConfig
 from nanosafe.names import load_pairs
 from nanosafe.parallel import Ranks
 from nanosafe.train.own_reward import is_function
@@ -11,10 +11,10 @@ from nanosafe.train.rewards import Reward
 from nanosafe.train.weighted_reward import WeightedReward
 
 
-def announce_sampling(policy: Decoder, args: Namespace, ranks: Ranks) -> None:
+def announce_sampling(config: ModelConfig, args: Namespace, ranks: Ranks) -> None:
     """Training samples from the distribution it scores, so the checkpoint's own sampling settings are not used."""
     text = f"sampling at temperature {args.temperature}, top-p {args.top_p}, top-k off"
-    generation = policy.config.generation or {}
+    generation = config.generation or {}
     names = [name for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None]
     if names:
         unused = ", ".join(f"{name} {generation[name]}" for name in names)

@@ -55,7 +55,8 @@ def new_parser(description: str) -> ArgumentParser:
     add("--keep", type=positive_int, default=2,
         help="how many checkpoints are kept (default: %(default)s)")
     add("--eval-every", type=positive_int,
-        help="steps between small evals of safety, over-refusal and reasoning, and a table at the end")
+        help="of a model of the tiny world: steps between small evals of safety, over-refusal and reasoning, and a "
+        "table at the end (checkpoints of other models: eval.py --compare)")
     add("--low-memory", action="store_true",
         help="in bfloat16: masters as weight + 16-bit remainder (exact float32), moments in 8 bits; a "
         "parameter then takes 6 bytes instead of 14, or of the 12 that several GPUs share")
