@@ -87,7 +87,7 @@ PLAIN = [(re.compile(written), read) for written, read in [
     (r"(?<![\d./])(\d+) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # around a number: \text{Answer: }12, \text{12 apples}, 12 apples, 12 cm^2, 12 \pmod{13}
     (r"^\s*\\text\{[^{}]*(?:\bis|\bare|:)\s*\}", ""),
-    (r"\\text\{\s*(\d[\d.,:]*)", r"\1\\text{"),
+    (r"\\text\{\s*(\d[\d.,:]*)(?![^{}]*(?:\d|\bor\b))", r"\1\\text{"),
     (r"(?<=\d) +((?!and\b|or\b|to\b)[a-z]{3,}[a-z ]*|[a-z]{2}(?=\^))(\^\{?\d\}?)?$", r"\\text{\1}"),
     (r"\s*\(?(?:\\[pb]?|\\text\s*\{\s*)?mod\b\s*\}?\s*\{?\d+\}?\)?$", ""),
 ]]  # fmt: skip
@@ -167,7 +167,7 @@ def answer_integer(answer: str) -> int | None:
     if boxes is not None:
         values = set(map(read_integer, boxes.contents))
         return values.pop() if len(values) == 1 else None
-    text = NOT_BUT.sub("", re.sub(r"\\[()\[\]]|[$*#]|</?\w+>", " ", answer[-TAIL:]))
+    text = NOT_BUT.sub("", re.sub(r"\\[()\[\]]|[$*#`]|</?\w+>", " ", answer[-TAIL:]))
     stated = STATED.findall(text)
     clause = stated[-1] if stated else _last_with_digit(re.split(r"[\n,]", text))
     return read_integer(CLAUSE_END.split(clause.strip())[0])

@@ -80,7 +80,7 @@ INTEGERS = [
     ("unfinished last box (marin pull 9163)", "73", [r"\boxed{73}"], [r"\boxed{73",
      r"\boxed{73} was wrong; the answer is \boxed{7", r"\boxed{72} and not \boxed{73",
      r"\boxed{73}, I mean \boxed{", r"\boxed{\textbf{73}"]),
-    ("without a box", "73", ["The answer is 73.", "**Answer: 73**", "Answer: 73", "**73**",
+    ("without a box", "73", ["The answer is 73.", "**Answer: 73**", "Answer: 73", "**73**", "Final answer: `73`",
      "The final answer is **73**.", "So the answer is $73$.", "Final Answer: 73",
      "**Final Answer**\n\n73", "Thus, the number of such residents is **73**.", "m + n = 73",
      r"\[ m+n = 73 \]", "The final answer is: $73$", "Therefore m + n = 64 + 9 = 73.",

@@ -35,6 +35,9 @@ MATHS = [
      r"$x=\boxed{4}$ or $x=\boxed{5}$", r"\boxed{5 \text{ or } 6}", r"\boxed{5 / 6}",
      r"\boxed{4,5}", r"\boxed{4\text{ or }5}", "1. \\boxed{4}\n2. \\boxed{5}",
      r"\boxed{4 \lor 5}"]),
+    ("hedges inside a text", "3", [r"\boxed{\text{3}}", r"\boxed{\text{3 apples}}", r"\boxed{\text{3.}}"],
+     [r"\boxed{\text{3 or 4}}", r"\boxed{\text{3 (or 4)}}", r"\boxed{\text{3, maybe 4}}",
+     r"\boxed{\text{4, maybe 3}}", r"\boxed{\text{3 or more}}"]),
     ("unfinished or empty last box (marin pull 9163)", "6", [
      r"\boxed{6}, with \boxed the last command"], [r"\boxed{6}. It was worth the work \boxed{",
      r"\boxed{6", r"\boxed{5} is wrong, it is \boxed{6",
