@@ -5,10 +5,10 @@
 
 One step: the policy answers a batch of prompts, the reward model scores the conversations, the KL to a frozen reference
 model is taken off token by token, returns are normalised over the whole rollout (advantages without a critic), and a
-few mini-batches of clipped policy-gradient steps follow. The formulas are in nanosafe/train/reinforce.py. Defaults are
-OpenRLHF's where the paper (arXiv 2512.01848) is silent: its learning rate, KL coefficient, batch and lengths are not
-known. Every rank knows the whole rollout and all its numbers; only the work is shared out (sampling, scoring, forward
-and backward passes), so that any number of processes computes the same step.
+few mini-batches of clipped policy-gradient steps follow. The formulas are in nanosafe/train/reinforce.py. The paper's
+(arXiv 2512.01848) learning rate, KL coefficient, batch and lengths are not known; nanosafe/recipes.py says where the
+defaults come from. Every rank knows the whole rollout and all its numbers; only the work is shared out (sampling,
+scoring, forward and backward passes), so that any number of processes computes the same step.
 """
 
 import nanosafe  # noqa: F401  First, for it sets what PyTorch reads when it is imported.

@@ -34,9 +34,11 @@ ALIASES = {
     "granite-4.0-h-tiny": "ibm-granite/granite-4.0-h-tiny",
 }
 
-# Defaults of the training scripts. RL: OpenRLHF's REINFORCE++ script where the paper is silent (its learning rate, KL
-# coefficient, batch and lengths could not be recovered); 500 steps are the paper's "500 episodes", read as rollouts
-# with their updates. SFT: STAR-1's own recipe, 39 steps on its 1,000 rows.
+# Defaults of the training scripts. RL: what of the paper's settings could not be recovered is learning rate, KL
+# coefficient and schedule of OpenRLHF's REINFORCE++ script; batch and lengths are our own, for OpenRLHF's rollout of
+# 1,024 prompts is more than STAR-1 has. 500 steps are the paper's "500 episodes", read as rollouts with their updates;
+# where an episode is a pass over all prompts, as in OpenRLHF, they would be eight times as many. SFT: STAR-1's own
+# recipe, 39 steps on its 1,000 rows.
 RECIPES = {
     "rl": dict(
         reward_model="skywork-v2-llama-8b", prompts="UCSC-VLAA/STAR-1",
