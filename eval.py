@@ -37,6 +37,7 @@ from nanosafe.evals.results import Result, read_result
 from nanosafe.evals.tables import terminal, write_table
 from nanosafe.names import load_reward
 from nanosafe.parallel import Ranks
+from nanosafe.sampler.params import SamplingParams
 from nanosafe.train import cli
 
 # Sections that are printed too
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     low, high = args.judge_bounds or (0.0, 1.0)
     if low >= high:
         raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")
+    SamplingParams(args.temperature or 0.0, 1.0 if args.top_p is None else args.top_p)  # or a ValueError
     read_choice(args)
     names, measured = args.compare or args.model, {}
     for name in args.compare or ():

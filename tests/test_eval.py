@@ -232,6 +232,10 @@ def test_a_limit_draws_the_same_questions_everywhere_and_a_larger_one_adds_to_th
     assert [q.id for q in adapt(suite["arithmetic"], seed=4, limit=5).questions] != ids[5]
     longer = adapt(suite["arithmetic"], seed=3, samples=9, max_response_tokens=7)
     assert (longer.samples, longer.max_response_tokens, len(longer.questions)) == (9, 7, 300)
+    greedy = adapt(longer, seed=3, temperature=0.0, samples=4)
+    assert (greedy.temperature, greedy.samples) == (0, 1) and longer.temperature == 1, "more would be equal"
+    warmer = adapt(greedy, seed=3, temperature=0.6, top_p=0.95, samples=4)
+    assert (warmer.temperature, warmer.top_p, warmer.samples) == (0.6, 0.95, 4)
 
 
 # Responses

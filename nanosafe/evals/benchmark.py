@@ -67,16 +67,15 @@ def slug(name: str) -> str:
     return re.sub(r"[ ,]+", "-", name)
 
 
-def adapt(benchmark: Benchmark, *, seed: int, samples: int | None = None, limit: int | None = None,
-          max_response_tokens: int | None = None) -> Benchmark:
-    """`benchmark` with other samples or lengths, or `limit` of its questions; None changes nothing.
+def adapt(benchmark: Benchmark, *, seed: int, limit: int | None = None, **others: float | None) -> Benchmark:
+    """`benchmark` with other samples, temperature, top_p or max_response_tokens, or `limit` of its questions; None
+    changes nothing.
 
     The questions are drawn from all alike (not stratified), as a function of the seed: the same for
     every model and for benchmarks that ask the same in other ways, and a larger limit only adds to
-    them. A greedy benchmark keeps its one sample: more would be equal.
+    them. A greedy benchmark has one sample: more would be equal.
     """
     chosen = sorted(permutation(len(benchmark.questions), seed, "eval")[:limit])
-    if samples is None or benchmark.temperature == 0:
-        samples = benchmark.samples
-    return replace(benchmark, questions=[benchmark.questions[i] for i in chosen], samples=samples,
-                   max_response_tokens=max_response_tokens or benchmark.max_response_tokens)
+    changes = {name: value for name, value in others.items() if value is not None}
+    adapted = replace(benchmark, questions=[benchmark.questions[i] for i in chosen], **changes)
+    return replace(adapted, samples=1) if adapted.temperature == 0 else adapted

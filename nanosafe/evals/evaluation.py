@@ -52,6 +52,7 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
     model = load_model(folder, device=ranks.device, dtype=getattr(torch, args.dtype))
     settings = {
         "seed": args.seed, "dtype": args.dtype, "thinking": args.thinking, "date": args.date,
+        "temperature": args.temperature, "top_p": args.top_p,
         "max_response_tokens": args.max_response_tokens, "weights": fingerprint(model),
         "template": digest(tokenizer.chat_template),
     }  # fmt: skip
@@ -67,7 +68,8 @@ def evaluate(name: str, label: str, out: Path, shared: Shared) -> Result:
 
     adapted = []
     for benchmark in benchmarks:
-        adapted.append(adapt(benchmark, seed=args.seed, samples=args.samples, limit=args.limit,
+        adapted.append(adapt(benchmark, seed=args.seed, limit=args.limit, samples=args.samples,
+                             temperature=args.temperature, top_p=args.top_p,
                              max_response_tokens=args.max_response_tokens))
         check_kept(out, adapted[-1], result.benchmarks.get(benchmark.name), args)
     save(result, out, ranks)

@@ -57,7 +57,10 @@ def eval_flags(description: str) -> ArgumentParser:
     add("--split", choices=("test", "validation"), default="test",
         help="of the tiny world (default: %(default)s)")
     add("--samples", type=positive_int,
-        help="responses to each question (default: the benchmark's own)")
+        help="responses to each question, of a benchmark that is not greedy (default: the benchmark's own)")
+    add("--temperature", type=finite_float, metavar="T",
+        help="of all benchmarks, 0 is greedy (default: the benchmark's own)")
+    add("--top-p", type=finite_float, metavar="P", help="(default: the benchmark's own)")
     add("--limit", type=positive_int,
         help="questions of each benchmark, drawn by --seed (default: all)")
     add("--max-response-tokens", type=positive_int, help="(default: the benchmark's own)")
