@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -394,7 +393,7 @@ def run_rl(stage: Stage, alias: str, flags: list[str]) -> None:
     planned = plan.make("rl", settings, find_machine("", stage.device.type, tiny=False)).peak
     with open(stage.scratch / f"{alias}.log", "w") as log:
         process = subprocess.Popen([sys.executable, str(ROOT / "train_rl.py"), *flags], cwd=ROOT, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+                                   stderr=subprocess.STDOUT)
     metrics, seen, ended = out / "metrics.jsonl", 0, False
     while seen < 2 and not ended:
         ended = process.poll() is not None  # asked first: what stands in the file after its end is all there is
@@ -405,7 +404,7 @@ def run_rl(stage: Stage, alias: str, flags: list[str]) -> None:
         seen = len(lines)
         time.sleep(0.2)
     if not ended:
-        os.killpg(process.pid, signal.SIGKILL)  # before it saves a checkpoint
+        process.kill()  # before it saves a checkpoint
         process.wait()
     stage.say(model=alias, ok=seen >= 2, tail=Path(log.name).read_text().splitlines()[-8:])
     if seen < 2:

@@ -115,6 +115,7 @@ def decode_steps(model: Decoder, B: int, context: int):
         for _ in range(steps):
             step()
 
+    run.engine = engine  # whose cache a graph does not hold
     return run
 
 
