@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -160,7 +160,8 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     ranks in float32, and arrive in that type. Every rank must run equally many forward and backward passes: each is an
     exchange.
     """
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    # Of the group that is there: a mesh that made its own would wait for ranks that are elsewhere (local_main_first).
+    mesh = DeviceMesh.from_group(dist.group.WORLD, ranks.device.type)
     # cast_forward_inputs would turn RoPE's cos and sin into bfloat16.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:

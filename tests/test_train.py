@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hub import StandInHub
-from parallel_cases import CASES, KINDS, LR, run_cases, run_resumed
+from parallel_cases import CASES, KINDS, LR, run_cases, run_resumed, shard_in_turn
 from safetensors.torch import load_file, save_file
 from world import write_dates, write_rows, write_world
 
@@ -256,6 +256,17 @@ def results_by_ranks(world, tmp_path_factory) -> list[dict]:
     each = (1, 0), (2, 0), (2, 1)
     return [torch.load(out / f"{ranks}-{rank}.pt") | torch.load(out / f"resumed-{ranks}-{rank}.pt")
             for ranks, rank in each]
+
+
+def test_a_model_is_sharded_while_another_rank_waits(tmp_path):
+    """As the reward model of --shard-frozen, with --device cpu on a machine that has GPUs."""
+    spawned = torch.multiprocessing.spawn(shard_in_turn, (tmp_path,), nprocs=2, join=False)
+    deadline, done = time.monotonic() + 120, False
+    while not done and time.monotonic() < deadline:
+        done = spawned.join(timeout=1)
+    for process in spawned.processes:
+        process.kill()
+    assert done, "the ranks wait for each other"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from tiny_models import tiny_config
 
 import train_rl
 import train_sft
@@ -14,9 +15,10 @@ from nanosafe.model.attention import KVCache, PagedDecode
 from nanosafe.model.decode import decode_hidden, join_projections
 from nanosafe.model.decode import joined as joined_tensors
 from nanosafe.model.decoder import Decoder
+from nanosafe.model.granite import make_decoder
 from nanosafe.model.weights import StoredTensors, save_model, save_tensors
 from nanosafe.names import load_model
-from nanosafe.parallel import Ranks, full_tensor, local_part, unsharded
+from nanosafe.parallel import Ranks, full_tensor, local_part, shard, unsharded
 from nanosafe.sampler.generation import generate_over_ranks
 from nanosafe.sampler.params import SamplingParams
 from nanosafe.text.data import Document, Episode, Row
@@ -200,3 +202,12 @@ def train_on_stored(world: Path, ranks: Ranks, kind: str, out: Path, resumed: Pa
         for name, weight in weights.items():
             weights[name] = split_adam.join(weight, full_tensor(state[f"remainder/{name}"]))
     return {"rows": rows, "weights": weights, "bytes": held}
+
+
+def shard_in_turn(rank: int, folder: Path) -> None:
+    """Shard a model where one rank of the node goes first, on gloo beside GPUs that PyTorch sees."""
+    ranks = joined(rank, 2, folder / "meeting")
+    torch.cuda.is_available = lambda: True
+    with ranks.local_main_first():
+        shard(make_decoder(tiny_config("qwen3")), ranks, torch.float32)
+    ranks.close()
