@@ -27,6 +27,8 @@ def prepare_torch() -> None:
     # Responses of all lengths leave a GPU's memory in pieces otherwise.
     older_name = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", older_name)
+    # NCCL would take a buffer of a captured exchange for one piece of memory, which expandable segments are not.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # To wait by another policy than to change the number of threads: on that, the order of sums may depend.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

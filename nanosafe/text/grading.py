@@ -5,6 +5,7 @@ answer says; here it is compared with the reference. Maths goes through math-ver
 that are killed when they are late: sympy can run for ever on a short answer such as 9^{9^{9^9}}.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -74,16 +75,16 @@ class MathGrader:
     """Whether formulas as answers.py reads them are equal, by math-verify.
 
     seconds: wall clock of one comparison; late, crashed and unreadable answers are wrong.
-    processes: how many compare at a time, as many as there are cores if None; each starts when it is first needed (2
-    seconds). A batch takes at most (different pairs / processes) * (seconds + a start): with two processes and 5
-    seconds, about 3.5 seconds for each answer that is built to never end, 10 ms for each other one.
+    processes: how many compare at a time, by default this rank's share of the node's cores; each starts when it is
+    first needed (2 seconds). A batch takes at most (different pairs / processes) * (seconds + a start): with two
+    processes and 5 seconds, about 3.5 seconds for each answer that is built to never end, 10 ms for each other one.
     """
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         path = Path(__file__).with_name("math_worker.py")
         self.workers = []
         self.idle = LifoQueue()  # the last one used comes first: single answers need one process
-        for _ in range(processes or available_cores()):
+        for _ in range(processes or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))):
             worker = Worker(path, seconds=seconds, memory_bytes=MEMORY_BYTES)
             self.workers.append(worker)
             self.idle.put(worker)

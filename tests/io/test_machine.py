@@ -60,13 +60,14 @@ def test_the_machine_that_runs_this_has_free_memory():
 @pytest.mark.parametrize("program", [
     "train_rl.py", "train_sft.py", "eval.py", "-mnanosafe.sampler --model tiny", "-mtrain_rl"])
 @pytest.mark.parametrize("given, expected", [
-    ({}, "expandable_segments:True 2000"),
-    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "GOMP_SPINCOUNT": "7"}, "backend:native 7"),
-    ({"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "2"}, "expandable_segments:True None"),
+    ({}, "expandable_segments:True 2000 0"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "GOMP_SPINCOUNT": "7", "NCCL_GRAPH_REGISTER": "1"},
+     "backend:native 7 1"),
+    ({"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "2"}, "expandable_segments:True None 0"),
 ])  # fmt: skip
 def test_programs_set_the_environment_before_torch_is_there(program, given, expected, tmp_path):
-    printing = "print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('GOMP_SPINCOUNT'))"
-    (tmp_path / "torch.py").write_text(f"import os\n{printing}\nraise SystemExit\n")
+    names = ["PYTORCH_ALLOC_CONF", "GOMP_SPINCOUNT", "NCCL_GRAPH_REGISTER"]
+    (tmp_path / "torch.py").write_text(f"import os\nprint(*map(os.environ.get, {names}))\nraise SystemExit\n")
     done = subprocess.run([sys.executable, *program.split()], cwd=ROOT, env={"PYTHONPATH": str(tmp_path), **given},
                           capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr

@@ -292,6 +292,15 @@ def test_maths_that_never_ends_is_wrong_in_time_and_the_next_answer_is_graded():
     assert grader([(r"\boxed{5}", r"\boxed{5}")]) == [True]
 
 
+def test_ranks_of_a_node_share_its_cores(monkeypatch):
+    monkeypatch.setattr(graders, "available_cores", lambda: 16)
+    assert len(MathGrader().workers) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert len(MathGrader().workers) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert len(MathGrader().workers) == 1
+
+
 class Recorder:
     """Stands in for a worker; equal are pairs of equal text."""
 
