@@ -175,7 +175,9 @@ class RunFolder:
         def request(number, frame) -> None:
             self.signal = number
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            self.ranks.print("\nstopping after this step (Ctrl-C again: at once)")
+            limit = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            kill = f"; torchrun kills what is not done in {limit} s" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+            self.ranks.print(f"\nstopping after this step (Ctrl-C again: at once{kill})")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request)
