@@ -12,6 +12,7 @@ from world import write_reward_model
 
 from nanosafe.names import load_reward, load_reward_model, load_rows
 from nanosafe.text.data import Row
+from nanosafe.train import offload
 from nanosafe.train.offload import on_device
 from nanosafe.train.reward_model import check_rows
 from nanosafe.train.rewards import UNREAD, conversation, known_rewards
@@ -211,29 +212,40 @@ def test_an_offloaded_reward_model_visits_for_its_turn_and_leaves_nothing_behind
     assert torch.equal(here(conversations, [None, None]), away(conversations, [None, None]))
 
 
-def test_what_visits_a_gpu_is_pinned_at_its_first_visit_and_moved_without_waiting(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [offload.PINNED, 2**15], ids=["one buffer", "many"])
+def test_what_visits_a_gpu_is_pinned_at_its_first_visit_and_moved_without_waiting(size, tmp_path, monkeypatch):
     write_reward_model(tmp_path)
     model = load_reward_model(tmp_path, dtype=torch.float32).model
-    pinned, moved = {}, []
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    buffers, moved = [], []
 
-    def pin_memory(tensor):
-        if tensor.data_ptr() in pinned:
-            return tensor
-        copy = tensor.clone()
-        pinned[copy.data_ptr()] = copy
-        return copy
+    def pinned_bytes(count):
+        buffers.append(torch.zeros(count, dtype=torch.uint8))
+        return buffers[-1]
+
+    def is_pinned(tensor):
+        return any(b.data_ptr() <= tensor.data_ptr() < b.data_ptr() + len(b) for b in buffers)
 
     def to(tensor, device, non_blocking=False):
-        moved.append((tensor.data_ptr() in pinned, device.type, non_blocking))
+        moved.append((tensor.is_pinned(), device.type, non_blocking))
         return tensor.clone()
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(offload, "PINNED", size)
+    monkeypatch.setattr(offload, "pinned_bytes", pinned_bytes)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
     monkeypatch.setattr(torch.Tensor, "to", to)
     for _ in range(2):
         with on_device(model, torch.device("cuda")):
             pass
-        assert {parameter.data_ptr() for parameter in model.parameters()} == set(pinned)
-    assert set(moved) == {(True, "cuda", True)}
+        count = len(buffers)
+        assert (count == 1) == (size == offload.PINNED == 2**31) and all(map(is_pinned, model.parameters()))
+    assert len(buffers) == count and set(moved) == {(True, "cuda", True)}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    # Rounded up to powers of two, a buffer wastes less than the parameter that no longer fitted, or the last half.
+    needed, largest = sum(p.nbytes for p in before.values()), max(p.nbytes for p in before.values())
+    rounded = sum(2 ** (len(b) - 1).bit_length() for b in buffers)
+    assert rounded <= 2 * needed if size == 2**31 else rounded <= needed + (count + 1) * max(largest, size)
 
 
 # As Qwen3's: of a response with </think> it keeps what stands after the last <think> before the first one, and what
