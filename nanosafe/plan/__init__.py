@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from nanosafe.model.activations import forward_bytes
 from nanosafe.model.attention import KVCache
 from nanosafe.model.recompute import RECOMPUTE
 from nanosafe.names import recipe
 from nanosafe.parallel import Ranks
 from nanosafe.plan import memory
 from nanosafe.plan.machine import Machine, card_bytes, find_config, gb, policy_config
-from nanosafe.sampler.engine import default_prefill_tokens
 from nanosafe.sampler.spread import check_spread, part_config
 from nanosafe.text.data import sft_steps
 from nanosafe.train.cli import check_parallel
@@ -123,17 +123,14 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     check_spread(config, shards, args.model)
     part = part_config(config, shards)  # what a rank has of a model that samples
     rows = math.ceil(args.prompts_per_step * args.samples_per_prompt * shards / world)
-    rows_at_once = min(rows, memory.runner_of(machine.kind).max_batch)
-    prefill = default_prefill_tokens(part, machine.kind) * memory.forward_bytes(part, s)
+    working = memory.engine_working(part, s, rows, longest, machine.kind)
     gathered = memory.rollout_weights(config, s, world, shards)
-    # Logits of all rows: in --dtype (on a CPU), in float32, and a copy that drawing makes.
-    drawing = rows_at_once * config.vocab_size * (s + 8)
     phases = {
-        "rollout": state | {"gathered weights": gathered, "activations": prefill + drawing},
+        "rollout": state | {"gathered weights": gathered, "activations": working},
         "reward": state | {"activations": 0},
         "log-probs": state | {
             "shard buffers": memory.sharding_buffers(size, s, world, training=False),
-            "activations": tokens * memory.forward_bytes(config, s) + memory.head_tile(config, s, tokens),
+            "activations": tokens * forward_bytes(config, s) + memory.head_tile(config, s, tokens),
         },
         "update": update,
         "step": step,
@@ -144,7 +141,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     for name in reward_models(args):
         judge, _ = find_config(name)
         frozen.add(phases, "reward model", memory.sizes(judge), "reward")
-        activations = max(SCORED_TOKENS, longest) * memory.forward_bytes(judge, s)
+        activations = max(SCORED_TOKENS, longest) * forward_bytes(judge, s)
         phases["reward"]["activations"] = max(phases["reward"]["activations"], activations)
 
     free = machine.usable - sum(phases["rollout"].values())
@@ -155,7 +152,7 @@ def make(script: str, args: Namespace, machine: Machine) -> Plan:
     phases["rollout"]["states"] = memory.state_bytes(config, s, cache.max_batch)
     refused = None
     # However many GPUs there are, a rollout has all weights on each, or on each group's.
-    least = (gathered or s * size.total) + prefill + drawing + (width + 1) * block
+    least = (gathered or s * size.total) + working + (width + 1) * block
     least += 2 * KVCache.bytes_per_slot(config, memory.compute_type(s))
     if least > machine.usable:
         spread = "" if shards == 1 else f" over {shards}"

@@ -11,10 +11,11 @@ import torch
 
 from nanosafe.kernels.logprob import tile_columns
 from nanosafe.kernels.split_adam import CHUNK, new_state
+from nanosafe.model.activations import mlp_size
 from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.granite import Experts, make_decoder
-from nanosafe.sampler.engine import CacheSize, EngineOptions, cache_size
+from nanosafe.sampler.capacity import CacheSize, EngineOptions, cache_size, working_bytes
 from nanosafe.sampler.graphs import GraphRunner
 from nanosafe.sampler.runner import PagedRunner, SlotRunner
 from nanosafe.sampler.spread import part_config, vocabulary_rows
@@ -139,30 +140,6 @@ class Frozen(NamedTuple):
 # Activations.
 
 
-def mlp_size(config: ModelConfig) -> int:
-    return config.hybrid.shared_intermediate_size if config.hybrid else config.intermediate_size
-
-
-def forward_bytes(config: ModelConfig, s: int) -> float:
-    """Per token, without gradients: the worst moment of a layer."""
-    D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
-    Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    mlp = s * (3 * D + 3 * F)  # x, x after attention, its norm; gate, up, silu(gate)
-    if config.lora:  # gate; product, update and sum of up
-        mlp += s * F
-    # x, its norm; q, k, v; in float32 q, both products and the sum
-    rope = s * (2 * D + Q + 2 * K) + 4 * 4 * Q
-    worst = max(mlp, rope)
-    if h := config.hybrid:
-        inner, chunk = h.mamba_heads * h.mamba_head_dim, h.chunk_size
-        experts = s * (4 + 3 * h.experts_per_token) * D
-        # A close upper bound, in float32 (a tensor in bfloat16 is half of one): 3.5 tensors like the
-        # scan's input, three with the decays of all pairs in a chunk, 4.75 with a state for each chunk.
-        scan = 4 * (3.5 * inner + 3 * h.mamba_heads * chunk + 4.75 * inner * h.state_size / chunk)
-        worst = max(worst, experts, scan)
-    return worst + 2 * 4 * head_dim  # cos and sin
-
-
 def saved_bytes(config: ModelConfig, s: int) -> float:
     """Per token: what autograd keeps of one layer's forward for its backward, the layer's input not counted."""
     D, F, head_dim = config.hidden_size, mlp_size(config), config.head_dim
@@ -235,6 +212,11 @@ def training_activations(config: ModelConfig, size: Sizes, s: int, tokens: int, 
 def runner_of(kind: str) -> type[PagedRunner]:
     """What runs a model in the sampling engine."""
     return GraphRunner if kind == "cuda" else SlotRunner
+
+
+def engine_working(config: ModelConfig, s: int, rows: int, longest: int, kind: str) -> int:
+    """What the engine keeps free of `rows` requests for a prefill and a draw."""
+    return working_bytes(config, compute_type(s), EngineOptions(longest, requests=rows), runner_of(kind), kind)
 
 
 def engine_cache(config: ModelConfig, s: int, free: float, rows: int, longest: int, kind: str) -> CacheSize:

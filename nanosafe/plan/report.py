@@ -56,6 +56,8 @@ def report(script: str, args: Namespace) -> str:
     lines += table(plan)
     if script == "rl":
         lines += cache_lines(args, plan)
+        if args.offload and machine.kind == "cuda":
+            lines.append(offload_line(args, machine))
     lines.append(f"  expected peak: {gb(plan.peak)} GB of tensors on each of {gb(machine.usable)}, "
                  f"with --recompute {plan.recompute}")
     lines.append(f"  IT FITS: {'yes' if plan.fits else 'NO'}")
@@ -110,6 +112,15 @@ def cache_lines(args: Namespace, plan: Plan) -> list[str]:
         lines.append(f"  states of the Mamba layers: {slot / 1e6:.1f} MB a sequence, however long, "
                      f"for at most {sequences} sequences at once")
     return lines
+
+
+def offload_line(args: Namespace, machine: Machine) -> str:
+    names = reward_models(args)
+    if args.kl_coef and not args.lora_rank:
+        names.append(args.model)
+    each = bytes_of(args) * sum(memory.sizes(find_config(name)[0]).total for name in names)
+    line = f"  --offload: {gb(each)} GB of models in the memory of the host"
+    return line + (f" for each process, {gb(each * machine.count)} for all" if machine.count > 1 else "")
 
 
 def time_line(script: str, args: Namespace, machine: Machine, plan: Plan) -> str:

@@ -23,6 +23,7 @@ from world import write_policy
 
 from nanosafe.kernels.scan import Segments, convolve, convolve_step, scan, scan_step
 from nanosafe.model import granite
+from nanosafe.model.activations import forward_bytes
 from nanosafe.model.attention import Chunk, KVCache, PackedDocuments, PagedDecode, Prefill, SlotDecode
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
@@ -622,7 +623,7 @@ def test_activations_of_a_layer_are_nearly_the_bytes_that_live(layer, heads, mon
         y.backward(torch.ones_like(y))
     weights = sum(parameter.nbytes for parameter in module.parameters())
     counted = [count / len(x) for count in (forward.peak, saved, both.peak - weights)]
-    functions = plan_memory.forward_bytes, plan_memory.saved_bytes, plan_memory.backward_bytes
+    functions = forward_bytes, plan_memory.saved_bytes, plan_memory.backward_bytes
     planned = [function(config, 2) for function in functions]
     print([round(a / b, 3) for a, b in zip(counted, planned, strict=True)])
     for a, b in zip(counted, planned, strict=True):

@@ -19,6 +19,7 @@ import train_rl
 import train_sft
 from nanosafe import plan
 from nanosafe.model import decoder as model_file
+from nanosafe.model.activations import forward_bytes
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Layer, rope_tables
@@ -29,6 +30,7 @@ from nanosafe.plan import memory, report
 from nanosafe.plan.machine import find_machine, known_config
 from nanosafe.plan.shapes import SHAPES
 from nanosafe.recipes import ALIASES
+from nanosafe.sampler import capacity
 from nanosafe.sampler.engine import Engine
 from nanosafe.train.optim import Optimizer
 
@@ -148,7 +150,7 @@ def test_activations_of_a_layer_are_the_bytes_that_live(alias, lora, monkeypatch
     with torch.no_grad(), LiveBytes(layer.parameters()) as forward:
         layer(x, cos, sin, documents)
     given = 2 * config.hidden_size + 8 * config.head_dim  # x, cos and sin were there before
-    assert memory.forward_bytes(config, 2) - given == pytest.approx(forward.peak / len(x), rel=0.03)
+    assert forward_bytes(config, 2) - given == pytest.approx(forward.peak / len(x), rel=0.03)
     x.requires_grad_()
     for layer.recompute in RECOMPUTE:
         with LiveBytes(layer.parameters()) as both:
@@ -286,6 +288,19 @@ def test_the_pool_is_the_engines(rows):
     blocks, block = size.blocks, memory.block_bytes(config, 4, size)
     assert (blocks, size.table_width) == (engine.scheduler.pool.total, engine.table_width)
     assert (blocks + 1) * block == engine.cache.keys.nbytes + engine.cache.values.nbytes
+
+
+def test_the_engine_leaves_free_what_the_plan_counts(monkeypatch):
+    config, longest, rows, free = tiny_config("qwen3"), 150, 40, 2**23
+    monkeypatch.setattr(capacity, "free_memory", lambda device: free)
+    engine = Engine(make_decoder(config), max_tokens=longest, requests=rows)
+    working = memory.engine_working(config, 4, rows, longest, "cpu")
+    size = memory.engine_cache(config, 4, free - working, rows, longest, "cpu")
+    assert 0 < size.blocks < rows, "there is less than all want"
+    assert engine.scheduler.pool.total == size.blocks
+    # By hand: a prefill of 2,048 tokens, and logits of all rows in float32, twice and in the compute type.
+    assert working == int(2048 * forward_bytes(config, 4)) + rows * config.vocab_size * 12
+    assert memory.engine_working(config, 4, 1, longest, "cpu") < working / 2, "one sequence has only 150 tokens"
 
 
 def test_a_run_whose_pool_is_shorter_than_a_sequence_does_not_fit():
@@ -451,6 +466,10 @@ def test_the_flags_change_the_plan(capsys):
 
     assert "it fits on 1 GPU of 141 GB with --low-memory" in printed()
     assert "IT FITS: yes" in printed("--low-memory") and "if each card is an H200" in printed("--low-memory")
+    offload = ["--low-memory", "--offload", "--reward-model", "skywork-v2-qwen3-0.6b"]
+    # 8,190,735,360 and 596,050,944 parameters in bfloat16
+    assert "--offload: 17.6 GB of models in the memory of the host\n" in printed(*offload)
+    assert "host for each process, 35.1 for all" in printed(*offload, "--plan", "2x141")
     small = ["--model", "qwen3-0.6b", "--reward-model", "rule:refusal", "--steps", "2"]
     assert "time: about 45 s for 2 steps of 22 s" in printed(*small), "and not 0.0 hours"
     assert "on 1 GPU of 24 GB" in printed(*small, "--plan", "24") and "time: no" in printed(*small, "--plan", "24")

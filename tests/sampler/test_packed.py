@@ -173,5 +173,5 @@ def test_generate_with_packed_weights_equals_transformers(family, widths, monkey
     assert V not in widths  # too short to pay
     packed.forget_packed(model)
     monkeypatch.setattr(engine, "free_memory", lambda device: 2 * sum(tensor.nbytes for tensor in model.parameters()))
-    generate(model, prompts, GREEDY)
+    generate(model, prompts, GREEDY, cache_bytes=2**22)
     assert V not in widths  # a second copy would take what the cache needs

@@ -15,7 +15,7 @@ from world import write_world
 from nanosafe.model.config import ModelConfig
 from nanosafe.names import load_model, load_tokenizer
 from nanosafe.randomness import derive_seed
-from nanosafe.sampler import engine, runner
+from nanosafe.sampler import capacity, runner
 from nanosafe.sampler.generation import generate
 from nanosafe.sampler.params import SamplingParams
 
@@ -163,7 +163,7 @@ class Spy:
         self.blocks, self.copies, self.prefills = [], 0, []
         spy = self
 
-        class KVCache(engine.KVCache):
+        class KVCache(capacity.KVCache):
             def __init__(self, config, blocks, *rest):
                 spy.blocks.append(blocks)
                 super().__init__(config, blocks, *rest)
@@ -177,7 +177,7 @@ class Spy:
                 spy.prefills.append([chunk.length for chunk in chunks])
                 super().__init__(cache, chunks)
 
-        monkeypatch.setattr(engine, "KVCache", KVCache)
+        monkeypatch.setattr(capacity, "KVCache", KVCache)
         monkeypatch.setattr(runner, "Prefill", Prefill)
 
 
