@@ -13,7 +13,7 @@ from nanosafe.model.attention import KVCache
 from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.sampler.runner import PagedRunner
-from nanosafe.sampler.spread import SpreadDecoder
+from nanosafe.sampler.spread import TensorParallelDecoder
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, options: EngineOption
     return int(tokens * forward_bytes(config, dtype.itemsize)) + drawing
 
 
-def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]) -> tuple[KVCache, int]:
-    """The cache, and how many sequences decode together; raises ValueError where the longest alone does not fit."""
+def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]) -> tuple[KVCache, CacheSize]:
+    """The cache and its size; raises ValueError where the longest sequence alone does not fit."""
     config, device, dtype = model.config, model.head_weight.device, model.head_weight.dtype
     if options.cache_bytes is None:
         free = free_memory(device)
-        if isinstance(model, SpreadDecoder):
+        if isinstance(model, TensorParallelDecoder):
             free = model.group.least(free)  # one scheduler, so one size
         free = max(0, free - working_bytes(config, dtype, options, runner, device.type))
         options = replace(options, cache_bytes=int(free * runner.memory_share))
@@ -88,7 +88,7 @@ def make_cache(model: Decoder, options: EngineOptions, runner: type[PagedRunner]
             f"{options.cache_bytes / 2**20:,.1f} may be used: ask for fewer new tokens, or raise cache_bytes"
         )
     slots = size.max_batch if slot_bytes else 0
-    return KVCache(config, size.blocks, size.block_size, device, dtype, slots), size.max_batch
+    return KVCache(config, size.blocks, size.block_size, device, dtype, slots), size
 
 
 def default_prefill_tokens(config: ModelConfig, kind: str) -> int:

@@ -43,13 +43,13 @@ class Engine:
         device, config = model.head_weight.device, model.config
         pack = options.pack and device.type == "cpu"
         view = packed_view(model, free_memory(device)) if pack else model
-        self.cache, max_batch = make_cache(model, options, runner)
-        pool = BlockPool(self.cache.scratch, self.cache.block_size)  # all blocks but the scratch one
-        self.table_width = pool.blocks_for(options.max_tokens)  # blocks of the longest sequence
+        self.cache, size = make_cache(model, options, runner)
+        self.table_width = size.table_width
         self.runner = runner(view, self.cache, self.table_width, options.banned_token_ids, options.filters)
         prefill_tokens = options.prefill_tokens or default_prefill_tokens(config, device.type)
         recurrent = config.attention_layers < config.num_hidden_layers
-        self.scheduler = Scheduler(pool, max_batch, prefill_tokens, recurrent)
+        pool = BlockPool(size.blocks, size.block_size)
+        self.scheduler = Scheduler(pool, size.max_batch, prefill_tokens, recurrent)
 
     def add(self, sequence: Sequence) -> None:
         if sequence.longest > self.table_width * self.cache.block_size:
@@ -91,7 +91,7 @@ class Engine:
     def _decode(self) -> list[Sequence]:
         running = self.scheduler.running
         room = min(s.max_new_tokens - len(s.token_ids) for s in running)
-        steps = min(self.runner.steps_per_look, room)
+        steps = min(self.runner.steps_per_sync, room)
         self.scheduler.grow(steps)  # may preempt some of the running ones
         self.runner.arrange(self.scheduler)
         sequences = sorted(running, key=lambda s: s.blocks[0])

@@ -22,7 +22,7 @@ from nanosafe.randomness import derive_seed
 from nanosafe.sampler.engine import Engine
 from nanosafe.sampler.params import Completion, SamplingParams
 from nanosafe.sampler.scheduler import Sequence
-from nanosafe.sampler.spread import SpreadDecoder, sharing
+from nanosafe.sampler.spread import TensorParallelDecoder, sharing
 from nanosafe.text.tokenizer import Tokenizer
 
 PACKING_PAYS = 32  # new tokens; to pack a CPU's weights for fewer takes longer than it saves
@@ -45,7 +45,7 @@ def generate(
     and where a token's log-prob is not finite, naming the model.
     """
     if isinstance(prompts, str):
-        raise ValueError("prompts must be a list: of one prompt, [prompt]")
+        raise ValueError("prompts must be a list: pass a single prompt as [prompt]")
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams")
@@ -128,7 +128,7 @@ def sequence(model: Decoder, prompt: list[int], params: SamplingParams, index: i
             f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} "
             f"it passes the model's max_position_embeddings={config.max_position_embeddings}"
         )
-    if params.seed is None and isinstance(model, SpreadDecoder):
+    if params.seed is None and isinstance(model, TensorParallelDecoder):
         raise ValueError(f"prompt {index} has no seed: without one, the ranks of a spread model draw differently")
     eos_ids = () if params.ignore_eos else config.eos_ids
     seed = secrets.randbits(63) if params.seed is None else derive_seed(params.seed, sample, *prompt)

@@ -42,7 +42,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class GraphRunner(PagedRunner):
-    steps_per_look = 8
+    steps_per_sync = 8
     max_batch = 256
     memory_share = 0.8
     block_size = 64
@@ -75,7 +75,7 @@ class GraphRunner(PagedRunner):
 
 
 def graph_size(sequences: int) -> int:
-    """Rows of the graph for so many sequences."""
+    """Rows of the graph for that many sequences."""
     for size in GRAPH_SIZES:
         if size >= sequences:
             return size

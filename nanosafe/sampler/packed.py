@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosafe.kernels.cpu_matmul import linear, pack_weight, packing_works
-from nanosafe.model.decoder import MLP, Attention, Decoder, rotate
+from nanosafe.model.decoder import MLP, Attention, Decoder, rotate, swiglu
 from nanosafe.model.lora import merged_weight
 
 SMALLEST = 2**18  # elements; below, a call into oneDNN costs more than it saves
@@ -79,8 +79,7 @@ class JoinedMLP(nn.Module):
         self.down_proj = plain.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(*self.gate_up_proj(x).chunk(2, dim=-1)))
 
 
 def packed_view(model: Decoder, memory: int) -> Decoder:

@@ -42,7 +42,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens may be left out, which takes the logits of all."""
+        """Whether top-k, top-p or min-p is on, which takes the logits of the whole vocabulary."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def _check(self, name: str, valid: bool, meaning: str) -> None:

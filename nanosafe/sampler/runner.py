@@ -16,7 +16,7 @@ from nanosafe.model.attention import AttentionBackend, Chunk, KVCache, PagedDeco
 from nanosafe.model.decode import decode_hidden, takes_kernels
 from nanosafe.model.decoder import Decoder
 from nanosafe.sampler.scheduler import Scheduler, Sequence
-from nanosafe.sampler.spread import SpreadDecoder
+from nanosafe.sampler.spread import TensorParallelDecoder
 
 
 class InputBatch:
@@ -66,7 +66,7 @@ def most_blocks(sequences: list[Sequence]) -> int:
 class PagedRunner:
     """Runs a model over the pages of its cache."""
 
-    steps_per_look = 1  # decode steps between two looks of the host at what was drawn
+    steps_per_sync = 1  # decode steps between two reads of the drawn tokens by the host
     # What an engine does unless it is told otherwise.
     max_batch = 64
     memory_share = 0.5  # of what is free, for the cache
@@ -78,10 +78,10 @@ class PagedRunner:
         self.model, self.cache, self.table_width = model, cache, table_width
         self.device = cache.values.device
         self.banned = torch.tensor(sorted(banned_token_ids), dtype=torch.long, device=self.device)
-        self.draws_in_parts = isinstance(model, SpreadDecoder) and not filters and not len(self.banned)
+        self.draws_in_parts = isinstance(model, TensorParallelDecoder) and not filters and not len(self.banned)
 
     def prefill(self, chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], InputBatch | None]:
-        """Compute so many tokens of each sequence. Those that have no other left draw, and are returned."""
+        """Run `count` more tokens of each sequence. Those then wholly cached draw a token and are returned."""
         backend = Prefill(self.cache, [Chunk(s.blocks, s.cached, count, s.slot) for s, count in chunks])
         tokens, ready, last = [], [], []
         for sequence, count in chunks:

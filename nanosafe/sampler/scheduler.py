@@ -130,23 +130,33 @@ class Scheduler:
         return copies
 
     def _find_donor(self, sequence: Sequence) -> tuple[Sequence | None, int] | None:
-        """The running sequence with the most cached tokens of a common prefix, and how many; None: wait for more."""
-        donor, cached, coming = None, 0, 0
+        """The running sequence with the most cached tokens of a common prefix, and how many: (None, 0) if none has any.
+
+        Returns None where it is better to wait, because a running sequence is about to compute enough of the prefix.
+        """
+        donor, cached = None, 0
+        coming = 0  # tokens of the prefix that a running sequence will have in the cache after its prefill
         for other in self.running:
             if other.prompt[:SHORTEST_SHARED] != sequence.prompt[:SHORTEST_SHARED]:
                 continue
             # One token is always left to compute: its hidden state draws the next.
             common = min(common_prefix(sequence.prompt, other.prompt), len(sequence) - 1)
-            if common < SHORTEST_SHARED or self.recurrent and other.cached > common:
-                continue  # The prefix is too short, or the other's state is of more than it.
-            end = len(other) - 1 if self.recurrent else common  # where the other's prefill can be taken over
-            if end <= common:
-                coming = max(coming, end)
+            if common < SHORTEST_SHARED:
+                continue
+            prefilled = common
+            if self.recurrent:
+                # A state cannot go back, so one that has gone or will go beyond the prefix is of no use.
+                if other.cached > common:
+                    continue
+                prefilled = len(other) - 1 if len(other) - 1 <= common else 0
+            coming = max(coming, prefilled)
             if min(common, other.cached) > cached:
                 donor, cached = other, min(common, other.cached)
                 if cached == len(sequence) - 1:
-                    break
-        return None if coming - cached >= SHORTEST_SHARED else (donor, cached)
+                    break  # No other can have more.
+        if coming - cached >= SHORTEST_SHARED:
+            return None
+        return donor, cached
 
     def prefill(self) -> list[tuple[Sequence, int]]:
         """Running sequences that are not ready to decode, each with how many tokens to compute now.
@@ -155,13 +165,14 @@ class Scheduler:
         """
         chunks, room = [], self.prefill_tokens
         for sequence in self.running:
-            if sequence.pending > 1:
-                count = sequence.pending - self.recurrent
-                if chunks and count > room:
-                    break
-                count = min(count, room)
-                chunks.append((sequence, count))
-                room -= count
+            if sequence.pending == 1:
+                continue
+            count = sequence.pending - 1 if self.recurrent else sequence.pending
+            if chunks and count > room:
+                break
+            count = min(count, room)
+            chunks.append((sequence, count))
+            room -= count
         return chunks
 
     def grow(self, steps: int) -> None:

@@ -26,8 +26,8 @@ from nanosafe.model.config import ModelConfig
 from nanosafe.model.decoder import Decoder
 from nanosafe.parallel import TIMEOUT, Ranks, full_tensor, unsharded
 
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # cut along their outputs
-COLUMNS = ("o_proj", "down_proj")  # cut along their inputs; their results are summed
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # cut along their outputs
+ROW_PARALLEL = ("o_proj", "down_proj")  # cut along their inputs; their results are summed
 VOCABULARY = ("embed_tokens", "lm_head")
 
 
@@ -78,12 +78,12 @@ class SamplingGroup(Ranks):
         """The lists of all groups, one behind the other; the first rank of each speaks for it."""
         return self.ranks.gather(items if self.index == 0 else [])
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over the group, in place."""
         dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
-    def collect(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The `tensor` of each rank of the group, in order."""
         tensors = [torch.empty_like(tensor) for _ in range(self.shards)]
         dist.all_gather(tensors, tensor.contiguous(), group=self.process_group)
@@ -91,14 +91,14 @@ class SamplingGroup(Ranks):
 
     def least(self, value: int) -> int:
         """The smallest `value` of the group."""
-        return min(map(int, self.collect(torch.tensor(value, device=self.device))))
+        return min(map(int, self.all_gather(torch.tensor(value, device=self.device))))
 
 
 # A process group is made once, for it is never given back.
 sampling_group = cache(SamplingGroup)
 
 
-class Summed(nn.Module):
+class RowParallelLinear(nn.Module):
     """A linear layer of which each rank has some of the inputs."""
 
     def __init__(self, part: nn.Module, group: SamplingGroup):
@@ -106,10 +106,10 @@ class Summed(nn.Module):
         self.part, self.group = part, group
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.group.add_up(self.part(x))
+        return self.group.all_reduce_(self.part(x))
 
 
-class SpreadEmbedding(nn.Module):
+class VocabParallelEmbedding(nn.Module):
     """An embedding of which each rank has the rows of its own tokens, those from `first` on."""
 
     def __init__(self, rows: int, size: int, group: SamplingGroup):
@@ -121,10 +121,10 @@ class SpreadEmbedding(nn.Module):
         rows = tokens - self.first
         elsewhere = (rows < 0) | (rows >= len(self.weight))
         x = F.embedding(rows.masked_fill(elsewhere, 0), self.weight)
-        return self.group.add_up(x.masked_fill(elsewhere[:, None], 0.0))  # all but one rank add zeros
+        return self.group.all_reduce_(x.masked_fill(elsewhere[:, None], 0.0))  # all but one rank add zeros
 
 
-class SpreadDecoder(Decoder):
+class TensorParallelDecoder(Decoder):
     """One rank's part of a model, for inference. Its hidden states and logits are those of the whole model; its
     `head_weight` is the rank's own."""
 
@@ -134,15 +134,15 @@ class SpreadDecoder(Decoder):
         rows = vocabulary_rows(config, group.shards)
         self.first = group.index * rows  # token id of the first row
         self.known = min(max(config.vocab_size - self.first, 0), rows)  # rows that are tokens
-        self.model.embed_tokens = SpreadEmbedding(rows, config.hidden_size, group)
+        self.model.embed_tokens = VocabParallelEmbedding(rows, config.hidden_size, group)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, rows, bias=False)
 
     def sum_parts(self) -> None:
         """Sum the results of attention and MLP over the group: once, after names and weights have been filled in."""
         for layer in self.model.layers:
-            layer.self_attn.o_proj = Summed(layer.self_attn.o_proj, self.group)
-            layer.mlp.down_proj = Summed(layer.mlp.down_proj, self.group)
+            layer.self_attn.o_proj = RowParallelLinear(layer.self_attn.o_proj, self.group)
+            layer.mlp.down_proj = RowParallelLinear(layer.mlp.down_proj, self.group)
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 logits [..., rows] of this rank's tokens."""
@@ -152,7 +152,7 @@ class SpreadDecoder(Decoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 logits [..., V], gathered from the group: for filters, which need all of them."""
-        return torch.cat(self.group.collect(self.own_logits(hidden)), dim=-1)[..., : self.config.vocab_size]
+        return torch.cat(self.group.all_gather(self.own_logits(hidden)), dim=-1)[..., : self.config.vocab_size]
 
     def draw(self, hidden: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
         """`kernels.sample.draw` without filters, at hidden states [B, D]: every rank draws from its own tokens, and the
@@ -166,7 +166,7 @@ class SpreadDecoder(Decoder):
         # The log-sum-exp of the rank's scores; a rank without a token has none.
         masses = torch.where(scores == -torch.inf, scores, scores - logprobs)
         # Ids are exact in float32 up to 2^24.
-        candidates = self.group.collect(torch.stack((perturbed, scores, masses, tokens.float())))
+        candidates = self.group.all_gather(torch.stack((perturbed, scores, masses, tokens.float())))
         perturbed, scores, masses, tokens = torch.stack(candidates, dim=1)  # [T, B] each
         winner = perturbed.argmax(dim=0, keepdim=True)  # Of equals the first, which has the lower id.
         logprobs = scores.gather(0, winner)[0] - masses.logsumexp(dim=0)
@@ -177,11 +177,11 @@ def part(name: str, tensor: Tensor, group: SamplingGroup, rows: int) -> Tensor:
     """What a rank of the group keeps of the whole tensor `name`; a copy, so that the whole can go."""
     module, kind = name.split(".")[-2:]
     # An adapter of a layer that is cut (lora.py) is cut along with it: B by rows, A by columns.
-    if module in ROWS and kind != "lora_A":
+    if module in COLUMN_PARALLEL and kind != "lora_A":
         return tensor.chunk(group.shards)[group.index].clone()
-    if module in COLUMNS and kind in ("weight", "lora_A"):
+    if module in ROW_PARALLEL and kind in ("weight", "lora_A"):
         return tensor.chunk(group.shards, dim=1)[group.index].clone(memory_format=torch.contiguous_format)
-    if module in COLUMNS and kind == "bias" and group.index > 0:
+    if module in ROW_PARALLEL and kind == "bias" and group.index > 0:
         return torch.zeros_like(tensor)  # A bias is added once.
     if module in VOCABULARY:
         own = tensor[group.index * rows : (group.index + 1) * rows]
@@ -189,14 +189,14 @@ def part(name: str, tensor: Tensor, group: SamplingGroup, rows: int) -> Tensor:
     return tensor
 
 
-def spread(policy: Decoder, group: SamplingGroup, dtype: torch.dtype) -> SpreadDecoder:
+def spread(policy: Decoder, group: SamplingGroup, dtype: torch.dtype) -> TensorParallelDecoder:
     """This rank's part of a sharded policy, in `dtype`; every rank must call this.
 
     Parameters are gathered one by one, and of each the rank's part is kept: it never holds more than its part and one
     whole parameter.
     """
     with torch.device("meta"):
-        model = SpreadDecoder(policy.config, group)
+        model = TensorParallelDecoder(policy.config, group)
     rows, parts = vocabulary_rows(policy.config, group.shards), {}
     for name, tensor in policy.state_dict().items():
         parts[name] = part(name, full_tensor(tensor.to(dtype)), group, rows)
@@ -222,4 +222,4 @@ def sampling_model(policy: Decoder, dtype: torch.dtype, ranks: Ranks, shards: in
 
 def sharing(model: Decoder, ranks: Ranks) -> Ranks:
     """Those among whom requests to `model` are shared: the ranks or, of a spread one, their groups."""
-    return model.group if isinstance(model, SpreadDecoder) else ranks
+    return model.group if isinstance(model, TensorParallelDecoder) else ranks

@@ -235,11 +235,11 @@ def test_several_steps_go_between_two_looks_and_none_past_the_first_limit(decode
     while running.busy:
         running.step()
         lengths.append((len(longer.token_ids), len(shorter.token_ids)))
-    assert lengths == [(1, 1), (9, 9), (12, 12), (20, 12)] and running.runner.steps_per_look == 8
+    assert lengths == [(1, 1), (9, 9), (12, 12), (20, 12)] and running.runner.steps_per_sync == 8
     assert set(running.runner.graphs) == {1, 2}
 
 
-def test_rows_are_filled_up_to_the_next_size_of_a_graph(decode_by_graphs):
+def test_rows_are_padded_to_the_next_size_of_a_graph(decode_by_graphs):
     running, shared = Engine(models("qwen3")[1], max_tokens=9, block_size=4), greedy([5, 6])
     decode_by_graphs(running)
     shared.blocks = [3]

@@ -95,7 +95,7 @@ class Shadow:
         longest = max(s.longest for s in self.coming)
         self.block_size, max_batch, blocks = random_pool(rng, longest)
         self.slots = self.block_size >= longest
-        self.most_steps = 1 if self.slots else rng.choice([1, 1, 3, GraphRunner.steps_per_look])
+        self.most_steps = 1 if self.slots else rng.choice([1, 1, 3, GraphRunner.steps_per_sync])
         self.pool = engine.BlockPool(blocks, self.block_size)
         self.scheduler = engine.Scheduler(self.pool, max_batch, rng.choice([1, 8, 16, 30, 60, 1000]))
         self.cells = [[None] * self.block_size for _ in range(blocks)]

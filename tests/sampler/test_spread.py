@@ -17,7 +17,7 @@ from nanosafe.model.decoder import Decoder
 from nanosafe.plan.shapes import SHAPES
 from nanosafe.sampler.generation import sequence
 from nanosafe.sampler.params import SamplingParams
-from nanosafe.sampler.spread import SpreadDecoder, check_spread
+from nanosafe.sampler.spread import TensorParallelDecoder, check_spread
 from nanosafe.train.cli import check_parallel
 
 
@@ -151,5 +151,5 @@ def test_a_model_that_cannot_be_cut_is_refused_by_name_before_it_is_loaded(tmp_p
 
 def test_a_spread_model_needs_seeds():
     with pytest.raises(ValueError, match="prompt 0 has no seed"):
-        model = SpreadDecoder(tiny_config("qwen3"), SimpleNamespace(shards=2, index=0))
+        model = TensorParallelDecoder(tiny_config("qwen3"), SimpleNamespace(shards=2, index=0))
         sequence(model, [5], SamplingParams(max_new_tokens=9))
