@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**21  # multiplications; below, a call into oneDNN costs more than it saves
-ROWS = 64  # of whose multiples products have as many rows, if they have more: see `filled_up`
+ROWS = 64  # products of more rows are padded to a multiple of this: see `padded`
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -31,26 +31,26 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., in] @ weight.T + bias -> [..., out], for weight [out, in], which may be packed."""
     if weight.is_mkldnn:
-        return onednn_linear(x, weight, bias)  # not filled up: a prefill would lose more by the copy of its rows
+        return onednn_linear(x, weight, bias)  # not padded: a prefill would lose more by the copy of its rows
     if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else filled_linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else padded_linear(x, weight, bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return filled_linear(x, weight, bias)
+        return padded_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad_rows, x_rows = filled_up(grad), filled_up(x)  # [N, out], [N, in]
+        grad_rows, x_rows = padded(grad), padded(x)  # [N, out], [N, in]
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = without_filling(onednn_linear(grad_rows, weight.T), x)
+            grad_x = unpadded(onednn_linear(grad_rows, weight.T), x)
         if ctx.needs_input_grad[1]:
             # oneDNN is faster with the narrower of the two factors as the left one.
             if grad_rows.shape[1] <= x_rows.shape[1]:
@@ -62,18 +62,18 @@ class _OneDnnLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def filled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`onednn_linear` of rows that are filled up."""
-    return without_filling(onednn_linear(filled_up(x), weight, bias), x)
+def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`onednn_linear` of padded rows."""
+    return unpadded(onednn_linear(padded(x), weight, bias), x)
 
 
-def without_filling(y: Tensor, x: Tensor) -> Tensor:
-    """The rows of y [N', out] that come from x [..., in] and not from filling it up -> [..., out]."""
+def unpadded(y: Tensor, x: Tensor) -> Tensor:
+    """The rows of y [N', out] that come from x [..., in] and not from padding it -> [..., out]."""
     shape = *x.shape[:-1], y.shape[-1]
     return y.flatten()[: math.prod(shape)].view(shape)
 
 
-def filled_up(x: Tensor) -> Tensor:
+def padded(x: Tensor) -> Tensor:
     """x [..., in] as rows [N, in], with rows of zeros up to a multiple of ROWS where N is above ROWS.
 
     oneDNN compiles a product for each number of rows that it meets, in about a millisecond, and keeps it, in half a
