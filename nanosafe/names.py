@@ -56,7 +56,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device = "cpu",
 
     dtype: as the scripts' --dtype, by default float32 on a CPU and bfloat16 on CUDA.
 
-    What ends its turn by the folder's tokenizer is among the model's `config.eos_ids`.
+    Its `config.eos_ids` include the tokenizer's end-of-turn ids.
     ranks: of several, each keeps its rows of every tensor and computes in `dtype`. The rows are float32, which AdamW
     wants for masters; keep_dtype: `dtype`, for what is frozen or trains with --low-memory.
     lora: as in load_checkpoint. A folder of adapters, such as a checkpoint of a run with --lora-rank, is the model that

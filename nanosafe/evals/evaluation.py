@@ -135,7 +135,7 @@ def check_kept(out: Path, benchmark: Benchmark, kept: BenchmarkResult | None,
                args: Namespace) -> None:
     """Raise ValueError for a benchmark of other data, or of less of it than result.json holds.
 
-    Less is what is wanted where --out names the folder itself; the responses are kept anyway.
+    Less may be asked for where --out names this very folder; the responses are kept anyway.
     """
     if kept is None:
         return

@@ -26,8 +26,8 @@ def eval_flags(description: str) -> ArgumentParser:
     add("--label", nargs="+", metavar="TEXT", help="names for tables and plots, one for each model")
     add("--benchmarks",
         help=f"split by commas, of {', '.join(BENCHMARKS)} (default: {','.join(PAPER)}); or of the "
-        "tiny world, as safety,arithmetic-no-thought (its models' default: all; tiny asks any model all "
-        "of these); or a file of your own questions: .json, .jsonl, .csv or .parquet")
+        "tiny world, as safety,arithmetic-no-thought (tiny: all of these, the default of that world's "
+        "models); or a file of your own questions: .json, .jsonl, .csv or .parquet")
     add("--about", choices=("safety", "over-refusal", "reasoning"), default="safety",
         help="of a file given to --benchmarks: what its questions are about, which decides how they are "
         "sampled and graded (default: %(default)s)")

@@ -139,7 +139,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def auc_interval(value: float, positives: int, negatives: int) -> tuple[float, float]:
-    """The score interval of an AUC of so many independent scores; like Wilson's it has a width at 0 and 1 too.
+    """The score interval of an AUC of that many independent scores; like Wilson's it has a width at 0 and 1 too.
 
     The AUCs whose distance to `value` is at most Z standard errors, by Hanley and McNeil's variance (Radiology 143
     (1982)) made symmetric: R. G. Newcombe, Stat. Med. 25 (2006) 559, method 5.

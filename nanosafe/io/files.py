@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Whether more than so many objects and lists are in one another."""
+    """Whether more than `levels` objects and lists are nested."""
     if not isinstance(value, dict | list):
         return False
     entries = value.values() if isinstance(value, dict) else value

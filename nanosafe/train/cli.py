@@ -73,7 +73,7 @@ def start(args: Namespace, origins: dict[str, list[str]], script: str) -> Ranks:
             origins["recipe"].remove("lr")
             origins[f"recipe, times {LORA_LR} for LoRA"] = ["lr"]
     elif args.lora_alpha or args.save_adapter:
-        raise ValueError("--lora-alpha and --save-adapter are of LoRA: add --lora-rank, or leave them out")
+        raise ValueError("--lora-alpha and --save-adapter need --lora-rank: add it, or leave them out")
     if not args.out:
         name = args.model.rstrip("/").split("/")[-1].replace("@", "-")
         args.out = f"runs/{script}-{name}"

@@ -6,7 +6,7 @@ from datetime import date
 
 from nanosafe.recipes import RECIPES, TINY_RECIPES
 
-LARGEST = 3.4028234663852886e38  # of float32, in which is computed what is computed with a number
+LARGEST = 3.4028234663852886e38  # of float32, in which settings are used
 # As in train/reinforce.py and model/recompute.py, which import PyTorch.
 KL_KINDS, ESTIMATORS = ("k1", "k2", "k3"), ("reinforce++", "reinforce++-baseline")
 RECOMPUTE = ("none", "some", "layer")
@@ -121,8 +121,8 @@ def rl_flags(description: str) -> ArgumentParser:
     add("--reward-weights", type=finite_float, nargs="+", metavar="WEIGHT",
         help="of each of several rewards in that sum (default: 1)")
     add("--reward-scope", choices=("response", "answer"), default="response",
-        help="what is scored: thought and answer (default), or what follows </think> (nothing does: "
-        "an empty answer)")
+        help="what is scored: thought and answer (default), or what follows </think> (an empty "
+        "answer where the thought never ends)")
     add("--prompts",
         help="hub id, .json, .jsonl, .csv or .parquet; docs/your-own.md has the forms of a row")
     add("--steps", type=positive_int, help="rollouts, each with its updates")
@@ -139,7 +139,7 @@ def rl_flags(description: str) -> ArgumentParser:
         "above 1")
     add("--gamma", type=positive_float, default=1.0, help="discount per token (default: 1)")
     add("--clip-low", type=positive_float, default=0.2, help="ratios below 1 - this are clipped (0.2)")
-    add("--clip-high", type=positive_float, default=0.2, help="and those above 1 + this (0.2)")
+    add("--clip-high", type=positive_float, default=0.2, help="ratios above 1 + this are clipped (0.2)")
     add("--dual-clip", type=positive_float,
         help="bound above 1 on the ratio where the advantage is negative")
     add("--reduction", choices=("token", "sequence"), default="token",
@@ -159,7 +159,7 @@ def rl_flags(description: str) -> ArgumentParser:
         help="below 1 training is no longer on-policy (default: 1)")
     add("--max-prompt-tokens", type=positive_int, help="longer prompts are left out, and counted")
     add("--max-response-tokens", type=positive_int)
-    add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
+    add("--tokens-per-microbatch", type=positive_int, help="tokens of one forward and backward pass of a rank")
     add("--pairs",
         help="labelled pairs (prompt, chosen, rejected) to try the reward model on before the start")
     show_recipes(parser, "rl")
@@ -177,7 +177,7 @@ def sft_flags(description: str) -> ArgumentParser:
     add("--batch-size", type=positive_int, help="responses per step, over all ranks")
     add("--lr", type=positive_float, help="peak learning rate; 5 %% warm-up, cosine to 0")
     add("--max-tokens", type=positive_int, help="longer conversations lose their end, and are counted")
-    add("--tokens-per-microbatch", type=positive_int, help="of one forward and backward, per rank")
+    add("--tokens-per-microbatch", type=positive_int, help="tokens of one forward and backward pass of a rank")
     show_recipes(parser, "sft")
     return parser
 

@@ -144,7 +144,7 @@ def test_the_learning_rate_is_ten_times_the_recipes_unless_it_is_given(world, tm
 
 def test_flags_of_lora_alone_are_refused(world, tmp_path):
     for flag in (["--lora-alpha", "8"], ["--save-adapter"]):
-        expect_error(rl_args(world, tmp_path / "run", *flag), train_rl, "add --lora-rank")
+        expect_error(rl_args(world, tmp_path / "run", *flag), train_rl, "need --lora-rank")
     with pytest.raises(SystemExit):
         train_rl.main(rl_args(world, tmp_path / "run", "--lora-rank", "0"))
     assert not (tmp_path / "run").exists()
