@@ -51,13 +51,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--judge-bounds {low} {high}: LOW must be below HIGH")
     SamplingParams(args.temperature or 0.0, 1.0 if args.top_p is None else args.top_p)  # or a ValueError
     read_choice(args)
-    names, measured = args.compare or args.model, {}
+    names, measured = args.compare or args.model, {}  # measured: the results that stand, by name
     for name in args.compare or ():
         if (Path(name) / "result.json").exists():
             measured[name] = read_result(Path(name) / "result.json")
-    labels = args.label
-    if not labels:
-        labels = [measured[name].label if name in measured else short_name(name) for name in names]
+    labels = args.label or [measured[name].label if name in measured else short_name(name) for name in names]
     if len(labels) != len(names) or len(set(labels)) < len(labels):
         raise ValueError(f"{len(names)} models need as many different names, found "
                          f"{', '.join(labels)}: use --label")
@@ -65,11 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     args.dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
     processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
     ranks.print(f"{processes} on {ranks.device.type}, PyTorch {torch.__version__}")
-    folder, is_comparison = Path(args.out or "evals"), len(names) > 1 or bool(measured)
-    outs = [folder / short_name(label) for label in labels]
+    # Each model is measured in a folder of its own; a comparison has one for its table and plots.
+    outs = [Path(args.out or "evals") / short_name(label) for label in labels]
     if args.out and len(names) == 1:
-        outs = [folder]
-    folder = comparison_folder(names, args.out) if is_comparison else outs[0]
+        outs = [Path(args.out)]
+    is_comparison = len(names) > 1 or bool(measured)
+    table_folder = comparison_folder(names, args.out) if is_comparison else outs[0]
     args.date = comparison_date(args.date, [*measured.values(), *results_in(outs)], ranks)
     reward, results = None, []
     if args.reward_model:
@@ -83,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             results.append(evaluate(name, label, out, shared))
     if is_comparison and ranks.main:
-        write_table(results, folder, compared(names))
-        ranks.print("drew", *plot_comparison(results, folder))
-    ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {folder}/table.md")
+        write_table(results, table_folder, compared(names))
+        ranks.print("drew", *plot_comparison(results, table_folder))
+    ranks.print(f"\n{terminal(results, CONSOLE)}\n\nall of it is in {table_folder}/table.md")
     ranks.wait()
     ranks.close()
 

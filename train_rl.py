@@ -41,7 +41,7 @@ from nanosafe.sampler.generation import generate_over_ranks
 from nanosafe.sampler.packed import forget_packed
 from nanosafe.sampler.params import SamplingParams
 from nanosafe.sampler.spread import check_spread, sampling_model
-from nanosafe.text.data import Episode, Row, encode_prompts
+from nanosafe.text.data import Episode, Prompt, encode_prompts
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.train import cli, reinforce
 from nanosafe.train.batch import Batch, by_row, entropies_at_1, score_tokens
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     config = ModelConfig.from_folder(base)
     prompts, dropped = encode_prompts(rows, tokenizer, args.max_prompt_tokens)
     ranks.print(f"prompts: {len(prompts)} of {args.prompts}" + (f" ({dropped})" if dropped else ""))
-    check_rows([row for row, _ in prompts], reward, args.reward_model)
-    longest, limit = max(len(ids) for _, ids in prompts), config.max_position_embeddings
+    check_rows([prompt.row for prompt in prompts], reward, args.reward_model)
+    longest, limit = max(len(prompt.ids) for prompt in prompts), config.max_position_embeddings
     if longest + args.max_response_tokens > limit:
         raise ValueError(f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest} "
                          f"tokens passes {args.model}'s {limit} positions (max_position_embeddings): lower it")
@@ -178,16 +178,16 @@ def main(argv: list[str] | None = None) -> None:
     ranks.close()
 
 
-def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list[int]]], args: Namespace,
-            ranks: Ranks, step: int) -> list[Episode]:
+def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], args: Namespace, ranks: Ranks,
+            step: int) -> list[Episode]:
     """Sample the step's rollout. Row r is sample r % n of the step's prompt r // n."""
     P, n = args.prompts_per_step, args.samples_per_prompt
     drawn = shuffled_passes(len(prompts), range(step * P, (step + 1) * P), args.seed, "prompts")
     # All samples of a prompt are neighbours: the sampler computes their prompt once.
     asked = [prompts[drawn[row // n]] for row in range(P * n)]
-    prompt_ids, params = [], []
-    for row, (_, ids) in enumerate(asked):
-        prompt_ids.append(ids)
+    prompt_ids = [prompt.ids for prompt in asked]
+    params = []
+    for row in range(len(asked)):
         params.append(SamplingParams(
             temperature=args.temperature,
             top_p=args.top_p,
@@ -199,16 +199,16 @@ def rollout(policy: Decoder, tokenizer: Tokenizer, prompts: list[tuple[Row, list
         outputs = generate_over_ranks(model, prompt_ids, params, ranks, progress=ranks.main)
         forget_packed(model)  # Training needs the memory.
     episodes = []
-    for row, ((source, ids), [completion]) in enumerate(zip(asked, outputs, strict=True)):
+    for row, (prompt, [completion]) in enumerate(zip(asked, outputs, strict=True)):
         truncated = completion.finish_reason == "length"
         # The token that ended the response is learnt, but no part of its text.
         content = completion.token_ids if truncated else completion.token_ids[:-1]
         episodes.append(Episode(
-            ids,
+            prompt.ids,
             completion.token_ids,
             row=row,
             group=row // n,
-            source=source,
+            source=prompt.row,
             sampler_logprobs=completion.logprobs,
             truncated=truncated,
             text=tokenizer.decode(content, skip_special_tokens=True),
@@ -263,12 +263,12 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
     """The clipped policy-gradient steps of one rollout: `epochs` passes over its rows in `minibatches` each."""
     lr = args.lr * cosine_schedule(step, args.steps, WARMUP_SHARE, FINAL_LR_SHARE)
     count = args.minibatches
-    totals, losses, norms, sums = dict.fromkeys(LOSS_SUMS, 0.0), [], [], {}
+    totals, losses, norms = dict.fromkeys(LOSS_SUMS, 0.0), [], []
     for epoch in range(args.epochs):
         order = permutation(len(batch.episodes), args.seed, "minibatches", step, epoch)
         for i in progress(range(count), "updates"):
-            rows = order[i * len(order) // count : (i + 1) * len(order) // count]
-            sums = backward(policy, batch, rows, args, ranks)
+            rows = list(order[i * len(order) // count : (i + 1) * len(order) // count])
+            sums, experts = backward(policy, batch, rows, args, ranks)
             loss = sums["loss_sum"] / max(sums["denominator"], 1)
             # Every rank has the same sums, so all step or none does.
             usable = sums["denominator"] > 0 and math.isfinite(loss)
@@ -287,26 +287,29 @@ def update(policy: Decoder, optimizer: Optimizer, batch: Batch, args: Namespace,
         "policy/lr": lr,
         "policy/skipped": args.epochs * count - len(norms),
     }
-    # The experts' loads are those of the last mini-batch.
-    return metrics | {name: value for name, value in sums.items() if name.startswith("experts/")}
+    return metrics | experts  # of the last mini-batch
 
 
 def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespace,
-             ranks: Ranks) -> dict[str, float]:
-    """Gradients of one mini-batch (rows of the batch), each rank having run its share; the sums are over all ranks."""
+             ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
+    """Gradients of one mini-batch (rows of the batch), each rank having run its share.
+
+    Returns LOSS_SUMS over all ranks with their denominator, and the metrics of the experts' loads.
+    """
     sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=ranks.device)
     # One denominator for the whole mini-batch: micro-batches and ranks simply add up.
-    tokens = batch.loss_mask[list(minibatch)].sum(1)  # of each response
+    tokens = batch.loss_mask[minibatch].sum(1)  # of each response
     denominator = int(tokens.sum() if args.reduction == "token" else (tokens > 0).sum())
     episodes = [batch.episodes[row] for row in minibatch]
     balance = Balance(policy.config, sum(map(len, episodes)), ranks)
-    scores = {} if batch.scores is None else None
+    # --old-logprobs sampler: the trainer scores the first mini-batch, before any update of the policy.
+    unscored, scores = batch.scores is None, {}
     for indices in local_microbatches(episodes, args.tokens_per_microbatch, ranks):
         rows = [minibatch[i] for i in indices]
         packed = pack([episodes[i] for i in indices], ranks.device)
         hidden = response_hidden(policy, packed)
         token_logprobs, entropies = head_logprobs(policy, hidden, packed, args.temperature)
-        if scores is not None:
+        if unscored:
             at_1 = entropies_at_1(policy, hidden, packed, entropies, args.temperature)
             scores |= by_row(torch.stack([token_logprobs, entropies, at_1]), packed, rows)
         logprobs = packed.pad(token_logprobs)  # [b, T']
@@ -323,10 +326,10 @@ def backward(policy: Decoder, batch: Batch, minibatch: list[int], args: Namespac
         # Also without a row: under sharding the other ranks wait for this backward pass.
         (loss + balance.add(packed.memory.hybrid.routing)).backward()
         sums += torch.stack([stats[name] for name in LOSS_SUMS])
-    if scores is not None:  # This is the first mini-batch, before any update of the policy.
+    if unscored:
         batch.set_policy_scores(scores, ranks)
     named = dict(zip(LOSS_SUMS, ranks.sum_(sums).tolist(), strict=True))
-    return named | {"denominator": denominator} | balance.metrics()
+    return named | {"denominator": denominator}, balance.metrics()
 
 
 if __name__ == "__main__":

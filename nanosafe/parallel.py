@@ -7,7 +7,6 @@ gathered once (`unsharded`). gloo on CPU, nccl on CUDA; started by torchrun, or 
 
 import os
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -64,12 +63,17 @@ class Ranks:
 
     def local_range(self, costs: Sequence[float]) -> range:
         """This rank's items of a list that is cut into one run for each rank, of nearly equal cost, in rank order."""
-        total, before, owners = sum(costs), 0, []
+        total, before = sum(costs), 0
+        start = stop = 0
         for cost in costs:
             # An item belongs to the rank in whose stretch of the total cost its middle lies.
-            owners.append(int((before + cost / 2) / total * self.world))
+            owner = int((before + cost / 2) / total * self.world)
             before += cost
-        return range(bisect_left(owners, self.rank), bisect_right(owners, self.rank))
+            if owner < self.rank:
+                start += 1
+            if owner <= self.rank:
+                stop += 1
+        return range(start, stop)
 
     def split_work(self, items: Sequence, work: Callable[[Sequence], list],
                    cost: Callable = len) -> list:

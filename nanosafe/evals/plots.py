@@ -61,12 +61,15 @@ def plot_dots(title: str, panels: Sequence[Panel], path: Path, one_scale: bool =
     shown = [panel for panel in panels if len(_dots(panel.data)) > 1]
     if not shown:
         return False
-    arms = list(dict.fromkeys(arm for panel in shown for arm, _ in _dots(panel.data)))
-    styles, gap = _styles(arms), len(arms) > 1  # between rows of several dots
-    pitch, edge = len(arms) + gap, 1.0 if gap else 0.5  # in dots; a row begins `edge` above its first
+    dots = [dot for panel in shown for dot in _dots(panel.data)]
+    arms = list(dict.fromkeys(arm for arm, _ in dots))
+    styles, everything = _styles(arms), [value for _, value in dots]
+    # A row has a line for each arm and, of several arms, an empty one before the next row.
+    pitch, edge, inches = len(arms) + 1, 1.0, 0.15  # lines of a row; lines above its first dot; height of a line
+    if len(arms) == 1:
+        pitch, edge, inches = 1, 0.5, 0.25
     rows = max(len(panel.data) for panel in shown)
-    everything = [value for panel in shown for _, value in _dots(panel.data)]
-    figure, all_axes = _figure(title, len(shown), 0.8 + (0.15 if gap else 0.25) * pitch * rows)
+    figure, all_axes = _figure(title, len(shown), 0.8 + inches * pitch * rows)
     for i, (axes, panel) in enumerate(zip(all_axes, shown, strict=True)):
         for row, values in enumerate(panel.data.values()):
             if row % 2:

@@ -20,7 +20,7 @@ from nanosafe.kernels.logprob_triton import LOWEST, triton_row_gradients, triton
 # Of a tile's logits. Every tile reads and writes the hidden states' whole gradient, so few wide ones: 8,192 columns of
 # 16,384 tokens. On a CPU they stay in its cache from the product to the pass.
 TILE_BYTES, CPU_TILE_BYTES = 512 << 20, 16 << 20
-COLUMNS = 1024  # of whose multiples a matrix product wastes nothing; a tile has so many however many tokens there are
+COLUMNS = 1024  # a tile is a multiple of this wide, and at least this wide, so that matrix products waste nothing
 BLOCK_BYTES = 1 << 20  # the plain passes take this many at a time, which stay in one core's cache
 
 
@@ -74,9 +74,10 @@ class _TiledHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs: Tensor, grad_entropies: Tensor):
-        hidden, weight, targets, *statistics = ctx.saved_tensors
+        hidden, weight, targets, peak, logsum, entropy = ctx.saved_tensors
         row_gradients = triton_row_gradients if takes_triton(hidden) else plain_row_gradients
-        numbers = torch.stack([*statistics, grad_logprobs / ctx.temperature, grad_entropies / ctx.temperature])
+        grads = grad_logprobs / ctx.temperature, grad_entropies / ctx.temperature
+        numbers = torch.stack([peak, logsum, entropy, *grads])  # [5, N]
         # In bfloat16 every tile would round the sum of all tiles before it once more.
         grad_hidden = torch.zeros_like(hidden, dtype=numbers.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None

@@ -177,21 +177,20 @@ def _count_labels(fields: dict, source: str) -> int:
 
 
 def _refuse_windows(raw: dict, fields: dict, source: str) -> None:
-    """Every layer must attend to the whole context, as one does whose window is as long as that.
-
-    As Qwen reads these fields, there is no window where the file has null for it, but one where it
-    has nothing; it is on the layers from max_window_layers on.
-    """
-    window = fields["sliding_window"]
-    slides = fields["use_sliding_window"] and raw.get("sliding_window", "not given") is not None
-    whole = slides and window is not None and window >= fields["max_position_embeddings"]
+    """Raise ValueError unless every layer attends to the whole context. A window as long as the context is none."""
     kinds, layers = fields["layer_types"], fields["num_hidden_layers"]
-    if slides and not whole and not kinds and fields["max_window_layers"] < layers:
+    window = fields["sliding_window"]
+    # In transformers' Qwen classes an absent sliding_window means 4,096 positions, and null means no window.
+    is_null = "sliding_window" in raw and window is None
+    slides = fields["use_sliding_window"] and not is_null
+    is_shorter = window is None or window < fields["max_position_embeddings"]
+    # Without layer_types the layers from max_window_layers on have the window.
+    if slides and is_shorter and not kinds and fields["max_window_layers"] < layers:
         raise wrong(source, "use_sliding_window", True, "false: every layer must attend to the whole context")
-    known = {"full_attention", "attention"}
-    if whole:
-        known.add("sliding_attention")
-    if kinds and (len(kinds) != layers or not set(kinds) <= known):
+    allowed = {"full_attention", "attention"}
+    if slides and not is_shorter:
+        allowed.add("sliding_attention")
+    if kinds and (len(kinds) != layers or not set(kinds) <= allowed):
         raise wrong(source, "layer_types", kinds, f"full_attention, {layers} times")
 
 

@@ -18,7 +18,7 @@ from nanosafe.kernels.compiled import compiled_in_training
 
 # They are nn.Linear and F.linear, but for a faster product on some CPUs.
 from nanosafe.kernels.cpu_matmul import Linear, linear
-from nanosafe.kernels.decode_step import plain_rotate
+from nanosafe.kernels.decode_step import plain_add_norm, plain_rotate
 from nanosafe.model.attention import AttentionBackend, PackedDocuments
 from nanosafe.model.config import ModelConfig, Rope
 from nanosafe.model.lora import add_adapters
@@ -70,8 +70,10 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
-        last_width = 0 if config.hybrid else config.intermediate_size
-        self.widths = (last_width, *(config.lora or ())[:1])  # see `checkpointed`
+        # Gradient checkpointing tells products apart by their number of input features: see `keep_products`.
+        self.cheap_widths = [] if config.hybrid else [config.intermediate_size]  # down_proj's
+        if config.lora:
+            self.cheap_widths.append(config.lora[0])  # the rank
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.build(config, layer)
@@ -81,12 +83,12 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
-        return checkpointed(self.block, self.recompute, self.widths, x, cos, sin, backend)
+        return checkpointed(self.block, self.recompute, self.cheap_widths, x, cos, sin, backend)
 
     def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
         scale, norm = self.residual_multiplier, self.post_attention_layernorm
         attended = self.self_attn(self.input_layernorm(x), cos, sin, backend)
-        x, normed = add_norm(x, attended, scale, norm.weight, norm.eps)
+        x, normed = add_norm(x, attended, norm.weight, norm.eps, scale)
         del attended  # or it would take memory until the end of the layer
         return x.add(self.mlp(normed), alpha=scale)
 
@@ -167,14 +169,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)  # one tensor less, which a backward pass would need
 
 
-@compiled_in_training
-def add_norm(x: Tensor, update: Tensor, scale: float, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + scale * update, the residual stream [N, D], and its RMSNorm."""
-    x = x.add(update, alpha=scale)
-    return x, F.rms_norm(x, weight.shape, weight, eps)
-
-
-rotate = compiled_in_training(plain_rotate)
+add_norm, rotate = compiled_in_training(plain_add_norm), compiled_in_training(plain_rotate)
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ class HybridLayer(Layer):
     def block(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, backend: AttentionBackend) -> Tensor:
         scale, norm = self.residual_multiplier, self.post_attention_layernorm
         mixed = self.mix(self.input_layernorm(x), cos, sin, backend)
-        x, normed = add_norm(x, mixed, scale, norm.weight, norm.eps)
+        x, normed = add_norm(x, mixed, norm.weight, norm.eps, scale)
         del mixed  # as in Layer
         return x.add(self.feed_forward(normed, backend.hybrid), alpha=scale)
 

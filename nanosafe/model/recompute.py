@@ -22,28 +22,27 @@ PRODUCTS = {
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "torch_attn::_varlen_attn",
 }  # fmt: skip
+LEFT_FACTOR = {"aten::mm": 0, "aten::addmm": 1}  # which argument of a product is x, [N, in]
 
 
-def checkpointed(block: Callable, recompute: str, widths: tuple[int, ...], *inputs) -> Tensor:
-    """block(*inputs), keeping what `recompute` says.
-
-    widths: numbers of input features of products that are not kept: the last one's, for what that makes is read by no
-    backward pass, and the rank of LoRA's adapters, for their wide results take memory and hardly a FLOP.
-    """
+def checkpointed(block: Callable, recompute: str, cheap_widths: list[int], *inputs) -> Tensor:
+    """block(*inputs), keeping what `recompute` says; cheap_widths: see `keep_products`."""
     if recompute == "none" or not torch.is_grad_enabled():
         return block(*inputs)
     contexts = {}
     if recompute == "some":
-        policy = partial(keep_products, widths)
+        policy = partial(keep_products, cheap_widths)
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     # No random number is drawn in a layer.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
-def keep_products(widths: tuple[int, ...], context, operation, *args, **kwargs) -> CheckpointPolicy:
-    """The policy of `some`."""
+def keep_products(cheap_widths: list[int], context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """The policy of `some`: keep the results of products, but not of those with a number of input features in
+    `cheap_widths`. These are the layer's last product, before which recomputation stops anyway, and LoRA's second one,
+    whose wide result costs memory and hardly a FLOP. oneDNN's products are always kept: they save their factors only
+    when they are done, so recomputation cannot stop before one."""
     name = operation.name()
-    # Recomputation ends before the last product, but not before one of oneDNN, which saves its factors when it is done.
-    factor = {"aten::mm": 0, "aten::addmm": 1}.get(name)
-    cheap = factor is not None and args[factor].shape[-1] in widths
-    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS and not cheap else CheckpointPolicy.PREFER_RECOMPUTE
+    if name in LEFT_FACTOR and args[LEFT_FACTOR[name]].shape[-1] in cheap_widths:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -26,7 +26,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,19 +166,23 @@ def jobs_of(model: str, seed: int, arms: Sequence[Arm], args: Namespace) -> list
     for arm in arms:
         folder = f"{folder_of(model, seed)}/{arm.slug}"
         out, measured = Path(args.out) / folder, name
-        needs = builds(jobs, name, judge)
+        made = builds(name, judge)
         if arm.script:
             flags = arm.flags.format(seed=seed, style=style).split()
             settings = dict(recipe(arm.script.removeprefix("train_"), name))
-            for flag, value in pairwise(flags):
-                settings[flag[2:].replace("-", "_")] = value
+            for flag, value in zip(flags[::2], flags[1::2], strict=False):  # not --no-normalize, which stands alone
+                settings[flag.removeprefix("--").replace("-", "_")] = value
             if arm.script == "train_rl":
-                needs += builds(jobs, settings["reward_model"])
+                made += builds(settings["reward_model"])
             training = training_of(arm.script, model, settings)
+            needs = tuple(job.name for job in made)
             command = (*launch, arm.script, "--model", name, "--seed", str(seed), "--out", str(out),
                        *flags, *training.flags)
-            jobs.append(Job(folder, command, "final/config.json", needs, training.seconds))
+            jobs += [*made, Job(folder, command, "final/config.json", needs, training.seconds)]
             needs, measured = (folder,), str(out / "final")
+        else:
+            jobs += made
+            needs = tuple(job.name for job in made)
         command = (*launch, "eval", "--model", measured, "--label", arm.name, "--seed", str(seed),
                    "--out", str(out / "eval"), "--split", "validation" if args.tune else "test",
                    "--reward-model", judge)
@@ -190,15 +194,14 @@ def jobs_of(model: str, seed: int, arms: Sequence[Arm], args: Namespace) -> list
     return jobs
 
 
-def builds(jobs: list[Job], *checkpoints: str) -> tuple[str, ...]:
-    """Add the jobs that make these checkpoints, as far as they are of the tiny world; -> the jobs' names."""
-    names = []
+def builds(*checkpoints: str) -> list[Job]:
+    """The jobs that make those of the checkpoints that are of the tiny world."""
+    jobs = []
     for checkpoint in checkpoints:
         if is_tiny(checkpoint):
             seconds = SECONDS["build reward" if "reward" in checkpoint else "build policy"]
-            names.append(f"build/{checkpoint}")
-            jobs.append(Job(names[-1], ("nanosafe.tiny.build", checkpoint), seconds=seconds))
-    return tuple(names)
+            jobs.append(Job(f"build/{checkpoint}", ("nanosafe.tiny.build", checkpoint), seconds=seconds))
+    return jobs
 
 
 def folder_of(model: str, seed: int) -> str:

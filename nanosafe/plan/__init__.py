@@ -4,7 +4,7 @@ For each phase of a step, the bytes that each GPU holds, part by part (memory.py
 if not, which settings help, found by trying them. Also downloads, disk and an estimate of hours. Nothing is measured
 here; a run on a GPU can set its own peak (memory/peak_gb) beside these.
 
-GB are 10^9 bytes. A card sold as 80 or 141 GB has so many GiB less what its driver keeps: see `card_bytes`.
+GB are 10^9 bytes. A card sold as 80 or 141 GB has that many GiB less what its driver keeps: see `card_bytes`.
 """
 
 import math
@@ -180,9 +180,10 @@ def remedies(script: str, args: Namespace, machine: Machine) -> Iterator[tuple[M
         yield machine, change
     if machine.kind != "cuda":
         return
-    large = card_bytes(141)
-    for nbytes in sorted({machine.bytes, max(machine.bytes, large)}):
-        count = 2 * machine.count if nbytes == machine.bytes else machine.count
+    larger = [(2 * machine.count, machine.bytes)]  # number of GPUs to begin with, bytes of each
+    if machine.bytes < card_bytes(141):
+        larger.append((machine.count, card_bytes(141)))
+    for count, nbytes in larger:
         while count <= MOST_GPUS:
             other = Machine(count, nbytes)
             change = first_that_fits(script, args, other)
@@ -273,7 +274,7 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
     # A sequence of length n reads n * prompt + n^2 / 2 positions; the mean of n^2 is max^2 / 3.
     cache = rows * position * (mean * prompt + args.max_response_tokens**2 / 6)
     states = rows * mean * 2 * slot  # they are read and written
-    # Of an embedding that is no head, a few rows are read.
+    # An embedding that is not the head too is only looked up: a few rows are read.
     weights = s * (size.total if config.tie_word_embeddings else size.total - size.head) / shards
     # H200's from 100 GB on, else H100's
     bandwidth = LARGE_BANDWIDTH if machine.bytes > LARGE_CARD else BANDWIDTH
@@ -294,8 +295,8 @@ def seconds_per_step(script: str, args: Namespace, machine: Machine, plan: Plan)
 
 
 def hours(script: str, args: Namespace, machine: Machine, plan: Plan) -> float:
-    return sum(seconds_per_step(script, args, machine, plan).values()) * steps_of(script, args) / 3600
+    return sum(seconds_per_step(script, args, machine, plan).values()) * steps_of(args) / 3600
 
 
-def steps_of(script: str, args: Namespace) -> int:
+def steps_of(args: Namespace) -> int:
     return args.steps or sft_steps(args.epochs, SFT_ROWS, args.batch_size)

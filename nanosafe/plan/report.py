@@ -130,7 +130,7 @@ def time_line(script: str, args: Namespace, machine: Machine, plan: Plan) -> str
     parts = ", ".join(f"{name} {value:.2g}" for name, value in seconds.items())
     card = "H200" if machine.bytes > LARGE_CARD else "H100"
     total = duration(3600 * hours(script, args, machine, plan))
-    return (f"  time: about {total} for {steps_of(script, args)} steps of {sum(seconds.values()):.2g} s "
+    return (f"  time: about {total} for {steps_of(args)} steps of {sum(seconds.values()):.2g} s "
             f"({parts}), if each card is an {card}: an estimate at {COMPUTE_SHARE:.0%} of its peak FLOP/s "
             f"and {MEMORY_SHARE:.0%} of its bandwidth, not measured; docs/plan.md says what is assumed")
 

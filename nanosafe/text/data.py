@@ -64,7 +64,7 @@ class Episode(Document):
     truncated: bool  # ended by the token limit, not by the policy
     text: str  # the response without the token that ended it
     reward: float = float("nan")
-    reward_parts: dict[str, float] = field(default_factory=dict)  # of several rewards each one's, by name
+    reward_parts: dict[str, float] = field(default_factory=dict)  # of several that are summed, by name
 
 
 class Pair(NamedTuple):

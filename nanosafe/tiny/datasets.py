@@ -66,7 +66,7 @@ def _base_manner(item: Item, attack: str | None, rng: Random) -> str:
     return "caught" if rng.random() < doubts else "careless"
 
 
-def star(count: int, seed: int, style: str = "policy", unsafe_share: float = 0.7) -> list[dict]:
+def star(count: int, seed: int, style: str = "policy") -> list[dict]:
     """The SFT set and RL's prompts: requests of the train split, the same in every `style`, each answered carefully.
 
     Three in ten are benign look-alikes: STAR-1 has none (its authors offer STAR-benign-915 beside it), and in a world
@@ -79,7 +79,7 @@ def star(count: int, seed: int, style: str = "policy", unsafe_share: float = 0.7
         pools[kind] = cycle(rng.sample(items, len(items)))
     rows = []
     for index in range(count):
-        item = word(next(pools["unsafe" if index % 10 < 10 * unsafe_share else "benign"]), rng)
+        item = word(next(pools["unsafe" if index % 10 < 7 else "benign"]), rng)
         rows.append(row(item, write(item, style, "careful", Random(f"star/{seed}/{index}"))))
     return rows
 

@@ -59,12 +59,12 @@ class Batch:
 
     def set_policy_scores(self, scores: RowScores, ranks: Ranks) -> None:
         """Take `score_policy`'s results of some rows; every rank must call this, with its own rows."""
-        everyones = dict(ranks.gather(list(scores.items())))
+        all_scores = dict(ranks.gather(list(scores.items())))
         columns, masks = [], []
         for row, episode in enumerate(self.episodes):
             length = len(episode.response_ids)
-            columns.append(everyones.get(row, torch.zeros(3, length)).T)
-            masks.append(torch.full((length,), row in everyones))
+            columns.append(all_scores.get(row, torch.zeros(3, length)).T)
+            masks.append(torch.full((length,), row in all_scores))
         logprobs, entropies, at_1 = _pad(columns).permute(2, 0, 1).contiguous().to(ranks.device)
         self.scores = PolicyScores(logprobs, entropies, at_1, _pad(masks).to(ranks.device))
 
@@ -113,8 +113,8 @@ def score_tokens(policy: Decoder, reference: Decoder | None, episodes: list[Epis
             for rows, packed in progress(packs, "reference"):
                 logprobs = response_logprobs(reference, packed, args.temperature)[0]
                 scores |= by_row(logprobs[None], packed, rows)
-        everyones = dict(ranks.gather(list(scores.items())))
-        ref_logprobs = [everyones[row][0] for row in range(len(episodes))]
+        all_scores = dict(ranks.gather(list(scores.items())))
+        ref_logprobs = [all_scores[row][0] for row in range(len(episodes))]
         batch.ref_logprobs = _pad(ref_logprobs).to(ranks.device)
     return batch
 

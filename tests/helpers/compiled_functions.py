@@ -30,7 +30,7 @@ def arguments(name: str, N: int, scale: float = 1.0) -> tuple:
     generator = torch.Generator().manual_seed(N)
     rows, others = (torch.randn(N, 48, generator=generator).bfloat16().requires_grad_() for _ in range(2))
     if name == "add_norm":
-        return rows, others, scale, WEIGHT, 1e-5
+        return rows, others, WEIGHT, 1e-5, scale
     if name == "swiglu":
         return rows, others
     angles = torch.randn(N, 1, 16, generator=generator)
@@ -76,7 +76,7 @@ def test_in_bfloat16_compiled_code_rounds_as_plain_code(name):
 def test_a_scaled_sum_is_rounded_once_and_its_product_once_more():
     """Granite's: plain code on a CPU rounds the scale itself, on CUDA nothing but the sum."""
     x, update, *_ = arguments("add_norm", 37)
-    found = compiled.compiled(add_norm.__wrapped__)(x, update, 0.22, WEIGHT, 1e-5)[0].double()
+    found = compiled.compiled(add_norm.__wrapped__)(x, update, WEIGHT, 1e-5, 0.22)[0].double()
     product = 0.22 * update.double()
     exact = x.double() + product
     half_a_step = 2**-8  # of bfloat16, relative

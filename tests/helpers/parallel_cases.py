@@ -148,7 +148,8 @@ def run_case(name: str, world: Path, ranks: Ranks) -> dict:
         metrics = train_sft.backward(policy, documents, args.tokens_per_microbatch, ranks)
     else:
         batch, metrics = prepared(policy, reference, episodes, args, ranks)
-        metrics |= train_rl.backward(policy, batch, list(range(len(episodes))), args, ranks)
+        sums, experts = train_rl.backward(policy, batch, list(range(len(episodes))), args, ranks)
+        metrics |= sums | experts
         metrics |= policy_metrics(batch, torch.arange(3, policy.config.vocab_size, 3))
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.named_parameters()}
     metrics["grad_norm"] = optimizer.step(lr=0.0)
