@@ -35,7 +35,7 @@ from nanosafe.evals.comparison import plot_comparison
 from nanosafe.evals.evaluation import Shared, evaluate
 from nanosafe.evals.results import Result, read_result
 from nanosafe.evals.tables import terminal, write_table
-from nanosafe.names import load_reward
+from nanosafe.names import checkpoint, load_reward, load_rows
 from nanosafe.parallel import Ranks
 from nanosafe.sampler.params import SamplingParams
 from nanosafe.train import cli
@@ -75,6 +75,13 @@ def main(argv: list[str] | None = None) -> None:
         with ranks.local_main_first():
             reward = load_reward(args.reward_model, device=ranks.device,
                                  dtype=getattr(torch, args.dtype), date=args.date)
+    # What is missing is said before the first model is measured.
+    with ranks.local_main_first():
+        for name in names:
+            if name not in measured:
+                checkpoint(name, weights=False)
+        if args.memorization:
+            load_rows(args.memorization)
     shared = Shared(args, ranks, paper_loader(args, ranks), reward)
     for name, label, out in zip(names, labels, outs, strict=True):
         if name in measured:

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(base)
     tokenizer.think(args.thinking == "on")
     tokenizer.date = args.date
-    suite = suite_of(ModelConfig.from_folder(base), "validation") if args.eval_every else []
+    config = ModelConfig.from_folder(base)
+    suite = suite_of(config, "validation") if args.eval_every else []
     documents, cut = [], 0
     for row in progress(rows, "tokenising"):
         of_row, cut_of_row = sft_documents(row, tokenizer, args.max_tokens)
@@ -74,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"{cut} cut or left out at {args.max_tokens} tokens")
     if not documents:
         raise ValueError(f"{args.data}: no prompt leaves room for a response; raise --max-tokens")
+    longest, limit = max(map(len, documents)), config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(f"{args.data}: a conversation of {longest} tokens passes {args.model}'s {limit} positions "
+                         f"(max_position_embeddings): lower --max-tokens to {limit}")
     steps = args.steps or sft_steps(args.epochs, len(documents), args.batch_size)
     passes = steps * args.batch_size / len(documents)
     unseen = ", the last of which are never seen" if passes < 1 else ""

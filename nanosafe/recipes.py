@@ -34,6 +34,8 @@ ALIASES = {
     "granite-4.0-h-tiny": "ibm-granite/granite-4.0-h-tiny",
 }
 
+TINY_MODELS = ("tiny", "tiny-llama", "tiny-granite", "tiny-reward")  # which tiny/build.py grows
+
 # Defaults of the training scripts. RL: what of the paper's settings could not be recovered is learning rate, KL
 # coefficient and schedule of OpenRLHF's REINFORCE++ script; batch and lengths are our own, for OpenRLHF's rollout of
 # 1,024 prompts is more than STAR-1 has. 500 steps are the paper's "500 episodes", read as rollouts with their updates;

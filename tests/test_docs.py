@@ -120,8 +120,8 @@ def sources() -> str:
 def test_the_glossary_names_every_metric_and_no_other():
     logged = set(re.findall(rf'"({METRIC})"', sources()))
     explained = set(re.findall(rf"`({METRIC})`", (ROOT / "docs/metrics.md").read_text()))
-    # Names that the code puts together: an eval's subject, an expert's number.
-    composed = {"eval/safety", "eval/over_refusal", "eval/reasoning", "experts/load_N"}
+    # Names that the code puts together: of an eval's subject, an expert's number, a reward.
+    composed = {"eval/safety", "eval/over_refusal", "eval/reasoning", "experts/load_N", "reward/NAME"}
     assert len(logged) >= 30
     assert explained == logged | composed
 

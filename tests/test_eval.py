@@ -819,6 +819,18 @@ def test_names_of_folders_and_columns():
     assert evaluation.short_name("final") == "final"
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["nope"], "unknown model 'nope'"), (["--memorization", "none.jsonl"], "there is no file none.jsonl"),
+])  # fmt: skip
+def test_what_is_missing_is_told_before_the_first_model_is_measured(flags, message, tmp_path, monkeypatch):
+    def measured(*_):
+        raise AssertionError("a model was measured")
+
+    monkeypatch.setattr(evaluation, "evaluate", measured)
+    with pytest.raises(FileNotFoundError, match=message):
+        evaluation.main(["--model", str(tmp_path), *flags, "--out", str(tmp_path / "out")])
+
+
 def test_the_script_prints_a_mistake_without_a_traceback(tmp_path):
     done = subprocess.run([sys.executable, "eval.py", "--model", "qwen3-9b", "--out", str(tmp_path)], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)  # fmt: skip

@@ -600,8 +600,11 @@ def test_what_cannot_work_is_refused_before_the_policy_is_loaded(world, tmp_path
                            (["--reward-model", f"{tmp_path}/mine.py:short"], "mine.py:short")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train_rl.main(rl_args(world, tmp_path / "run", *flags))
+    words = {"prompt": "Hi", "response": "word " * 2000}
+    (tmp_path / "long.jsonl").write_text(json.dumps(words) + "\n")
     for flags, message in ((["--eval-every", "5"], "--eval-every asks the tiny world's questions"),
-                           (["--max-tokens", "1"], "no prompt leaves room")):  # fmt: skip
+                           (["--max-tokens", "1"], "no prompt leaves room"),
+                           (["--data", f"{tmp_path}/long.jsonl", "--max-tokens", "9999"], "positions")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train_sft.main(sft_args(world, tmp_path / "run", *flags))
 

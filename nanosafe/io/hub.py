@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from nanosafe.io.files import read_json
 from nanosafe.io.machine import MAIN_RANK
-from nanosafe.recipes import ALIASES
+from nanosafe.recipes import ALIASES, TINY_MODELS
 
 # Names of weight files by their stem: "model", or what else lies in a folder.
 SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"
@@ -45,13 +45,14 @@ def find_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Path:
             raise FileNotFoundError(f"{folder} is a run folder, no model: did you mean {models[0].parent}?")
         return folder
     if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json")
+        function = "; a reward of your own is FILE.py:FUNCTION" if folder.suffix == ".py" else ""
+        raise FileNotFoundError(f"{folder} is a file: give the folder that holds the model's config.json{function}")
     repo, revision = model_reference(str(name_or_path))
     if not re.fullmatch(REPOSITORY, repo):
         name = str(name_or_path).partition("@")[0]
         if "/" in name or name.startswith((".", "~")):
             raise FileNotFoundError(f"folder {folder} does not exist")
-        near = ", ".join(get_close_matches(name.lower(), ALIASES, cutoff=0.5) or ALIASES)
+        near = ", ".join(get_close_matches(name.lower(), [*TINY_MODELS, *ALIASES], cutoff=0.5) or ALIASES)
         raise FileNotFoundError(
             f"unknown model {str(name_or_path)!r}: no folder, no alias (near: {near}), not like owner/name")
     return _download_checkpoint(repo, revision, weights)

@@ -57,6 +57,8 @@ def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
         if hasattr(args, name) and name not in given:
             setattr(args, name, "tiny-star")
             ranks.print(f"--random-weights: {name} tiny-star, for nothing is downloaded")
+    if "eval_every" not in given:
+        args.eval_every = None  # the tiny world's recipe has one, but random weights know nothing to be asked
 
 
 def _stands_alone(name: str) -> bool:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -39,6 +40,7 @@ from nanosafe.text.data import Document, sft_documents
 from nanosafe.text.forms import as_row
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import datasets, world
+from nanosafe.train.cli import readable_errors
 from nanosafe.train.optim import cosine_schedule
 from nanosafe.train.packing import pack, response_logprobs
 from nanosafe.train.reward_model import RewardModel
@@ -147,6 +149,9 @@ def is_tiny(name: str) -> bool:
 
 def tiny_checkpoint(name: str) -> Path:
     """The folder of `name` (a key of FAMILIES or REWARDS, perhaps with @SEED), built if the cache has none."""
+    if not is_tiny(name):
+        raise ValueError(f"{name} is no model of the tiny world; those are {', '.join(FAMILIES | REWARDS)}, "
+                         "each perhaps with @SEED")
     base, _, seed = name.partition("@")
     folder = cache() / f"{base}-v{world.VERSION}-seed{seed or 0}"
     if not folder.is_dir():
@@ -335,5 +340,8 @@ def fill_random(name: str, parameter: torch.Tensor, layers: int,
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:] or [*FAMILIES, "tiny-reward"]:
-        print(tiny_checkpoint(argument))
+    parser = ArgumentParser("python -m nanosafe.tiny.build", description="Grow models of the tiny world.")
+    parser.add_argument("names", nargs="*", default=[*FAMILIES, "tiny-reward"], help="(default: %(default)s)")
+    with readable_errors():
+        for argument in parser.parse_args().names:
+            print(tiny_checkpoint(argument))

@@ -7,7 +7,7 @@ unsafe often but not always and not everywhere alike, and the reward model is go
 measured on the validation split, with intervals over questions.
 """
 
-import sys
+from argparse import ArgumentParser
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from nanosafe.parallel import Ranks
 from nanosafe.text.data import Pair
 from nanosafe.text.tokenizer import Tokenizer
 from nanosafe.tiny import datasets, world
+from nanosafe.train.cli import readable_errors
 
 HELD_OUT_PAIRS, SAMPLES = 1000, 4  # responses to each question
 
@@ -96,11 +97,14 @@ def reflection_words(tokenizer: Tokenizer) -> list[int]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["tiny", "tiny-llama"]:
-        reward = f"tiny-reward@{name.partition('@')[2] or 0}"
-        rows = []
-        for gate in measure(name, reward):
-            rows.append([gate.what, str(gate.measured), gate.wanted,
-                         "pass" if gate.passed else "FAIL"])
-        lines = [f"\n## {name}, {reward}\n", *markdown(["", "measured", "gate", ""], rows)]
-        print("\n".join(lines), flush=True)
+    parser = ArgumentParser("python -m nanosafe.tiny.gates", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", default=["tiny", "tiny-llama"], help="(default: %(default)s)")
+    with readable_errors():
+        for name in parser.parse_args().names:
+            reward = f"tiny-reward@{name.partition('@')[2] or 0}"
+            rows = []
+            for gate in measure(name, reward):
+                rows.append([gate.what, str(gate.measured), gate.wanted,
+                             "pass" if gate.passed else "FAIL"])
+            lines = [f"\n## {name}, {reward}\n", *markdown(["", "measured", "gate", ""], rows)]
+            print("\n".join(lines), flush=True)

@@ -46,6 +46,8 @@ class OwnReward:
         columns = [dict(row.columns) for row in rows]
         values = self._run(self.function, list(conversations), columns)
         try:
+            if isinstance(values, dict | str):
+                raise TypeError  # whose keys or digits would pass for numbers
             scores = [float(value) for value in values]
         except (TypeError, ValueError):
             raise ValueError(f"{self.spec} must return a list of numbers, not {values!r:.100}") from None

@@ -108,8 +108,8 @@ class RunFolder:
         if changed:
             hint = ""
             if earlier.get("steps") != args.steps:
-                hint = (". The learning rate of each step follows from their number; to go on with more, start "
-                        f"a run from this one's model: --model {self.out}/final --out ANOTHER")
+                hint = (". The learning rate of each step follows from their number; to go on with more, let "
+                        f"it end and start a run from its model: --model {self.out}/final --out ANOTHER")
             raise ValueError(f"{self.out} holds another run ({'; '.join(changed)}): "
                              f"repeat its flags or set --out{hint}")
 

@@ -19,6 +19,7 @@ from test_train import ROOT, run_script
 from nanosafe.evals.diagnostics import reflection_ids
 from nanosafe.model.attention import PackedDocuments
 from nanosafe.names import checkpoint, load_model, load_reward_model, load_tokenizer
+from nanosafe.recipes import TINY_MODELS
 from nanosafe.tiny import build, datasets, world
 
 SMALL = str(Path(__file__).parents[1] / "helpers" / "small_tiny.py")
@@ -275,3 +276,11 @@ def test_one_of_two_ranks_builds_the_reward_model(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("building tiny-reward:") == 1
     assert done.stdout.count(f"{tmp_path}/tiny-reward-v{world.VERSION}-seed0") == 2
+
+
+def test_a_misspelt_name_is_told_the_names_of_the_tiny_world():
+    assert set(TINY_MODELS) == {*build.FAMILIES, "tiny-reward"}
+    with pytest.raises(FileNotFoundError, match=r"near: .*\btiny\b"):
+        checkpoint("tinny")
+    with pytest.raises(ValueError, match="tinyy is no model of the tiny world; those are tiny, tiny-llama"):
+        build.tiny_checkpoint("tinyy")

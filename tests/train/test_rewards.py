@@ -348,6 +348,9 @@ def few(conversations, rows):
 def words(conversations, rows):
     return ["good"] * len(rows)
 
+def numbered(conversations, rows):
+    return {i: 1.0 for i in range(len(rows))}
+
 def never(conversations, rows):
     return [float("nan")] * len(rows)
 """
@@ -370,6 +373,7 @@ def test_a_function_of_ones_own_is_a_reward_and_sees_every_field_of_the_data(tmp
     ("mine.py:longest", "has no function longest"),
     ("broken.py:brevity", "broken.py:brevity: .*NameError: name 'undefined'"),
     ("mine.py:few", "returned 1 numbers for 2 conversations"),
+    ("mine.py:numbered", "must return a list of numbers, not \\{0: 1.0"),
     ("mine.py:words", "must return a list of numbers, not \\['good'"),
     ("mine.py:never", "gives line 1 the reward nan: it must be finite"),
 ])  # fmt: skip
