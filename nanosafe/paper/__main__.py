@@ -166,23 +166,21 @@ def jobs_of(model: str, seed: int, arms: Sequence[Arm], args: Namespace) -> list
     for arm in arms:
         folder = f"{folder_of(model, seed)}/{arm.slug}"
         out, measured = Path(args.out) / folder, name
-        made = builds(name, judge)
+        settings = {}
         if arm.script:
             flags = arm.flags.format(seed=seed, style=style).split()
             settings = dict(recipe(arm.script.removeprefix("train_"), name))
             for flag, value in zip(flags[::2], flags[1::2], strict=False):  # not --no-normalize, which stands alone
                 settings[flag.removeprefix("--").replace("-", "_")] = value
-            if arm.script == "train_rl":
-                made += builds(settings["reward_model"])
+        made = builds(name, judge, settings.get("reward_model", ""))  # SFT has none
+        jobs += made
+        needs = tuple(job.name for job in made)
+        if arm.script:
             training = training_of(arm.script, model, settings)
-            needs = tuple(job.name for job in made)
             command = (*launch, arm.script, "--model", name, "--seed", str(seed), "--out", str(out),
                        *flags, *training.flags)
-            jobs += [*made, Job(folder, command, "final/config.json", needs, training.seconds)]
+            jobs.append(Job(folder, command, "final/config.json", needs, training.seconds))
             needs, measured = (folder,), str(out / "final")
-        else:
-            jobs += made
-            needs = tuple(job.name for job in made)
         command = (*launch, "eval", "--model", measured, "--label", arm.name, "--seed", str(seed),
                    "--out", str(out / "eval"), "--split", "validation" if args.tune else "test",
                    "--reward-model", judge)

@@ -39,7 +39,8 @@ CORPUS = ("How do I bake bread at home?",
 
 def substitute(args: Namespace, given: list[str], ranks: Ranks) -> None:
     """Put folders of random weights in place of args.model and of a reward model that is an alias or has no weights;
-    prompts and data come from the tiny world unless they were `given`, names of flags on the command line."""
+    prompts and data come from the tiny world, and no questions are asked, unless that was `given`, names of flags on
+    the command line."""
 
     def folder_for(name: str, what: str) -> str:
         with ranks.local_main_first():

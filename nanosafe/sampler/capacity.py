@@ -44,9 +44,14 @@ class CacheSize(NamedTuple):
     table_width: int  # blocks of the longest sequence
 
 
+def batch_rows(options: EngineOptions, runner: type[PagedRunner]) -> int:
+    """How many sequences decode together where memory allows it."""
+    return min(options.max_batch or runner.max_batch, options.requests or sys.maxsize)
+
+
 def cache_size(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, runner: type[PagedRunner]) -> CacheSize:
     """How options.cache_bytes are divided; there may be fewer blocks than the longest sequence needs."""
-    max_batch = min(options.max_batch or runner.max_batch, options.requests or sys.maxsize)
+    max_batch = batch_rows(options, runner)
     slot_bytes = KVCache.bytes_per_slot(config, dtype)
     if slot_bytes:
         # One more slot is scratch.
@@ -62,11 +67,10 @@ def cache_size(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, 
 def working_bytes(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, runner: type[PagedRunner],
                   kind: str) -> int:
     """What one prefill and one draw take on a device of this kind, beside weights and cache."""
-    rows = min(options.max_batch or runner.max_batch, options.requests or sys.maxsize)
     tokens = min(options.prefill_tokens or default_prefill_tokens(config, kind),
                  options.max_tokens * (options.requests or sys.maxsize))
     # Logits in the compute type (on a CPU), in float32, and a copy that drawing makes.
-    drawing = rows * config.vocab_size * (dtype.itemsize + 8)
+    drawing = batch_rows(options, runner) * config.vocab_size * (dtype.itemsize + 8)
     return int(tokens * forward_bytes(config, dtype.itemsize)) + drawing
 
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from tiny_models import tiny_raw
 
 from nanosafe import load_model, load_reward_model, load_tokenizer
-from nanosafe.plan.random_weights import random_checkpoint
+from nanosafe.parallel import Ranks
+from nanosafe.plan.random_weights import random_checkpoint, substitute
 from nanosafe.plan.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
@@ -122,3 +123,14 @@ def test_sft_runs_too_and_data_that_are_given_stay(shapes, tmp_path):
     text = run("train_sft.py", "--random-weights", "--model", shapes["policy"], "--steps", "1", "--batch-size", "2",
                "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"))  # fmt: skip
     assert "tiny-star" not in text and "1 responses from 1 rows" in text and "done:" in text
+
+
+def test_the_recipes_questions_are_not_asked_of_random_weights(tmp_path, monkeypatch):
+    """Those of --eval-every, which the tiny world's recipe has and a run cannot switch off."""
+    monkeypatch.setenv("NANOSAFE_CACHE", str(tmp_path))
+    args = Namespace(model="tiny", prompts="p", reward_model="rule:refusal", eval_every=10)
+    substitute(args, [], Ranks("cpu"))
+    assert args.eval_every is None
+    args.eval_every = 10
+    substitute(args, ["eval_every"], Ranks("cpu"))
+    assert args.eval_every == 10, "then the script refuses it by name"
